@@ -1,0 +1,2 @@
+//! The `isqrt` command.
+fn main() {}

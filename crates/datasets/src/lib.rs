@@ -1,0 +1,1 @@
+//! Image data sets: sources, formats, decoding, transforms and the loader.

@@ -1,0 +1,1 @@
+//! Experiments as data: specs, plan, runs, records and the report.

@@ -1,0 +1,1 @@
+//! Training ops, losses, optimisers and schedules on candle, each with its own adjoint.

@@ -1,0 +1,1 @@
+//! Gradient checks, comparisons and golden files for the tests of this workspace.
