@@ -1,0 +1,275 @@
+//! The ImageFolder layout: `train/<class>/<image>` and held-out parts beside `train`.
+//!
+//! Parts are `train`, `val` (also `valid`, `validation`) and `test`. Without any of those, class
+//! folders directly under the root are taken as `train`. Classes are the folder names of `train`
+//! in byte order; every other part must have the same. Inside a class folder, images may lie in
+//! sub-folders. Hidden files and files that are not named like an image are passed over; what an
+//! image really is, its content decides when it is decoded.
+
+use std::path::{Path, PathBuf};
+
+use crate::{Error, Result};
+
+/// File name endings that count as images. Formats that cannot be decoded are listed too, so that
+/// such a file is an error that names it instead of silently missing from the set.
+const IMAGE_EXTENSIONS: [&str; 11] = [
+    "jpg", "jpeg", "jpe", "jfif", "png", "bmp", "gif", "webp", "tif", "tiff", "ppm",
+];
+/// Names of the validation part, the usual one first.
+const VAL_NAMES: [&str; 3] = ["val", "valid", "validation"];
+/// Sub-folders inside a class folder are followed this deep (a link to a parent must not loop).
+const MAX_DEPTH: usize = 6;
+const LAYOUT: &str = "train/<class>/<image>.jpg|png, beside it val/ or test/ with the same classes";
+
+/// One image of a set: where it is and what it shows.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Sample {
+    /// File to read.
+    pub path: PathBuf,
+    /// Path below the root of the set with `/` between the parts: the same on every machine.
+    pub name: String,
+    /// Index into the class list.
+    pub label: u32,
+}
+
+/// An ImageFolder tree as it lies on disk. [`crate::split`] turns it into train, val and test.
+#[derive(Debug, Clone)]
+pub struct Folder {
+    /// The folder that was asked for.
+    pub root: PathBuf,
+    /// Class names in label order (byte order of the folder names).
+    pub classes: Vec<String>,
+    /// Training samples, sorted by class and name.
+    pub train: Vec<Sample>,
+    /// Samples under `val`, where that folder exists.
+    pub val: Option<Vec<Sample>>,
+    /// Samples under `test`, where that folder exists.
+    pub test: Option<Vec<Sample>>,
+}
+
+/// Lists an ImageFolder tree; no image is opened.
+///
+/// # Errors
+/// [`Error::Layout`] or [`Error::Io`] with the path where the folder is missing, empty, unreadable,
+/// without classes or images, or where the parts have different classes.
+pub fn image_folder(root: &Path) -> Result<Folder> {
+    let meta = match std::fs::metadata(root) {
+        Ok(meta) => meta,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Error::layout(
+                root,
+                "no such folder",
+                format!("a folder with {LAYOUT}: check the path"),
+            ));
+        }
+        Err(e) => return Err(Error::io(root, "look at the folder")(e)),
+    };
+    if !meta.is_dir() {
+        return Err(Error::layout(
+            root,
+            "this is a file",
+            format!("a folder with {LAYOUT}"),
+        ));
+    }
+    let folders = sub_folders(root)?;
+    let has = |name: &str| folders.iter().any(|f| f == name);
+    let vals: Vec<&str> = VAL_NAMES.into_iter().filter(|name| has(name)).collect();
+    if vals.len() > 1 {
+        return Err(Error::layout(
+            root,
+            format!("more than one validation folder ({})", vals.join(", ")),
+            "one of val, valid, validation: rename or remove the others",
+        ));
+    }
+    let val = vals.first().copied();
+
+    let train_root = if has("train") {
+        root.join("train")
+    } else if val.is_some() || has("test") {
+        return Err(Error::layout(
+            root,
+            "there is no train folder",
+            format!("{LAYOUT}: name the folder of the training images train"),
+        ));
+    } else if folders.is_empty() {
+        return Err(Error::layout(
+            root,
+            "the folder holds no folders",
+            format!("{LAYOUT}: point at the folder that holds train"),
+        ));
+    } else {
+        root.to_path_buf()
+    };
+
+    let classes = sub_folders(&train_root)?;
+    if classes.is_empty() {
+        return Err(Error::layout(
+            train_root,
+            "no class folders here",
+            "one folder of images a class: train/<class>/<image>",
+        ));
+    }
+    if classes.len() < 2 {
+        return Err(Error::layout(
+            train_root,
+            format!("only one class folder ({})", classes[0]),
+            "at least two classes: train/<class>/<image>",
+        ));
+    }
+    let train = part(root, &train_root, &classes)?;
+    let held_out = |name: Option<&str>| -> Result<Option<Vec<Sample>>> {
+        let Some(name) = name else { return Ok(None) };
+        let dir = root.join(name);
+        same_classes(&classes, &sub_folders(&dir)?, &dir)?;
+        Ok(Some(part(root, &dir, &classes)?))
+    };
+    let (val, test) = (held_out(val)?, held_out(has("test").then_some("test"))?);
+    Ok(Folder {
+        root: root.to_path_buf(),
+        classes,
+        train,
+        val,
+        test,
+    })
+}
+
+/// All images of one part, class by class.
+fn part(root: &Path, dir: &Path, classes: &[String]) -> Result<Vec<Sample>> {
+    let mut samples = Vec::new();
+    for (label, class) in classes.iter().enumerate() {
+        let class_dir = dir.join(class);
+        let mut files = Vec::new();
+        let mut passed_over = 0;
+        collect(&class_dir, MAX_DEPTH, &mut files, &mut passed_over)?;
+        if files.is_empty() {
+            let problem = match passed_over {
+                0 => "no images in this class folder".to_owned(),
+                n => format!("no images in this class folder, only {n} files of other kinds"),
+            };
+            return Err(Error::layout(
+                class_dir,
+                problem,
+                "at least one .jpg, .jpeg or .png file a class: add images or remove the class from every part",
+            ));
+        }
+        let first = samples.len();
+        for path in files {
+            let name = relative_name(root, &path)?;
+            let label = label as u32;
+            samples.push(Sample { path, name, label });
+        }
+        samples[first..].sort_by(|a, b| a.name.cmp(&b.name));
+        tracing::trace!(class, images = samples.len() - first, passed_over);
+    }
+    Ok(samples)
+}
+
+/// Image files below `dir`, hidden ones left out, in no particular order.
+fn collect(dir: &Path, depth: usize, files: &mut Vec<PathBuf>, other: &mut usize) -> Result<()> {
+    for (name, path) in entries(dir)? {
+        // `metadata` follows links, so a folder of links to images works.
+        let meta = std::fs::metadata(&path).map_err(Error::io(&path, "look at the file"))?;
+        if meta.is_dir() {
+            if depth == 0 {
+                return Err(Error::layout(
+                    path,
+                    "folders are nested too deeply here",
+                    format!("images at most {MAX_DEPTH} folders below their class folder"),
+                ));
+            }
+            collect(&path, depth - 1, files, other)?;
+        } else if meta.is_file() && is_image_name(&name) {
+            files.push(path);
+        } else {
+            *other += 1;
+        }
+    }
+    Ok(())
+}
+
+fn is_image_name(name: &str) -> bool {
+    Path::new(name)
+        .extension()
+        .and_then(|e| e.to_str())
+        .is_some_and(|e| IMAGE_EXTENSIONS.iter().any(|i| i.eq_ignore_ascii_case(e)))
+}
+
+/// Names of the folders directly under `dir`, in byte order, hidden ones left out.
+fn sub_folders(dir: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for (name, path) in entries(dir)? {
+        let meta = std::fs::metadata(&path).map_err(Error::io(&path, "look at the file"))?;
+        if meta.is_dir() {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Names and paths in `dir`, hidden ones left out.
+fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(Error::io(dir, "list the folder"))? {
+        let entry = entry.map_err(Error::io(dir, "list the folder"))?;
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else {
+            return Err(Error::layout(
+                entry.path(),
+                "the name is not valid UTF-8",
+                "names in UTF-8: rename it",
+            ));
+        };
+        if !name.starts_with('.') {
+            found.push((name.to_owned(), entry.path()));
+        }
+    }
+    Ok(found)
+}
+
+fn relative_name(root: &Path, path: &Path) -> Result<String> {
+    let below = path.strip_prefix(root).unwrap_or(path);
+    let parts: Option<Vec<&str>> = below.iter().map(|part| part.to_str()).collect();
+    parts
+        .map(|parts| parts.join("/"))
+        .ok_or_else(|| Error::layout(path, "the name is not valid UTF-8", "names in UTF-8"))
+}
+
+fn same_classes(train: &[String], found: &[String], dir: &Path) -> Result<()> {
+    let missing: Vec<&str> = difference(train, found);
+    let extra: Vec<&str> = difference(found, train);
+    if missing.is_empty() && extra.is_empty() {
+        return Ok(());
+    }
+    let mut problems = Vec::new();
+    if !missing.is_empty() {
+        problems.push(format!("lacks the class folders {}", a_few(&missing)));
+    }
+    if !extra.is_empty() {
+        problems.push(format!(
+            "has class folders that train lacks: {}",
+            a_few(&extra)
+        ));
+    }
+    Err(Error::layout(
+        dir,
+        problems.join(" and "),
+        format!("the {} classes of train in every part", train.len()),
+    ))
+}
+
+fn difference<'a>(a: &'a [String], b: &[String]) -> Vec<&'a str> {
+    a.iter()
+        .filter(|name| b.binary_search(name).is_err())
+        .map(String::as_str)
+        .collect()
+}
+
+fn a_few(names: &[&str]) -> String {
+    const SHOWN: usize = 4;
+    let shown = names[..names.len().min(SHOWN)].join(", ");
+    match names.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}

@@ -1,0 +1,236 @@
+//! Which images train, which choose, which are reported on.
+//!
+//! A learning rate chosen on the images that the error is reported on makes that error too small,
+//! so every set ends up with three parts. What a tree lacks is carved off `train`: seeded, and the
+//! same share of every class. [`split`] holds the whole policy and says in a sentence what it did.
+
+use crate::folder::{Folder, Sample};
+use crate::random::{Purpose, Stream};
+use crate::{Error, Result};
+
+/// Share of train that becomes the validation part where the tree has none to spare.
+pub const VAL_SHARE: f64 = 0.15;
+/// Share of train that becomes the test part where the tree has no held-out part at all.
+pub const TEST_SHARE: f64 = 0.20;
+
+/// The three parts of a set and how they came about.
+#[derive(Debug, Clone)]
+pub struct Split {
+    /// Class names in label order.
+    pub classes: Vec<String>,
+    /// Images to fit weights on.
+    pub train: Vec<Sample>,
+    /// Images to choose rates, epochs and heads on.
+    pub val: Vec<Sample>,
+    /// Images to report on; nothing is chosen with them.
+    pub test: Vec<Sample>,
+    /// What was done, one sentence for the record and the report.
+    pub note: String,
+}
+
+/// Train, validation and test parts of a tree.
+///
+/// | the tree has | train | val | test |
+/// | --- | --- | --- | --- |
+/// | train, val, test | train | val | test |
+/// | train, test | rest of train | 15 % of train | test |
+/// | train, val | rest of train | 15 % of train | val, as the literature reports on it |
+/// | train | rest of train | 15 % of what test leaves | 20 % of train |
+///
+/// A share is taken class by class, rounded, at least one image, and leaves at least one; which
+/// images, `seed` decides together with the sorted order of the names.
+///
+/// # Errors
+/// [`Error::Layout`] where a class has too few training images to give some away.
+pub fn split(folder: Folder, seed: u64) -> Result<Split> {
+    let Folder {
+        root,
+        classes,
+        mut train,
+        val,
+        test,
+    } = folder;
+    let mut carve = |share: f64, which: Carve| -> Result<Vec<Sample>> {
+        let (taken, rest) = stratified(&train, share, seed, which as u64).map_err(|label| {
+            Error::layout(
+                root.join("train").join(&classes[label as usize]),
+                format!("too few training images to carve a {} part from", which.name()),
+                "two or more training images a class (three where test is carved too), or val and test folders",
+            )
+        })?;
+        train = rest;
+        Ok(taken)
+    };
+    let (val, test, how) = match (val, test) {
+        (Some(val), Some(test)) => (val, test, "parts as in the folder".to_owned()),
+        (None, Some(test)) => (
+            carve(VAL_SHARE, Carve::Val)?,
+            test,
+            format!(
+                "test as in the folder; validation part carved from train ({} of each class, seed {seed})",
+                percent(VAL_SHARE)
+            ),
+        ),
+        (Some(val), None) => (
+            carve(VAL_SHARE, Carve::Val)?,
+            val,
+            format!(
+                "the folder's validation part is reported on as test; validation part carved from train ({} of each class, seed {seed})",
+                percent(VAL_SHARE)
+            ),
+        ),
+        (None, None) => {
+            let test = carve(TEST_SHARE, Carve::Test)?;
+            let val = carve(VAL_SHARE, Carve::Val)?;
+            let how = format!(
+                "no held-out part in the folder; test ({}) and validation part ({} of the rest) carved from train by class, seed {seed}",
+                percent(TEST_SHARE),
+                percent(VAL_SHARE)
+            );
+            (val, test, how)
+        }
+    };
+    let note = format!(
+        "{how}: {} train, {} validation, {} test images in {} classes.",
+        train.len(),
+        val.len(),
+        test.len(),
+        classes.len()
+    );
+    Ok(Split {
+        classes,
+        train,
+        val,
+        test,
+        note,
+    })
+}
+
+#[derive(Clone, Copy)]
+enum Carve {
+    Val = 0,
+    Test = 1,
+}
+
+impl Carve {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Val => "validation",
+            Self::Test => "test",
+        }
+    }
+}
+
+/// Takes `share` of every class. Returns (taken, rest), both in the order of `samples`, or the
+/// label of a class that has a single image.
+fn stratified(
+    samples: &[Sample],
+    share: f64,
+    seed: u64,
+    which: u64,
+) -> Result<(Vec<Sample>, Vec<Sample>), u32> {
+    let classes = samples.iter().map(|s| s.label + 1).max().unwrap_or(0);
+    let mut is_taken = vec![false; samples.len()];
+    for label in 0..classes {
+        let mut members: Vec<usize> = (0..samples.len())
+            .filter(|&i| samples[i].label == label)
+            .collect();
+        if members.is_empty() {
+            continue;
+        }
+        if members.len() < 2 {
+            return Err(label);
+        }
+        let count = (share * members.len() as f64).round() as usize;
+        let count = count.clamp(1, members.len() - 1);
+        Stream::new(seed, Purpose::Split, u64::from(label), which).shuffle(&mut members);
+        for &i in &members[..count] {
+            is_taken[i] = true;
+        }
+    }
+    let pick = |wanted: bool| {
+        let chosen = samples.iter().zip(&is_taken);
+        chosen
+            .filter(|(_, taken)| **taken == wanted)
+            .map(|(s, _)| s.clone())
+            .collect()
+    };
+    Ok((pick(true), pick(false)))
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.0} %", share * 100.0)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn samples(counts: &[usize]) -> Vec<Sample> {
+        let mut all = Vec::new();
+        for (label, &n) in counts.iter().enumerate() {
+            for i in 0..n {
+                let name = format!("train/{label}/{i:04}.png");
+                all.push(Sample {
+                    path: name.clone().into(),
+                    name,
+                    label: label as u32,
+                });
+            }
+        }
+        all
+    }
+
+    fn folder(train: &[usize], val: bool, test: bool) -> Folder {
+        let held_out = |yes: bool| yes.then(|| samples(&[2, 2]));
+        Folder {
+            root: "root".into(),
+            classes: vec!["a".into(), "b".into()],
+            train: samples(train),
+            val: held_out(val),
+            test: held_out(test),
+        }
+    }
+
+    fn counts(samples: &[Sample]) -> Vec<usize> {
+        (0..2)
+            .map(|l| samples.iter().filter(|s| s.label == l).count())
+            .collect()
+    }
+
+    #[test]
+    fn every_policy() {
+        let s = split(folder(&[40, 20], true, true), 1).unwrap();
+        assert_eq!((s.train.len(), s.val.len(), s.test.len()), (60, 4, 4));
+        let s = split(folder(&[40, 20], false, true), 1).unwrap();
+        assert_eq!(counts(&s.val), [6, 3]);
+        assert_eq!(counts(&s.train), [34, 17]);
+        let s = split(folder(&[40, 20], true, false), 1).unwrap();
+        assert_eq!((counts(&s.val), s.test.len()), (vec![6, 3], 4));
+        assert!(s.note.contains("reported on as test"), "{}", s.note);
+        let s = split(folder(&[40, 20], false, false), 1).unwrap();
+        assert_eq!(counts(&s.test), [8, 4]);
+        assert_eq!(counts(&s.val), [5, 2]);
+        assert_eq!(s.train.len() + s.val.len() + s.test.len(), 60);
+    }
+
+    #[test]
+    fn seeded_disjoint_and_at_least_one_each() {
+        let s = split(folder(&[30, 2], true, false), 3).unwrap();
+        assert_eq!(counts(&s.val), [5, 1]);
+        assert_eq!(counts(&s.train), [25, 1]);
+        assert!(s.val.iter().all(|v| !s.train.contains(v)));
+        let again = split(folder(&[30, 2], true, false), 3).unwrap();
+        assert_eq!(s.val, again.val);
+        let other = split(folder(&[30, 2], true, false), 4).unwrap();
+        assert_ne!(s.val, other.val);
+    }
+
+    #[test]
+    fn a_class_with_one_image_is_an_error_with_its_path() {
+        let error = split(folder(&[5, 1], true, false), 0).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("train") && text.contains("b"), "{text}");
+    }
+}
