@@ -1,1 +1,14 @@
-//! Gradient checks, comparisons and golden files for the tests of this workspace.
+//! What the tests of this workspace share: gradient checks, comparisons that say where two
+//! tensors differ, golden files, and random tensors that are the same on every machine.
+//!
+//! A dev-dependency only. Start with [`gradcheck`] and [`assert_close!`].
+
+mod close;
+mod golden;
+mod gradcheck;
+mod random;
+
+pub use close::{Tolerance, Values, compare};
+pub use golden::Golden;
+pub use gradcheck::{Gradcheck, gradcheck};
+pub use random::{randn, uniform};
