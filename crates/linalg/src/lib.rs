@@ -1,1 +1,29 @@
-//! Covariance pooling and functions of batched symmetric positive semi-definite matrices, forward and adjoint.
+//! Covariance pooling and functions of batched symmetric positive semi-definite matrices, forward
+//! and adjoint.
+//!
+//! Start with [`CovPool`]: the iSQRT-COV layer of Li et al. (CVPR 2018) as one differentiable op
+//! on candle tensors. `docs/method.md` derives what it computes.
+//!
+//! ```
+//! use candle_core::{Device, Tensor, Var};
+//! use isqrt_linalg::CovPool;
+//!
+//! let x = Var::from_tensor(&Tensor::randn(0f32, 1.0, (2, 8, 4, 4), &Device::Cpu)?)?;
+//! let pooled = CovPool::isqrt(5).forward(&x)?;
+//! assert_eq!(pooled.dims(), [2, 36]);
+//! let gradient = pooled.sum_all()?.backward()?;
+//! assert!(gradient.get(&x).is_some());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod config;
+mod error;
+mod kernel;
+mod layer;
+mod program;
+mod schedule;
+
+pub use config::{CovPool, Kernel, Memory, Output, PreNormalization, Root, Side};
+pub use error::{Error, Result};
+pub use layer::Description;
+pub use schedule::Schedule;

@@ -1,0 +1,79 @@
+//! What can go wrong in this crate, told so that the caller can mend it.
+
+/// Errors of the covariance ops; each names the offending value and what was expected.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The input is not `(B, C, H, W)` or `(B, C, M)`.
+    #[error(
+        "covariance pooling expects (batch, channels, height, width) or (batch, channels, positions), got shape {shape:?}"
+    )]
+    Shape {
+        /// Shape of the input.
+        shape: Vec<usize>,
+    },
+    /// The input has no channels or no positions.
+    #[error("covariance pooling needs at least one channel and one position, got shape {shape:?}")]
+    Empty {
+        /// Shape of the input.
+        shape: Vec<usize>,
+    },
+    /// The data type is neither `f32` nor `f64`.
+    #[error("covariance pooling computes in f32 or f64, got {dtype}; convert the features first")]
+    Dtype {
+        /// Name of the data type.
+        dtype: &'static str,
+    },
+    /// A value of the features is NaN or infinite.
+    #[error("{what} of batch element {index} is not finite")]
+    NonFinite {
+        /// Position in the batch.
+        index: usize,
+        /// "a feature", "the gradient", ...
+        what: &'static str,
+    },
+    /// An option is out of its range.
+    #[error("{option} = {value} is out of range: {expected}")]
+    Option {
+        /// Name of the option.
+        option: &'static str,
+        /// The value given.
+        value: String,
+        /// What would be accepted.
+        expected: &'static str,
+    },
+    /// The instruction set that was asked for is not there.
+    #[error(
+        "the {kernel} kernel was asked for, but this processor has no {kernel}; use Kernel::Auto"
+    )]
+    Kernel {
+        /// Name of the kernel.
+        kernel: &'static str,
+    },
+    /// The device has no implementation.
+    #[error("covariance pooling runs on the CPU in this build; move the features to Device::Cpu")]
+    Device,
+    /// A dense decomposition did not converge.
+    #[error("the {what} of batch element {index} did not converge")]
+    Decomposition {
+        /// Position in the batch.
+        index: usize,
+        /// "eigendecomposition", ...
+        what: &'static str,
+    },
+    /// An error of the tensor library.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl From<Error> for candle_core::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Candle(error) => error,
+            other => candle_core::Error::wrap(other),
+        }
+    }
+}
