@@ -111,3 +111,10 @@ fn check_size(width: usize, height: usize) -> Result<(), String> {
         )),
     }
 }
+
+/// What a decoder said, on one line.
+fn broken(format: &str, error: &dyn std::fmt::Display) -> String {
+    let said = error.to_string();
+    let words: Vec<&str> = said.split_whitespace().collect();
+    format!("broken {format}: {}", words.join(" ").trim_matches('"'))
+}

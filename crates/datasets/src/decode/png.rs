@@ -4,7 +4,7 @@ use std::io::Cursor;
 
 use png::{ColorType, Decoder, Limits, Transformations};
 
-use super::{Image, check_size};
+use super::{Image, broken, check_size};
 
 pub(super) fn decode(bytes: &[u8]) -> Result<Image, String> {
     let mut decoder = Decoder::new_with_limits(Cursor::new(bytes), Limits { bytes: 512 << 20 });
@@ -12,15 +12,15 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Image, String> {
     decoder.set_ignore_iccp_chunk(true);
     // Palette and low depths to 8-bit colour or gray, 16 bits to the high byte.
     decoder.set_transformations(Transformations::EXPAND | Transformations::STRIP_16);
-    let info = decoder.read_header_info().map_err(broken)?;
+    let info = decoder.read_header_info().map_err(|e| broken("PNG", &e))?;
     let (width, height) = (info.width as usize, info.height as usize);
     check_size(width, height)?;
-    let mut reader = decoder.read_info().map_err(broken)?;
+    let mut reader = decoder.read_info().map_err(|e| broken("PNG", &e))?;
     let size = reader
         .output_buffer_size()
         .ok_or("the image is too large")?;
     let mut raw = vec![0; size];
-    reader.next_frame(&mut raw).map_err(broken)?;
+    reader.next_frame(&mut raw).map_err(|e| broken("PNG", &e))?;
     let pixels = match reader.output_color_type().0 {
         ColorType::Rgb => raw,
         ColorType::Rgba => raw
@@ -42,8 +42,4 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Image, String> {
         height,
         pixels,
     })
-}
-
-fn broken(error: impl std::fmt::Display) -> String {
-    format!("broken PNG: {error}")
 }

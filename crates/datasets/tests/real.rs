@@ -1,0 +1,76 @@
+//! The whole way from a folder of real photographs to batches.
+#![allow(clippy::unwrap_used, clippy::print_stderr)]
+
+mod common;
+
+use std::time::Instant;
+
+use isqrt_datasets::{Augment, DataSet, Loader, LoaderConfig, Resize};
+
+/// Opens a set of `sizes` = (train, val, test) images in `classes` classes and checks its batches.
+fn open(name: &str, resize: Resize, classes: usize, sizes: (usize, usize, usize)) {
+    let Some(dir) = common::shared_data(name) else {
+        return;
+    };
+    let start = Instant::now();
+    let set = DataSet::open(&dir, resize, 1).unwrap();
+    let opened = start.elapsed().as_secs_f64();
+    let found = (set.train.len(), set.val.len(), set.test.len());
+    assert_eq!(found, sizes, "{name}");
+    assert_eq!(set.train.class_count(), classes);
+    assert_eq!(set.train.image_size(), (64, 64));
+    assert!(set.note.contains("reported on as test"), "{}", set.note);
+    for c in 0..3 {
+        assert!((0.2..0.7).contains(&set.stats.mean[c]), "{:?}", set.stats);
+        assert!((0.15..0.4).contains(&set.stats.std[c]), "{:?}", set.stats);
+    }
+
+    let augment = Augment {
+        flip: true,
+        pad_crop: 4,
+    };
+    let config = LoaderConfig::train(64, 1, set.stats);
+    let loader = Loader::new(set.train.clone(), LoaderConfig { augment, ..config }).unwrap();
+    let start = Instant::now();
+    let (mut images, mut sum, mut values) = (0, 0.0, 0);
+    for batch in loader.epoch(0) {
+        let batch = batch.unwrap();
+        images += batch.batch;
+        sum += batch.images.iter().map(|&v| f64::from(v)).sum::<f64>();
+        values += batch.images.len();
+    }
+    let rate = images as f64 / start.elapsed().as_secs_f64();
+    assert_eq!(images, sizes.0 / 64 * 64);
+    assert!(
+        (sum / values as f64).abs() < 0.05,
+        "normalised: {}",
+        sum / values as f64
+    );
+    eprintln!("{name}: opened in {opened:.2} s, loader {rate:.0} images/s");
+}
+
+#[test]
+fn tiny10() {
+    open("tiny10", Resize::Keep, 10, (3400, 600, 500));
+}
+
+#[test]
+fn scenes64() {
+    open("scenes64", Resize::Keep, 6, (2040, 360, 600));
+}
+
+#[test]
+fn dtd10_needs_a_resize() {
+    open(
+        "dtd10_texture",
+        Resize::ShortSideCrop(64),
+        10,
+        (680, 120, 200),
+    );
+    if let Some(dir) = common::shared_data("dtd10_texture") {
+        let error = DataSet::open(&dir, Resize::Keep, 1)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("choose a resize"), "{error}");
+    }
+}
