@@ -8,6 +8,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::source::Source;
 use crate::{Error, Result};
 
 /// File name endings that count as images. Formats that cannot be decoded are listed too, so that
@@ -21,6 +22,14 @@ const VAL_NAMES: [&str; 3] = ["val", "valid", "validation"];
 const MAX_DEPTH: usize = 6;
 const LAYOUT: &str = "train/<class>/<image>.jpg|png, beside it val/ or test/ with the same classes";
 
+/// This layout; the one for whatever no other source recognises.
+pub(crate) const SOURCE: Source = Source {
+    name: "image-folder",
+    layout: LAYOUT,
+    recognises: |_| true,
+    list: image_folder,
+};
+
 /// One image of a set: where it is and what it shows.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Sample {
@@ -32,7 +41,8 @@ pub struct Sample {
     pub label: u32,
 }
 
-/// An ImageFolder tree as it lies on disk. [`crate::split`] turns it into train, val and test.
+/// A data set as it lies on disk: an ImageFolder tree, or what another [`Source`] lists.
+/// [`crate::split`](fn@crate::split) turns it into train, val and test.
 #[derive(Debug, Clone)]
 pub struct Folder {
     /// The folder that was asked for.

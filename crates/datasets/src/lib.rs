@@ -1,7 +1,7 @@
 //! Image data sets: sources, decoding, one size, and batches for training. Knows no tensor library.
 //!
-//! The way of an image: [`image_folder`] lists a tree, [`split`](fn@split) decides what trains,
-//! chooses and is reported on, [`decode_all`] makes an [`ImageSet`] of one size, a [`Loader`] makes
+//! The way of an image: [`list`] (or [`image_folder`] for that layout) lists a tree,
+//! [`split`](fn@split) decides what trains, chooses and is reported on, [`decode_all`] makes an [`ImageSet`] of one size, a [`Loader`] makes
 //! normalised batches of it. [`DataSet::open`] does the first three. [`e10`] writes the embedded
 //! set, a tree like any other.
 //!
@@ -16,6 +16,7 @@ mod loader;
 mod random;
 mod resize;
 mod set;
+mod source;
 mod split;
 
 pub use augment::Augment;
@@ -25,4 +26,5 @@ pub use folder::{Folder, Sample, image_folder};
 pub use loader::{Batch, Epoch, Loader, LoaderConfig};
 pub use resize::{MAX_SIDE, Resize};
 pub use set::{ChannelStats, DataSet, ImageSet, MAX_SET_BYTES, decode_all};
+pub use source::{SOURCES, Source, list};
 pub use split::{Split, TEST_SHARE, VAL_SHARE, split};

@@ -269,13 +269,13 @@ pub struct DataSet {
 }
 
 impl DataSet {
-    /// Lists, splits and decodes an ImageFolder tree: [`crate::image_folder`], [`crate::split`]
-    /// and [`decode_all`] in one call.
+    /// Lists, splits and decodes a folder: [`crate::list`], [`crate::split`](fn@crate::split) and
+    /// [`decode_all`] in one call.
     ///
     /// # Errors
     /// Those of the three; also [`Error::Size`] where the parts differ in size.
     pub fn open(root: &Path, resize: Resize, seed: u64) -> Result<Self> {
-        let parts = crate::split(crate::image_folder(root)?, seed)?;
+        let parts = crate::split(crate::list(root)?, seed)?;
         let classes = &parts.classes;
         let train = decode_all(&parts.train, classes, resize)?;
         let held_out = |samples: &[Sample]| -> Result<ImageSet> {
