@@ -16,11 +16,14 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod bench;
 mod config;
+pub mod eig;
 mod error;
 mod kernel;
 mod layer;
 mod program;
+pub mod reference;
 mod schedule;
 
 pub use config::{CovPool, Kernel, Memory, Output, PreNormalization, Root, Side};

@@ -105,20 +105,19 @@ impl Program {
 
             // A single cubic first step: T is linear in K, and Y = K T one product.
             if pair.is_none() && quadratic == 0.0 && z.is_none() {
-                let t = b.linear(vec![(b0, 0)], a0);
-                let t_register = t.register;
-                if last && wanted == Wanted::InverseRoot {
-                    b.steps.push(Step {
-                        product: None,
-                        outs: vec![t],
-                    });
-                } else {
+                let mut outs = Vec::new();
+                if !(last && wanted == Wanted::InverseRoot) {
                     let root = b.scaled(b0, vec![(a0, 0)], 0.0);
                     y = root.register;
-                    let outs = if last { vec![root] } else { vec![root, t] };
-                    b.push(0, 0, outs);
+                    outs.push(root);
                 }
-                z = Some(t_register);
+                let product = (!outs.is_empty()).then_some((0, 0));
+                if !(last && wanted == Wanted::Root) {
+                    let t = b.linear(vec![(b0, 0)], a0);
+                    z = Some(t.register);
+                    outs.push(t);
+                }
+                b.steps.push(Step { product, outs });
                 continue;
             }
 

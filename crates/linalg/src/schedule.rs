@@ -127,11 +127,13 @@ fn cubic(l: f64, u: f64) -> ([f64; 3], f64) {
 
 /// `ax + bx³ + cx⁵` closest to 1 on `[l, u]`, by the Remez exchange on four points.
 fn quintic(l: f64, u: f64) -> ([f64; 3], f64) {
-    if u - l < 1e-6 * u {
-        // The interval has shrunk to a point: the Taylor polynomial about its middle.
+    if u - l < 1e-3 * u {
+        // Four points so close to each other leave the system below without digits, and the
+        // Taylor polynomial about the middle is as good: 1 - p(x) = 5/2 (1 - x)³ + ...
         let m = 2.0 / (l + u);
         let [a, b, c] = [15.0 / 8.0, -10.0 / 8.0, 3.0 / 8.0];
-        return ([a * m, b * m.powi(3), c * m.powi(5)], 0.0);
+        let error = 3.0 * (0.5 * (u - l) * m).powi(3);
+        return ([a * m, b * m.powi(3), c * m.powi(5)], error);
     }
     // Two interior extrema; Chebyshev nodes to start with.
     let mut nodes = [0.25, 0.75].map(|t| l + (u - l) * t);

@@ -87,7 +87,6 @@ static POOL: Mutex<Vec<Block>> = Mutex::new(Vec::new());
 #[derive(Debug)]
 pub(crate) struct Kept {
     block: Block,
-    bytes: usize,
 }
 
 impl Kept {
@@ -108,15 +107,11 @@ impl Kept {
                 Block::new(bytes)
             }
         };
-        Self { block, bytes }
+        Self { block }
     }
 
     pub(crate) fn pointer<T: Element>(&self) -> *mut T {
         self.block.start.cast()
-    }
-
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes
     }
 }
 

@@ -4,7 +4,7 @@
 mod image;
 mod plan;
 
-use crate::config::CovPool;
+use crate::config::{CovPool, Output};
 use crate::kernel::buffer::Kept;
 use crate::kernel::{Dispatch, Isa};
 use crate::{Error, Result};
@@ -33,23 +33,7 @@ impl CovPool {
     /// about 59 million multiply-adds forward and 113 million backward an image.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.validate()?;
-        let (batch, d, positions) = match *x.dims() {
-            [batch, d, height, width] => (batch, d, height * width),
-            [batch, d, positions] => (batch, d, positions),
-            _ => {
-                return Err(Error::Shape {
-                    shape: x.dims().to_vec(),
-                });
-            }
-        };
-        if d == 0 || positions == 0 {
-            return Err(Error::Empty {
-                shape: x.dims().to_vec(),
-            });
-        }
-        if !x.device().is_cpu() {
-            return Err(Error::Device);
-        }
+        let (batch, d, positions) = feature_shape(x)?;
         match x.dtype() {
             DType::F32 => self.apply::<f32>(x, (batch, d, positions)),
             DType::F64 => self.apply::<f64>(x, (batch, d, positions)),
@@ -92,6 +76,45 @@ impl CovPool {
     }
 }
 
+/// `(batch, d, M)` of feature maps on the CPU.
+pub(crate) fn feature_shape(x: &Tensor) -> Result<(usize, usize, usize)> {
+    let shape = || x.dims().to_vec();
+    let (batch, d, positions) = match *x.dims() {
+        [batch, d, height, width] => (batch, d, height * width),
+        [batch, d, positions] => (batch, d, positions),
+        _ => return Err(Error::Shape { shape: shape() }),
+    };
+    if d == 0 || positions == 0 {
+        return Err(Error::Empty { shape: shape() });
+    }
+    if !x.device().is_cpu() {
+        return Err(Error::Device);
+    }
+    Ok((batch, d, positions))
+}
+
+/// Shape of the pooled output.
+pub(crate) fn out_shape(output: Output, batch: usize, d: usize) -> Shape {
+    match output {
+        Output::Triangle => Shape::from((batch, output.len(d))),
+        Output::Full => Shape::from((batch, d, d)),
+    }
+}
+
+/// The values of a contiguous tensor.
+pub(crate) fn values<'a, T: Layered>(
+    storage: &'a CpuStorage,
+    layout: &Layout,
+) -> candle_core::Result<&'a [T]> {
+    let all = T::slice(storage).ok_or(Error::Dtype {
+        dtype: "another type than at the start of the call",
+    })?;
+    match layout.contiguous_offsets() {
+        Some((from, to)) => Ok(&all[from..to]),
+        None => candle_core::bail!("covariance pooling needs contiguous tensors"),
+    }
+}
+
 /// What a layer will do with feature maps of one shape; figures are for one image in f32.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Description {
@@ -110,7 +133,7 @@ pub struct Description {
 }
 
 /// Element types of the layer, with their place in candle's storage.
-trait Layered: Dispatch {
+pub(crate) trait Layered: Dispatch {
     fn slice(storage: &CpuStorage) -> Option<&[Self]>;
     fn storage(values: Vec<Self>) -> CpuStorage;
 }
@@ -243,16 +266,6 @@ impl<T: Layered> Op<T> {
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
-
-    fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [T]> {
-        let all = T::slice(storage).ok_or(Error::Dtype {
-            dtype: "another type than at the start of the call",
-        })?;
-        match layout.contiguous_offsets() {
-            Some((from, to)) => Ok(&all[from..to]),
-            None => candle_core::bail!("covariance pooling needs contiguous tensors"),
-        }
-    }
 }
 
 impl<T: Layered> CustomOp1 for Op<T> {
@@ -265,12 +278,8 @@ impl<T: Layered> CustomOp1 for Op<T> {
         storage: &CpuStorage,
         layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let out = self.forward(Self::values(storage, layout)?)?;
-        let d = self.plan.d;
-        let shape = match self.plan.output {
-            crate::Output::Triangle => Shape::from((self.batch, out.len() / self.batch.max(1))),
-            crate::Output::Full => Shape::from((self.batch, d, d)),
-        };
+        let out = self.forward(values(storage, layout)?)?;
+        let shape = out_shape(self.plan.output, self.batch, self.plan.d);
         Ok((T::storage(out), shape))
     }
 
@@ -288,9 +297,9 @@ impl<T: Layered> CustomOp1 for Op<T> {
             return Err(Error::Device.into());
         };
         let out = self.backward(
-            Self::values(x, x_layout)?,
-            Self::values(y, y_layout)?,
-            Self::values(g, g_layout)?,
+            values(x, x_layout)?,
+            values(y, y_layout)?,
+            values(g, g_layout)?,
         )?;
         Ok(Some(Tensor::from_vec(out, arg.shape(), arg.device())?))
     }
