@@ -326,3 +326,34 @@ fn panic_text(joined: std::thread::Result<()>) -> String {
             .unwrap_or_else(|| "it panicked".to_owned()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_panic_in_the_thread_reaches_the_caller() {
+        let (sender, receiver) = sync_channel(1);
+        let thread = std::thread::spawn(move || {
+            let batch = Batch {
+                images: vec![],
+                labels: vec![],
+                batch: 0,
+                height: 1,
+                width: 1,
+            };
+            sender.send(batch).unwrap();
+            panic!("on purpose");
+        });
+        let mut epoch = Epoch {
+            left: 5,
+            ahead: Some(Ahead { receiver, thread }),
+            source: None,
+        };
+        assert!(epoch.next().unwrap().is_ok());
+        let error = epoch.next().unwrap().unwrap_err();
+        assert!(error.to_string().contains("on purpose"), "{error}");
+        assert!(epoch.next().is_none());
+    }
+}
