@@ -1,1 +1,25 @@
-//! Training ops, losses, optimisers and schedules on candle, each with its own adjoint.
+//! Training ops, losses, optimisers and schedules on candle, each op with its own adjoint.
+//!
+//! candle's autograd is the tape; the heavy nodes are the custom ops of [`ops`], because candle's
+//! own are slow to differentiate or wrong (its max-pool gradient is). Layers that own parameters
+//! are in [`layers`], parameters by name in [`Vars`].
+//!
+//! Every sum over a batch is cut into pieces that depend on shapes alone, so results are the same
+//! bits for any number of threads.
+
+mod element;
+mod error;
+mod init;
+pub mod layers;
+mod mode;
+pub mod ops;
+mod optim;
+mod schedule;
+mod vars;
+
+pub use error::{Error, Result};
+pub use init::Init;
+pub use mode::Mode;
+pub use optim::{Decay, Sgd, SgdConfig};
+pub use schedule::Schedule;
+pub use vars::{Buffer, Scope, Vars};

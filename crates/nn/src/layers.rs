@@ -1,0 +1,146 @@
+//! Layers that own parameters: an op of [`crate::ops`] with its weights.
+
+use candle_core::Tensor;
+
+use crate::ops::{self, BatchNorm as Norm, Conv};
+use crate::{Init, Mode, Result, Scope};
+
+/// A convolution without bias.
+#[derive(Debug, Clone)]
+pub struct Conv2d {
+    weight: Tensor,
+    options: Conv,
+}
+
+impl Conv2d {
+    /// A square kernel with Kaiming fan-out initial weights; parameter `weight`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Duplicate`] where the scope has a `weight` already.
+    pub fn new(
+        mut scope: Scope<'_>,
+        inputs: usize,
+        outputs: usize,
+        kernel: usize,
+        options: Conv,
+    ) -> Result<Self> {
+        let shape = [outputs, inputs, kernel, kernel];
+        let weight = scope.parameter("weight", &shape, Init::KaimingFanOut)?;
+        Ok(Self { weight, options })
+    }
+
+    /// See [`ops::conv2d`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        ops::conv2d(x, &self.weight, self.options)
+    }
+}
+
+/// Batch normalisation with its scale, shift and running statistics.
+#[derive(Debug, Clone)]
+pub struct BatchNorm2d {
+    weight: Tensor,
+    bias: Tensor,
+    norm: Norm,
+}
+
+impl BatchNorm2d {
+    /// Scale 1, shift 0, momentum 0.1, ε 1e-5; parameters `weight`, `bias`; buffers
+    /// `running_mean`, `running_var`. With `relu` a ReLU follows in the same node.
+    ///
+    /// # Errors
+    /// [`crate::Error::Duplicate`] where the scope has such names already.
+    pub fn new(mut scope: Scope<'_>, channels: usize, relu: bool) -> Result<Self> {
+        Ok(Self {
+            weight: scope.parameter("weight", &[channels], Init::Constant(1.0))?,
+            bias: scope.parameter("bias", &[channels], Init::Constant(0.0))?,
+            norm: Norm {
+                running_mean: scope.buffer("running_mean", &[channels], 0.0)?,
+                running_var: scope.buffer("running_var", &[channels], 1.0)?,
+                momentum: 0.1,
+                epsilon: 1e-5,
+                relu,
+            },
+        })
+    }
+
+    /// See [`ops::batch_norm`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        ops::batch_norm(x, &self.weight, &self.bias, &self.norm, mode)
+    }
+}
+
+/// A convolution, its batch normalisation and, optionally, a ReLU: the brick of every backbone.
+#[derive(Debug, Clone)]
+pub struct ConvNorm {
+    conv: Conv2d,
+    norm: BatchNorm2d,
+}
+
+impl ConvNorm {
+    /// Padding keeps the size for stride 1 (`kernel / 2`). The names of its two parts are
+    /// `{conv}` and `{norm}`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Duplicate`] where the scope has such names already.
+    pub fn new(
+        scope: &mut Scope<'_>,
+        names: (&str, &str),
+        (inputs, outputs): (usize, usize),
+        kernel: usize,
+        stride: usize,
+        relu: bool,
+    ) -> Result<Self> {
+        let options = Conv {
+            stride,
+            padding: kernel / 2,
+        };
+        Ok(Self {
+            conv: Conv2d::new(scope.sub(names.0), inputs, outputs, kernel, options)?,
+            norm: BatchNorm2d::new(scope.sub(names.1), outputs, relu)?,
+        })
+    }
+
+    /// Convolution, normalisation, ReLU.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`] where the input does not fit.
+    pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        self.norm.forward(&self.conv.forward(x)?, mode)
+    }
+}
+
+/// A linear layer with bias.
+#[derive(Debug, Clone)]
+pub struct Linear {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl Linear {
+    /// Uniform initial weights within `±1/√inputs` and bias too, as in PyTorch; parameters
+    /// `weight`, `bias`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Duplicate`] where the scope has such names already.
+    pub fn new(mut scope: Scope<'_>, inputs: usize, outputs: usize) -> Result<Self> {
+        let bound = 1.0 / (inputs.max(1) as f64).sqrt();
+        Ok(Self {
+            weight: scope.parameter("weight", &[outputs, inputs], Init::UniformFanIn)?,
+            bias: scope.parameter("bias", &[outputs], Init::Uniform(bound))?,
+        })
+    }
+
+    /// See [`ops::linear`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        ops::linear(x, &self.weight, &self.bias)
+    }
+}

@@ -1,0 +1,317 @@
+//! Batch normalisation over batch, height and width of each channel, optionally with the ReLU
+//! that follows, in one node.
+//!
+//! `y = γ·(x − μ)/√(σ² + ε) + β`. In training μ, σ² are the batch's (biased) and the running ones
+//! move towards them by `momentum`, with the unbiased variance, as in PyTorch. In evaluation the
+//! running ones are constants. Mean and squared deviations are taken plane by plane (in cache, two
+//! passes) and combined in f64 in the order of the images (Chan, Golub, LeVeque 1983), so that a
+//! large mean costs no accuracy.
+
+use std::sync::{Arc, OnceLock};
+
+use candle_core::{
+    CpuStorage, CustomOp3, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
+};
+use rayon::prelude::*;
+
+use super::dims4;
+use crate::element::{Element, dispatch, lane_sum, read, values};
+use crate::error::shape_error;
+use crate::{Buffer, Mode, Result};
+
+/// Options and running statistics of a batch normalisation.
+#[derive(Debug, Clone)]
+pub struct BatchNorm {
+    /// Running mean, `(channels)`.
+    pub running_mean: Buffer,
+    /// Running variance (unbiased), `(channels)`.
+    pub running_var: Buffer,
+    /// Share of the batch in an update of the running statistics; PyTorch's default is 0.1.
+    pub momentum: f64,
+    /// Added to the variance; PyTorch's default is 1e-5.
+    pub epsilon: f64,
+    /// Whether a ReLU follows, with derivative 0 at 0.
+    pub relu: bool,
+}
+
+/// Batch normalisation of `x` with scale `gamma` and shift `beta`.
+///
+/// # Shapes
+/// - `x`: `(batch, channels, height, width)`, and so the result
+/// - `gamma`, `beta`: `(channels)`
+///
+/// # Errors
+/// [`crate::Error::Shape`] where these do not fit, or for a single value a channel in training
+/// (its variance is 0 and its unbiased variance undefined).
+pub fn batch_norm(
+    x: &Tensor,
+    gamma: &Tensor,
+    beta: &Tensor,
+    norm: &BatchNorm,
+    mode: Mode,
+) -> Result<Tensor> {
+    let [batch, channels, height, width] = dims4("batch_norm", x)?;
+    if gamma.dims() != [channels] || beta.dims() != [channels] {
+        return shape_error(
+            "batch_norm",
+            format!(
+                "input {:?} needs scale and shift of {channels} values, got {:?} and {:?}",
+                x.dims(),
+                gamma.dims(),
+                beta.dims()
+            ),
+        );
+    }
+    let count = batch * height * width;
+    if mode == Mode::Train && count < 2 {
+        return shape_error(
+            "batch_norm",
+            format!(
+                "training needs more than one value a channel, got {:?}",
+                x.dims()
+            ),
+        );
+    }
+    let fixed = match mode {
+        Mode::Train => None,
+        Mode::Eval => Some(Statistics {
+            mean: norm.running_mean.values()?,
+            variance: norm.running_var.values()?,
+        }),
+    };
+    let used = Arc::new(OnceLock::new());
+    let op = BatchNormOp {
+        channels,
+        plane: height * width,
+        epsilon: norm.epsilon,
+        relu: norm.relu,
+        fixed,
+        used: Arc::clone(&used),
+    };
+    let y = x
+        .contiguous()?
+        .apply_op3(&gamma.contiguous()?, &beta.contiguous()?, op)?;
+    if let (Mode::Train, Some(batch)) = (mode, used.get()) {
+        let unbiased = count as f64 / (count as f64 - 1.0);
+        norm.running_mean.blend(norm.momentum, |c| batch.mean[c])?;
+        norm.running_var
+            .blend(norm.momentum, |c| batch.variance[c] * unbiased)?;
+    }
+    Ok(y)
+}
+
+#[derive(Debug, Clone)]
+struct Statistics {
+    mean: Vec<f64>,
+    variance: Vec<f64>,
+}
+
+struct BatchNormOp {
+    channels: usize,
+    plane: usize,
+    epsilon: f64,
+    relu: bool,
+    /// Running statistics, in evaluation.
+    fixed: Option<Statistics>,
+    /// The statistics that the forward pass used.
+    used: Arc<OnceLock<Statistics>>,
+}
+
+impl BatchNormOp {
+    fn image(&self) -> usize {
+        self.channels * self.plane
+    }
+
+    fn measure<T: Element>(&self, x: &[T]) -> Statistics {
+        let n = self.plane as f64;
+        let mut planes = vec![(0.0, 0.0); x.len() / self.plane];
+        planes
+            .par_chunks_mut(self.channels)
+            .zip(x.par_chunks_exact(self.image()))
+            .for_each(|(planes, x)| {
+                for (out, x) in planes.iter_mut().zip(x.chunks_exact(self.plane)) {
+                    let mean = lane_sum(x.len(), |i| x[i]).to_f64() / n;
+                    let center = T::from_f64(mean);
+                    let squares = lane_sum(x.len(), |i| (x[i] - center) * (x[i] - center));
+                    // `center` is the mean rounded: correct the mean, keep the squares about it.
+                    let rest = lane_sum(x.len(), |i| x[i] - center).to_f64() / n;
+                    *out = (center.to_f64() + rest, squares.to_f64() - n * rest * rest);
+                }
+            });
+        let mut mean = vec![0.0; self.channels];
+        let mut squares = vec![0.0; self.channels];
+        for (image, planes) in planes.chunks_exact(self.channels).enumerate() {
+            let seen = image as f64 * n;
+            for (c, &(plane_mean, plane_squares)) in planes.iter().enumerate() {
+                let delta = plane_mean - mean[c];
+                mean[c] += delta * n / (seen + n);
+                squares[c] += plane_squares + delta * delta * seen * n / (seen + n);
+            }
+        }
+        let count = x.len() as f64 / self.channels as f64;
+        Statistics {
+            mean,
+            variance: squares.iter().map(|s| s.max(0.0) / count).collect(),
+        }
+    }
+
+    /// Mean and `1/√(σ² + ε)` of each channel.
+    fn normalisers(&self) -> candle_core::Result<Vec<(f64, f64)>> {
+        let Some(used) = self.used.get() else {
+            candle_core::bail!("batch_norm: backward before forward")
+        };
+        let inverse = |v: &f64| 1.0 / (v + self.epsilon).sqrt();
+        Ok(used
+            .mean
+            .iter()
+            .zip(&used.variance)
+            .map(|(&m, v)| (m, inverse(v)))
+            .collect())
+    }
+
+    fn forward<T: Element>(&self, x: &[T], gamma: &[T], beta: &[T]) -> candle_core::Result<Vec<T>> {
+        self.used
+            .get_or_init(|| self.fixed.clone().unwrap_or_else(|| self.measure(x)));
+        let normalisers = self.normalisers()?;
+        let mut y = vec![T::ZERO; x.len()];
+        y.par_chunks_exact_mut(self.image())
+            .zip(x.par_chunks_exact(self.image()))
+            .for_each(|(y, x)| {
+                let planes = y
+                    .chunks_exact_mut(self.plane)
+                    .zip(x.chunks_exact(self.plane));
+                for (c, (y, x)) in planes.enumerate() {
+                    let (mean, inverse) = normalisers[c];
+                    let mean = T::from_f64(mean);
+                    let scale = T::from_f64(gamma[c].to_f64() * inverse);
+                    let shift = beta[c];
+                    if self.relu {
+                        for (y, &x) in y.iter_mut().zip(x) {
+                            let value = (x - mean) * scale + shift;
+                            // Not `max`: a NaN must stay one.
+                            *y = if value <= T::ZERO { T::ZERO } else { value };
+                        }
+                    } else {
+                        for (y, &x) in y.iter_mut().zip(x) {
+                            *y = (x - mean) * scale + shift;
+                        }
+                    }
+                }
+            });
+        Ok(y)
+    }
+
+    fn backward<T: Element>(
+        &self,
+        x: &[T],
+        gamma: &[T],
+        y: &[T],
+        dy: &[T],
+    ) -> candle_core::Result<(Vec<T>, Vec<T>, Vec<T>)> {
+        let normalisers = self.normalisers()?;
+        let (image, plane) = (self.image(), self.plane);
+        // dL/d(normalised and shifted value): through the ReLU where it let the value pass.
+        let relu = self.relu;
+        let through = move |y: T, dy: T| {
+            if relu && y <= T::ZERO { T::ZERO } else { dy }
+        };
+        // Of each plane: Σ dy and Σ dy·(x − μ).
+        let mut planes = vec![(0.0, 0.0); x.len() / plane];
+        planes
+            .par_chunks_mut(self.channels)
+            .zip(x.par_chunks_exact(image))
+            .zip(y.par_chunks_exact(image).zip(dy.par_chunks_exact(image)))
+            .for_each(|((planes, x), (y, dy))| {
+                for (c, out) in planes.iter_mut().enumerate() {
+                    let place = c * plane..(c + 1) * plane;
+                    let (x, y, dy) = (&x[place.clone()], &y[place.clone()], &dy[place]);
+                    let mean = T::from_f64(normalisers[c].0);
+                    let sum = lane_sum(plane, |i| through(y[i], dy[i]));
+                    let product = lane_sum(plane, |i| through(y[i], dy[i]) * (x[i] - mean));
+                    *out = (sum.to_f64(), product.to_f64());
+                }
+            });
+        let mut sums = vec![(0.0, 0.0); self.channels];
+        for planes in planes.chunks_exact(self.channels) {
+            for (sum, plane) in sums.iter_mut().zip(planes) {
+                sum.0 += plane.0;
+                sum.1 += plane.1;
+            }
+        }
+        let count = x.len() as f64 / self.channels as f64;
+        // In training: dx = γ/σ · (dy − mean(dy) − (x − μ)/σ² · mean(dy·(x − μ))).
+        let training = self.fixed.is_none();
+        let mut dx = vec![T::ZERO; x.len()];
+        dx.par_chunks_exact_mut(image)
+            .zip(x.par_chunks_exact(image))
+            .zip(y.par_chunks_exact(image).zip(dy.par_chunks_exact(image)))
+            .for_each(|((dx, x), (y, dy))| {
+                for c in 0..self.channels {
+                    let place = c * plane..(c + 1) * plane;
+                    let (x, y, dy) = (&x[place.clone()], &y[place.clone()], &dy[place.clone()]);
+                    let (mean, inverse) = normalisers[c];
+                    let scale = T::from_f64(gamma[c].to_f64() * inverse);
+                    let (offset, slope) = match training {
+                        true => (sums[c].0 / count, sums[c].1 * inverse * inverse / count),
+                        false => (0.0, 0.0),
+                    };
+                    let (mean, offset, slope) =
+                        (T::from_f64(mean), T::from_f64(offset), T::from_f64(slope));
+                    for (i, dx) in dx[place].iter_mut().enumerate() {
+                        *dx = scale * (through(y[i], dy[i]) - offset - (x[i] - mean) * slope);
+                    }
+                }
+            });
+        let dgamma = sums
+            .iter()
+            .zip(&normalisers)
+            .map(|(s, n)| T::from_f64(s.1 * n.1))
+            .collect();
+        let dbeta = sums.iter().map(|s| T::from_f64(s.0)).collect();
+        Ok((dx, dgamma, dbeta))
+    }
+}
+
+impl CustomOp3 for BatchNormOp {
+    fn name(&self) -> &'static str {
+        "batch_norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let y = dispatch!("batch_norm", s1.dtype(), T => {
+            let y = self.forward::<T>(values(s1, l1)?, values(s2, l2)?, values(s3, l3)?)?;
+            Ok(T::to_cpu_storage_owned(y))
+        })?;
+        Ok((y, l1.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        gamma: &Tensor,
+        _beta: &Tensor,
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        let (xs, gammas, ys, dys) = (read(x), read(gamma), read(y), read(&dy));
+        let device = x.device();
+        dispatch!("batch_norm", x.dtype(), T => {
+            let (dx, dgamma, dbeta) = self.backward::<T>(
+                xs.values()?, gammas.values()?, ys.values()?, dys.values()?)?;
+            Ok((
+                Some(Tensor::from_vec(dx, x.shape(), device)?),
+                Some(Tensor::from_vec(dgamma, self.channels, device)?),
+                Some(Tensor::from_vec(dbeta, self.channels, device)?),
+            ))
+        })
+    }
+}

@@ -1,0 +1,126 @@
+//! ReLU, alone and after a residual sum. The derivative at 0 is 0, as in PyTorch (candle: 1).
+
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
+};
+use rayon::prelude::*;
+
+use crate::Result;
+use crate::element::{Element, dispatch, read, values};
+use crate::error::shape_error;
+
+/// Values that one task works through.
+const BLOCK: usize = 1 << 14;
+
+/// `max(x, 0)`, of any shape.
+///
+/// # Errors
+/// Where `x` is not f32 or f64 on the CPU.
+pub fn relu(x: &Tensor) -> Result<Tensor> {
+    Ok(x.contiguous()?.apply_op1(Relu)?)
+}
+
+/// `max(x + shortcut, 0)`: the end of a residual block.
+///
+/// # Errors
+/// [`crate::Error::Shape`] where the shapes differ.
+pub fn add_relu(x: &Tensor, shortcut: &Tensor) -> Result<Tensor> {
+    if x.dims() != shortcut.dims() {
+        return shape_error(
+            "add_relu",
+            format!(
+                "expects equal shapes, got {:?} and {:?}",
+                x.dims(),
+                shortcut.dims()
+            ),
+        );
+    }
+    Ok(x.contiguous()?
+        .apply_op2(&shortcut.contiguous()?, AddRelu)?)
+}
+
+fn clip<T: Element>(value: T) -> T {
+    // Not `max`: a NaN must stay one.
+    if value <= T::ZERO { T::ZERO } else { value }
+}
+
+fn backward(y: &Tensor, dy: &Tensor) -> candle_core::Result<Tensor> {
+    let dy = dy.contiguous()?;
+    let (ys, dys) = (read(y), read(&dy));
+    dispatch!("relu", y.dtype(), T => {
+        let (ys, dys) = (ys.values::<T>()?, dys.values::<T>()?);
+        let mut dx = vec![T::ZERO; ys.len()];
+        dx.par_chunks_mut(BLOCK).zip(ys.par_chunks(BLOCK).zip(dys.par_chunks(BLOCK))).for_each(
+            |(dx, (y, dy))| {
+                for ((dx, &y), &dy) in dx.iter_mut().zip(y).zip(dy) {
+                    *dx = if y <= 0.0 { 0.0 } else { dy };
+                }
+            },
+        );
+        Tensor::from_vec(dx, y.shape(), y.device())
+    })
+}
+
+struct Relu;
+
+impl CustomOp1 for Relu {
+    fn name(&self) -> &'static str {
+        "relu"
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let y = dispatch!("relu", s.dtype(), T => {
+            let x = values::<T>(s, l)?;
+            let mut y = vec![T::ZERO; x.len()];
+            y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).for_each(|(y, x)| {
+                y.iter_mut().zip(x).for_each(|(y, &x)| *y = clip(x));
+            });
+            Ok(T::to_cpu_storage_owned(y))
+        })?;
+        Ok((y, l.shape().clone()))
+    }
+
+    fn bwd(&self, _x: &Tensor, y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(backward(y, dy)?))
+    }
+}
+
+struct AddRelu;
+
+impl CustomOp2 for AddRelu {
+    fn name(&self) -> &'static str {
+        "add_relu"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let y = dispatch!("add_relu", s1.dtype(), T => {
+            let (a, b) = (values::<T>(s1, l1)?, values::<T>(s2, l2)?);
+            let mut y = vec![T::ZERO; a.len()];
+            y.par_chunks_mut(BLOCK).zip(a.par_chunks(BLOCK).zip(b.par_chunks(BLOCK))).for_each(
+                |(y, (a, b))| {
+                    let terms = a.iter().zip(b);
+                    y.iter_mut().zip(terms).for_each(|(y, (&a, &b))| *y = clip(a + b));
+                },
+            );
+            Ok(T::to_cpu_storage_owned(y))
+        })?;
+        Ok((y, l1.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        _a: &Tensor,
+        _b: &Tensor,
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let dx = backward(y, dy)?;
+        Ok((Some(dx.clone()), Some(dx)))
+    }
+}

@@ -1,0 +1,251 @@
+//! Parameters and buffers by name.
+//!
+//! Names are those of PyTorch (`layer1.conv.weight`, `bn.running_mean`) and always come sorted.
+//! Parameters learn; buffers (running statistics) are saved with them but never given to an
+//! optimiser.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::{DType, Device, Tensor, Var};
+
+use crate::{Error, Init, Result};
+
+/// A named tensor that layers update outside of the tape, shared between its layer and [`Vars`].
+#[derive(Debug, Clone)]
+pub struct Buffer(Arc<Mutex<Tensor>>);
+
+impl Buffer {
+    /// A buffer with this value.
+    #[must_use]
+    pub fn new(value: Tensor) -> Self {
+        Self(Arc::new(Mutex::new(value)))
+    }
+
+    /// The value now.
+    #[must_use]
+    pub fn get(&self) -> Tensor {
+        self.lock().clone()
+    }
+
+    /// Replaces the value.
+    pub fn set(&self, value: Tensor) {
+        *self.lock() = value;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Tensor> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn values(&self) -> Result<Vec<f64>> {
+        Ok(self.get().to_dtype(DType::F64)?.to_vec1()?)
+    }
+
+    /// Moves each value towards `target` by the share `momentum`.
+    pub(crate) fn blend(&self, momentum: f64, target: impl Fn(usize) -> f64) -> Result<()> {
+        let mut values = self.values()?;
+        for (i, value) in values.iter_mut().enumerate() {
+            *value += momentum * (target(i) - *value);
+        }
+        let mut slot = self.lock();
+        *slot = Tensor::from_vec(values, slot.shape(), slot.device())?.to_dtype(slot.dtype())?;
+        Ok(())
+    }
+}
+
+/// All parameters and buffers of a network.
+#[derive(Debug)]
+pub struct Vars {
+    seed: u64,
+    dtype: DType,
+    device: Device,
+    parameters: BTreeMap<String, Var>,
+    buffers: BTreeMap<String, Buffer>,
+}
+
+impl Vars {
+    /// No parameters yet; those to come start from `seed`.
+    #[must_use]
+    pub fn new(seed: u64, dtype: DType, device: &Device) -> Self {
+        Self {
+            seed,
+            dtype,
+            device: device.clone(),
+            parameters: BTreeMap::new(),
+            buffers: BTreeMap::new(),
+        }
+    }
+
+    /// Where the layers of a network make their parameters.
+    pub fn root(&mut self) -> Scope<'_> {
+        Scope {
+            vars: self,
+            prefix: String::new(),
+        }
+    }
+
+    /// Parameters, sorted by name.
+    pub fn parameters(&self) -> impl Iterator<Item = (&str, &Var)> {
+        self.parameters
+            .iter()
+            .map(|(name, var)| (name.as_str(), var))
+    }
+
+    /// Buffers, sorted by name.
+    pub fn buffers(&self) -> impl Iterator<Item = (&str, &Buffer)> {
+        self.buffers
+            .iter()
+            .map(|(name, buffer)| (name.as_str(), buffer))
+    }
+
+    /// Number of learnt values.
+    #[must_use]
+    pub fn parameter_count(&self) -> usize {
+        self.parameters.values().map(|var| var.elem_count()).sum()
+    }
+
+    /// Device of all of them.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Element type of the parameters.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Writes parameters and buffers as safetensors; the file appears whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] with the path where it cannot be written.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let failed = |error: &dyn std::fmt::Display| Error::Checkpoint {
+            path: path.to_path_buf(),
+            message: format!("cannot be written: {error}"),
+        };
+        let mut tensors: HashMap<&str, Tensor> = self
+            .parameters()
+            .map(|(name, var)| (name, var.as_detached_tensor()))
+            .collect();
+        tensors.extend(self.buffers().map(|(name, buffer)| (name, buffer.get())));
+        let mut partial = path.as_os_str().to_owned();
+        partial.push(".partial");
+        let partial = Path::new(&partial);
+        candle_core::safetensors::save(&tensors, partial).map_err(|e| failed(&e))?;
+        std::fs::File::open(partial)
+            .and_then(|file| file.sync_all())
+            .and_then(|()| std::fs::rename(partial, path))
+            .map_err(|e| failed(&e))
+    }
+
+    /// Takes all values from a file that [`save`](Self::save) wrote. On error nothing changes.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] where the file cannot be read, lacks a tensor, has one too many, or
+    /// one of another shape.
+    pub fn load(&mut self, path: &Path) -> Result<()> {
+        let failed = |message: String| Error::Checkpoint {
+            path: path.to_path_buf(),
+            message,
+        };
+        let mut tensors = candle_core::safetensors::load(path, &self.device)
+            .map_err(|error| failed(format!("cannot be read: {error}")))?;
+        let mut take = |name: &str, like: &Tensor| -> Result<Tensor> {
+            let Some(tensor) = tensors.remove(name) else {
+                return Err(failed(format!("has no tensor {name:?}")));
+            };
+            if tensor.dims() != like.dims() {
+                return Err(failed(format!(
+                    "{name:?} has shape {:?}, the network needs {:?}",
+                    tensor.dims(),
+                    like.dims()
+                )));
+            }
+            Ok(tensor.to_dtype(like.dtype())?)
+        };
+        let parameters = self
+            .parameters
+            .iter()
+            .map(|(name, var)| Ok((var, take(name, var)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let buffers = self
+            .buffers
+            .iter()
+            .map(|(name, buffer)| Ok((buffer, take(name, &buffer.get())?)))
+            .collect::<Result<Vec<_>>>()?;
+        if let Some(name) = tensors.keys().min() {
+            return Err(failed(format!(
+                "has a tensor {name:?} that the network does not"
+            )));
+        }
+        for (var, value) in parameters {
+            var.set(&value)?;
+        }
+        for (buffer, value) in buffers {
+            buffer.set(value);
+        }
+        Ok(())
+    }
+}
+
+/// A place in the tree of names, where layers make their parameters.
+#[derive(Debug)]
+pub struct Scope<'a> {
+    vars: &'a mut Vars,
+    prefix: String,
+}
+
+impl Scope<'_> {
+    /// The scope called `name` within this one.
+    pub fn sub(&mut self, name: impl std::fmt::Display) -> Scope<'_> {
+        let prefix = self.path(&name.to_string());
+        Scope {
+            vars: self.vars,
+            prefix,
+        }
+    }
+
+    /// A new parameter.
+    ///
+    /// # Errors
+    /// [`Error::Duplicate`] where the name is taken.
+    pub fn parameter(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
+        let name = self.new_name(name)?;
+        let values = init.draw(self.vars.seed, &name, shape);
+        let value = Tensor::from_vec(values, shape, &self.vars.device)?;
+        let var = Var::from_tensor(&value.to_dtype(self.vars.dtype)?)?;
+        let tensor = var.as_tensor().clone();
+        self.vars.parameters.insert(name, var);
+        Ok(tensor)
+    }
+
+    /// A new buffer filled with `value`.
+    ///
+    /// # Errors
+    /// [`Error::Duplicate`] where the name is taken.
+    pub fn buffer(&mut self, name: &str, shape: &[usize], value: f64) -> Result<Buffer> {
+        let name = self.new_name(name)?;
+        let tensor = Tensor::full(value, shape, &self.vars.device)?.to_dtype(self.vars.dtype)?;
+        let buffer = Buffer::new(tensor);
+        self.vars.buffers.insert(name, buffer.clone());
+        Ok(buffer)
+    }
+
+    fn path(&self, name: &str) -> String {
+        match self.prefix.as_str() {
+            "" => name.to_owned(),
+            prefix => format!("{prefix}.{name}"),
+        }
+    }
+
+    fn new_name(&self, name: &str) -> Result<String> {
+        let name = self.path(name);
+        if self.vars.parameters.contains_key(&name) || self.vars.buffers.contains_key(&name) {
+            return Err(Error::Duplicate(name));
+        }
+        Ok(name)
+    }
+}
