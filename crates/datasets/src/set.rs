@@ -1,7 +1,7 @@
 //! A part of a data set in memory: decoded, 8 bits, all images of one size.
 
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use crate::decode::{Image, decode_file};
 use crate::folder::Sample;
 use crate::resize::Resize;
+use crate::split::Split;
 use crate::{Error, Result};
 
 /// Largest set that is held in memory.
@@ -257,11 +258,11 @@ fn text(hash: &mut Sha256, text: &str) {
 #[derive(Debug)]
 pub struct DataSet {
     /// To fit weights on.
-    pub train: std::sync::Arc<ImageSet>,
+    pub train: Arc<ImageSet>,
     /// To choose rates and heads on.
-    pub val: std::sync::Arc<ImageSet>,
+    pub val: Arc<ImageSet>,
     /// To report on.
-    pub test: std::sync::Arc<ImageSet>,
+    pub test: Arc<ImageSet>,
     /// Channel statistics of `train`, for normalisation of all parts.
     pub stats: ChannelStats,
     /// How the parts came about, a sentence for the record and the report.
@@ -270,16 +271,22 @@ pub struct DataSet {
 
 impl DataSet {
     /// Lists, splits and decodes a folder: [`crate::list`], [`crate::split`](fn@crate::split) and
-    /// [`decode_all`] in one call.
+    /// [`DataSet::decode`] in one call.
     ///
     /// # Errors
-    /// Those of the three; also [`Error::Size`] where the parts differ in size.
+    /// Those of the three.
     pub fn open(root: &Path, resize: Resize, seed: u64) -> Result<Self> {
-        let parts = crate::split(crate::list(root)?, seed)?;
-        let classes = &parts.classes;
-        let train = decode_all(&parts.train, classes, resize)?;
+        Self::decode(&crate::split(crate::list(root)?, seed)?, resize)
+    }
+
+    /// Decodes all parts to one size and takes the statistics of train.
+    ///
+    /// # Errors
+    /// Those of [`decode_all`]; also [`Error::Size`] where the parts differ in size.
+    pub fn decode(parts: &Split, resize: Resize) -> Result<Self> {
+        let train = decode_all(&parts.train, &parts.classes, resize)?;
         let held_out = |samples: &[Sample]| -> Result<ImageSet> {
-            let set = decode_all(samples, classes, resize)?;
+            let set = decode_all(samples, &parts.classes, resize)?;
             if (set.width, set.height) != (train.width, train.height) {
                 return Err(Error::Size {
                     path: samples[0].path.clone(),
@@ -296,7 +303,7 @@ impl DataSet {
             val: val.into(),
             test: test.into(),
             stats,
-            note: parts.note,
+            note: parts.note.clone(),
         })
     }
 
