@@ -5,11 +5,12 @@
 //! backward pass return to a small pool.
 
 use super::vector::Element;
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::cell::RefCell;
 use std::sync::Mutex;
 
-const ALIGN: usize = 64;
+/// Page size that the kernel is asked for: the iterates of a batch span thousands of small pages.
+const HUGE: usize = 2 << 20;
 /// Buffers that the pool holds at most; more are freed.
 const POOLED: usize = 8;
 
@@ -33,18 +34,29 @@ impl Block {
 
     fn layout(bytes: usize) -> Layout {
         // Only a size near isize::MAX fails here, and no such slice of features can exist.
-        Layout::from_size_align(bytes, ALIGN).unwrap_or_else(|_| Layout::new::<[u8; ALIGN]>())
+        let align = if bytes >= HUGE { HUGE } else { 4096 };
+        Layout::from_size_align(bytes, align).unwrap_or_else(|_| Layout::new::<u8>())
     }
 
     fn new(bytes: usize) -> Self {
-        let bytes = bytes.max(ALIGN).next_multiple_of(4096);
+        let bytes = bytes
+            .max(1)
+            .next_multiple_of(if bytes >= HUGE { HUGE } else { 4096 });
         let layout = Self::layout(bytes);
         assert_eq!(layout.size(), bytes, "workspace too large");
         // SAFETY: the size is not zero.
-        let start = unsafe { alloc_zeroed(layout) };
+        let start = unsafe { alloc(layout) };
         if start.is_null() {
             handle_alloc_error(layout);
         }
+        #[cfg(target_os = "linux")]
+        if bytes >= HUGE {
+            // SAFETY: the range is ours; the advice may be ignored.
+            unsafe { libc::madvise(start.cast(), bytes, libc::MADV_HUGEPAGE) };
+        }
+        // Only now: the first touch decides the size of a page.
+        // SAFETY: freshly allocated with this size.
+        unsafe { start.write_bytes(0, bytes) };
         Self { start, bytes }
     }
 }

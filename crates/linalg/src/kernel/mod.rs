@@ -7,7 +7,7 @@ pub(crate) mod vector;
 
 use crate::{Error, Kernel, Result};
 use pack::{Combine, Pack, Upstream};
-use product::{Matrix, Product, Tile, TileShape};
+use product::{Ahead, Matrix, Product, Tile, TileShape};
 use vector::{Element, Quad, Vector};
 
 /// The functions of one instruction set.
@@ -20,6 +20,7 @@ pub(crate) struct Isa<T: 'static> {
     combine: unsafe fn(&Combine<'_, T>),
     dot: unsafe fn(usize, Matrix<T>, Matrix<T>) -> f64,
     row_statistics: unsafe fn(&[T]) -> (f64, T),
+    all_finite: unsafe fn(&[T]) -> bool,
     flat_dot: unsafe fn(&[T], &[T]) -> f64,
     multiply_adds: unsafe fn(usize) -> f64,
 }
@@ -32,6 +33,10 @@ impl<T: Element> Isa<T> {
         if team {
             use rayon::prelude::*;
             let pieces = 4 * rayon::current_num_threads();
+            let product = &Product {
+                ahead: Ahead::NOTHING,
+                ..*product
+            };
             tiles
                 .par_chunks(tiles.len().div_ceil(pieces).max(1))
                 // SAFETY: see above; tiles write disjoint places.
@@ -54,6 +59,9 @@ impl<T: Element> Isa<T> {
     }
     pub(crate) fn row_statistics(&self, row: &[T]) -> (f64, T) {
         unsafe { (self.row_statistics)(row) }
+    }
+    pub(crate) fn all_finite(&self, values: &[T]) -> bool {
+        unsafe { (self.all_finite)(values) }
     }
     pub(crate) fn flat_dot(&self, a: &[T], b: &[T]) -> f64 {
         unsafe { (self.flat_dot)(a, b) }
@@ -95,12 +103,13 @@ macro_rules! isa {
             pub(super) static ISA: Isa<T> = Isa {
                 name: $name,
                 shape: TileShape { rows: $rows, panels: $panels },
-                run, pack, upstream, combine, dot, row_statistics, flat_dot, multiply_adds,
+                run, pack, upstream, combine, dot, row_statistics, all_finite, flat_dot, multiply_adds,
             };
             // SAFETY (all): the caller promises the instruction set and the pointers.
             $(#[$feature])?
             unsafe fn run(product: &Product<'_, T>, tiles: &[Tile]) {
-                for tile in tiles {
+                for (index, tile) in tiles.iter().enumerate() {
+                    product.ahead.fetch(index, tiles.len());
                     let (row, panel) = (tile.row as usize, tile.panel as usize);
                     match (tile.rows, tile.panels) {
                         $(($height, $group) => unsafe {
@@ -129,6 +138,10 @@ macro_rules! isa {
             $(#[$feature])?
             unsafe fn row_statistics(row: &[T]) -> (f64, T) {
                 pack::row_statistics(row)
+            }
+            $(#[$feature])?
+            unsafe fn all_finite(values: &[T]) -> bool {
+                pack::all_finite(values)
             }
             $(#[$feature])?
             unsafe fn flat_dot(a: &[T], b: &[T]) -> f64 {

@@ -1,6 +1,9 @@
 //! Everything that is not a product: features into panels, gradients into symmetric panels,
 //! sums, dot products. Memory-bound, so one pass each.
 
+// Index loops over lanes vectorise for certain.
+#![allow(clippy::needless_range_loop)]
+
 use super::product::Matrix;
 use super::vector::{Element, Vector};
 
@@ -203,41 +206,49 @@ pub(crate) fn row_statistics<T: Element>(row: &[T]) -> (f64, T) {
     let mut sums = [0.0; 16];
     let mut largest = [T::default(); 16];
     let chunks = row.chunks_exact(16);
-    let rest = chunks.remainder();
-    let mut visit = |lane: usize, value: T| {
-        sums[lane] += value.wide();
-        let magnitude = if value < T::default() {
-            T::default() - value
-        } else {
-            value
-        };
-        if magnitude > largest[lane] {
-            largest[lane] = magnitude;
-        }
-    };
-    for chunk in chunks {
-        for (lane, &value) in chunk.iter().enumerate() {
-            visit(lane, value);
-        }
-    }
-    for (lane, &value) in rest.iter().enumerate() {
-        visit(lane, value);
-    }
-    let most = largest
+    let mut sum: f64 = chunks.remainder().iter().map(|x| x.wide()).sum();
+    let mut most = chunks
+        .remainder()
         .iter()
-        .fold(T::default(), |a, &b| if b > a { b } else { a });
-    (sums.iter().sum(), most)
+        .fold(T::default(), |most, x| most.larger(x.magnitude()));
+    for chunk in chunks {
+        for lane in 0..16 {
+            sums[lane] += chunk[lane].wide();
+            largest[lane] = largest[lane].larger(chunk[lane].magnitude());
+        }
+    }
+    sum += sums.iter().sum::<f64>();
+    most = largest.iter().fold(most, |most, &x| most.larger(x));
+    (sum, most)
+}
+
+/// Whether every value is finite.
+#[inline(always)]
+pub(crate) fn all_finite<T: Element>(values: &[T]) -> bool {
+    // x - x is 0 for a finite x and NaN otherwise.
+    let mut sums = [T::default(); 64];
+    let chunks = values.chunks_exact(64);
+    let rest = chunks.remainder().iter().all(|x| x.wide().is_finite());
+    for chunk in chunks {
+        for lane in 0..64 {
+            sums[lane] += chunk[lane] - chunk[lane];
+        }
+    }
+    rest && sums.iter().all(|x| x.wide() == 0.0)
 }
 
 /// `sum of a_i b_i` in chunks, the partial sums in f64.
 #[inline(always)]
 pub(crate) fn flat_dot<T: Element>(a: &[T], b: &[T]) -> f64 {
     let mut total = 0.0;
-    for (a, b) in a.chunks(1024).zip(b.chunks(1024)) {
-        let mut sums = [T::default(); 16];
-        for (a, b) in a.chunks(16).zip(b.chunks(16)) {
-            for (sum, (&a, &b)) in sums.iter_mut().zip(a.iter().zip(b)) {
-                *sum += a * b;
+    for (a, b) in a.chunks(2048).zip(b.chunks(2048)) {
+        let mut sums = [T::default(); 64];
+        let (a, b) = (a.chunks_exact(64), b.chunks_exact(64));
+        let rest = a.remainder().iter().zip(b.remainder());
+        total += rest.map(|(a, b)| a.wide() * b.wide()).sum::<f64>();
+        for (a, b) in a.zip(b) {
+            for lane in 0..64 {
+                sums[lane] += a[lane] * b[lane];
             }
         }
         total += sums.iter().map(|x| x.wide()).sum::<f64>();

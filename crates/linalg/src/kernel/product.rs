@@ -9,6 +9,9 @@
 //! registers, transposed. Columns beyond the last full panel are computed as rows of the lower
 //! part instead, which wastes fewer lanes.
 
+// Plain index loops over register arrays are what the compiler unrolls for certain.
+#![allow(clippy::needless_range_loop)]
+
 use super::vector::{Element, Vector};
 
 /// A matrix in column panels; `stride` elements from one panel to the next.
@@ -81,6 +84,41 @@ pub(crate) struct Product<'a, T> {
     pub symmetric: bool,
     pub terms: &'a [Term<T>],
     pub outs: &'a [Out<'a, T>],
+    /// Matrices that the next product needs and that are in no cache yet.
+    pub ahead: Ahead<'a, T>,
+}
+
+/// Memory to fetch into the cache while a product runs: blocks of `length` elements.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead<'a, T> {
+    pub blocks: &'a [*const T],
+    pub length: usize,
+}
+
+impl<T: Element> Ahead<'_, T> {
+    pub(crate) const NOTHING: Self = Self {
+        blocks: &[],
+        length: 0,
+    };
+
+    /// Fetches the share of tile `index` of `count`.
+    #[inline(always)]
+    pub(crate) fn fetch(&self, index: usize, count: usize) {
+        let share = (self.length / T::WIDTH).div_ceil(count.max(1));
+        for &block in self.blocks {
+            for line in index * share..((index + 1) * share).min(self.length / T::WIDTH) {
+                let at = block.wrapping_add(line * T::WIDTH);
+                // SAFETY: a prefetch never faults.
+                #[cfg(target_arch = "x86_64")]
+                unsafe {
+                    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+                    _mm_prefetch::<_MM_HINT_T1>(at.cast());
+                }
+                #[cfg(not(target_arch = "x86_64"))]
+                let _ = at;
+            }
+        }
+    }
 }
 
 // SAFETY: whoever builds a product vouches for its pointers, and tiles write disjoint places.

@@ -25,6 +25,12 @@ pub(crate) trait Element:
     const WIDTH: usize;
     fn of(value: f64) -> Self;
     fn wide(self) -> f64;
+    fn magnitude(self) -> Self;
+    /// The larger of two; NaN is smaller than everything.
+    #[inline(always)]
+    fn larger(self, other: Self) -> Self {
+        if other > self { other } else { self }
+    }
 }
 
 impl Element for f32 {
@@ -37,6 +43,10 @@ impl Element for f32 {
     fn wide(self) -> f64 {
         f64::from(self)
     }
+    #[inline(always)]
+    fn magnitude(self) -> Self {
+        self.abs()
+    }
 }
 
 impl Element for f64 {
@@ -48,6 +58,10 @@ impl Element for f64 {
     #[inline(always)]
     fn wide(self) -> f64 {
         self
+    }
+    #[inline(always)]
+    fn magnitude(self) -> Self {
+        self.abs()
     }
 }
 

@@ -16,16 +16,17 @@ use super::plan::{CHUNK, Iteration, Plan};
 use crate::kernel::Isa;
 use crate::kernel::buffer::with_workspace;
 use crate::kernel::pack::{Combine, Pack, Upstream};
-use crate::kernel::product::{Matrix, Out, Product, Target, Term, Tile, full_tiles};
+use crate::kernel::product::{Ahead, Matrix, Out, Product, Target, Term, Tile, full_tiles};
 use crate::kernel::vector::Element;
 use crate::program::{Epilogue, Register};
 use crate::{Error, Output, Result};
 
-/// Scalars of an image that the backward pass needs again; `divisor` 0 marks constant features.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Scalars {
+/// What the backward pass needs again beside the iterates; `divisor` 0 marks constant features.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Summary<T> {
     divisor: f64,
     exponent: i32,
+    means: Vec<T>,
 }
 
 /// Hands out matrices of a workspace one after another.
@@ -123,6 +124,18 @@ impl<T: Element> Image<'_, T> {
     }
 
     fn symmetric(&self, n: usize, tiles: &[Tile], terms: &[Term<T>], outs: &[Out<'_, T>]) {
+        self.symmetric_ahead(n, tiles, terms, outs, &[]);
+    }
+
+    /// A symmetric product that meanwhile fetches `n x n` matrices of the next one.
+    fn symmetric_ahead(
+        &self,
+        n: usize,
+        tiles: &[Tile],
+        terms: &[Term<T>],
+        outs: &[Out<'_, T>],
+        blocks: &[*const T],
+    ) {
         self.run(
             tiles,
             Product {
@@ -131,6 +144,10 @@ impl<T: Element> Image<'_, T> {
                 symmetric: true,
                 terms,
                 outs,
+                ahead: Ahead {
+                    blocks,
+                    length: Matrix::<T>::len(n, n),
+                },
             },
         );
     }
@@ -236,7 +253,7 @@ impl<T: Element> Image<'_, T> {
         result: Option<(Target<T>, f64)>,
     ) {
         let program = &iteration.program;
-        for step in &program.steps {
+        for (at, step) in program.steps.iter().enumerate() {
             let terms: Vec<Vec<(T, Matrix<T>)>> = step
                 .outs
                 .iter()
@@ -268,7 +285,14 @@ impl<T: Element> Image<'_, T> {
             match step.product {
                 Some((left, right)) => {
                     let product = term(registers[left], registers[right], self.plan.n);
-                    self.symmetric(self.plan.n, &self.plan.tiles_n, &[product], &outs);
+                    // The next results go to memory that was last used a batch ago.
+                    let next = program.steps.get(at + 1).map_or(&[][..], |next| &next.outs);
+                    let ahead: Vec<*const T> = next
+                        .iter()
+                        .map(|out| registers[out.register].at.cast_const())
+                        .collect();
+                    let n = self.plan.n;
+                    self.symmetric_ahead(n, &self.plan.tiles_n, &[product], &outs, &ahead);
                 }
                 // Only the Gram side has steps without a product, and its result stays here.
                 None => {
@@ -289,7 +313,8 @@ impl<T: Element> Image<'_, T> {
         tangents: &[Matrix<T>],
     ) {
         let n = self.plan.n;
-        for step in &iteration.program.steps {
+        let steps = &iteration.program.steps;
+        for (at, step) in steps.iter().enumerate() {
             let terms: Vec<_> = step
                 .outs
                 .iter()
@@ -317,7 +342,14 @@ impl<T: Element> Image<'_, T> {
                 term(tangents[left], values[right], n),
                 term(values[left], tangents[right], n),
             ];
-            self.symmetric(n, &self.plan.tiles_n, &products, &outs);
+            // The iterates were written a batch ago: fetch the next ones meanwhile.
+            let next = steps.get(at + 1).and_then(|next| next.product);
+            let ahead: Vec<*const T> = next
+                .into_iter()
+                .flat_map(|(l, r)| if l == r { vec![l] } else { vec![l, r] })
+                .map(|register| values[register].at.cast_const())
+                .collect();
+            self.symmetric_ahead(n, &self.plan.tiles_n, &products, &outs, &ahead);
         }
     }
 
@@ -329,7 +361,7 @@ impl<T: Element> Image<'_, T> {
     }
 
     fn check_finite(&self, values: &[T], what: &'static str) -> Result<()> {
-        if self.isa.row_statistics(values).0.is_finite() {
+        if self.isa.all_finite(values) {
             Ok(())
         } else {
             Err(self.non_finite(what))
@@ -337,7 +369,7 @@ impl<T: Element> Image<'_, T> {
     }
 
     /// Computes `out`; fills `kept` (if any) for the backward pass.
-    pub(super) fn forward(&self, out: &mut [T], kept: Option<*mut T>) -> Result<Scalars> {
+    pub(super) fn forward(&self, out: &mut [T], kept: Option<*mut T>) -> Result<Summary<T>> {
         let (means, exponent) = self.statistics()?;
         let out_scale = self.out_scale(exponent);
         let Some(iteration) = &self.plan.iteration else {
@@ -348,8 +380,11 @@ impl<T: Element> Image<'_, T> {
                 self.covariance(&means, exponent, &mut arena, sum, Some((target, out_scale)));
             });
             self.check_finite(out, "the covariance (it overflows)")?;
-            let divisor = 1.0;
-            return Ok(Scalars { divisor, exponent });
+            return Ok(Summary {
+                divisor: 1.0,
+                exponent,
+                means,
+            });
         };
         let divisor = with_workspace(self.forward_len(), |start| {
             let mut arena = Arena { next: start };
@@ -378,7 +413,11 @@ impl<T: Element> Image<'_, T> {
             divisor
         });
         self.check_finite(out, "the matrix square root")?;
-        Ok(Scalars { divisor, exponent })
+        Ok(Summary {
+            divisor,
+            exponent,
+            means,
+        })
     }
 
     /// `alpha X Q Xᵀ` from `Xᵀ` in panels over the channels.
@@ -401,6 +440,7 @@ impl<T: Element> Image<'_, T> {
                 symmetric: false,
                 terms: &[term(registers[iteration.program.result], packed, m)],
                 outs: &[into(right, 1.0, &[])],
+                ahead: Ahead::NOTHING,
             },
         );
         let out = Out {
@@ -500,13 +540,13 @@ impl<T: Element> Image<'_, T> {
     /// Writes the gradient of the features.
     pub(super) fn backward(
         &self,
-        scalars: Scalars,
+        summary: &Summary<T>,
         kept: Option<*mut T>,
         output: &[T],
         gradient: &[T],
         out: &mut [T],
     ) -> Result<()> {
-        let Scalars { divisor, exponent } = scalars;
+        let (divisor, exponent, means) = (summary.divisor, summary.exponent, &summary.means);
         let dot = self.isa.flat_dot(gradient, output);
         if !dot.is_finite() {
             self.check_finite(gradient, "the upstream gradient")?;
@@ -515,7 +555,6 @@ impl<T: Element> Image<'_, T> {
             out.fill(T::default());
             return Ok(());
         }
-        let (means, _) = self.statistics()?;
         let out_scale = self.out_scale(exponent);
         let last = 2.0 * out_scale * 2.0_f64.powi(-exponent) * self.factor();
         let dot = dot / out_scale;
@@ -525,7 +564,7 @@ impl<T: Element> Image<'_, T> {
             let Some(iteration) = &self.plan.iteration else {
                 let upstream = arena.matrix(d, d);
                 self.upstream(gradient, 1.0, upstream);
-                self.gradient_of_covariance(&means, exponent, upstream, &mut arena, last, out);
+                self.gradient_of_covariance(means, exponent, upstream, &mut arena, last, out);
                 return;
             };
             let factor = if iteration.post_compensation {
@@ -553,7 +592,7 @@ impl<T: Element> Image<'_, T> {
                 None => {
                     values.extend(arena.matrices(iteration.program.registers - 1, n));
                     let mut rest = Arena { next: arena.next };
-                    self.normalized(iteration, &means, exponent, values[0], &mut rest);
+                    self.normalized(iteration, means, exponent, values[0], &mut rest);
                     self.iterate(iteration, &values, None);
                     values
                 }
@@ -573,7 +612,7 @@ impl<T: Element> Image<'_, T> {
                 let (upstream, plain) = (arena.matrix(d, d), arena.matrix(d, m));
                 let product = arena.matrix(d, m);
                 self.upstream(gradient, factor / divisor, upstream);
-                self.pack(&means, exponent, (0, m), Some(plain), None);
+                self.pack(means, exponent, (0, m), Some(plain), None);
                 self.run(
                     &self.plan.tiles_d_positions,
                     Product {
@@ -582,6 +621,7 @@ impl<T: Element> Image<'_, T> {
                         symmetric: false,
                         terms: &[term(upstream, plain, d)],
                         outs: &[into(product, 1.0, &[])],
+                        ahead: Ahead::NOTHING,
                     },
                 );
                 let seed = [into(tangents[0], 1.0, &[])];
@@ -617,6 +657,7 @@ impl<T: Element> Image<'_, T> {
                             plain_term(plain, result),
                         ],
                         outs: &[rows],
+                        ahead: Ahead::NOTHING,
                     },
                 );
             } else {
@@ -629,7 +670,7 @@ impl<T: Element> Image<'_, T> {
                 };
                 let delta = (through * dot - self.dot(result, values[0])) / divisor;
                 self.add_norm(iteration, delta, divisor, values[0], result, &mut arena);
-                self.gradient_of_covariance(&means, exponent, result, &mut arena, last, out);
+                self.gradient_of_covariance(means, exponent, result, &mut arena, last, out);
             }
         });
         Ok(())
@@ -709,6 +750,7 @@ impl<T: Element> Image<'_, T> {
                     symmetric: false,
                     terms: &[term(gradient, packed, d)],
                     outs: &[rows],
+                    ahead: Ahead::NOTHING,
                 },
             );
         }

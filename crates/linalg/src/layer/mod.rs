@@ -9,7 +9,7 @@ use crate::kernel::buffer::Kept;
 use crate::kernel::{Dispatch, Isa};
 use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor};
-use image::{Image, Scalars};
+use image::{Image, Summary};
 use plan::Plan;
 use rayon::prelude::*;
 use std::sync::Mutex;
@@ -51,7 +51,10 @@ impl CovPool {
             isa,
             batch,
             tracked: x.track_op(),
-            state: Mutex::new(State::default()),
+            state: Mutex::new(State {
+                summaries: Vec::new(),
+                kept: None,
+            }),
         };
         // Without a gradient to come, the op is dropped here and its memory is free again.
         Ok(x.contiguous()?.apply_op1(op)?)
@@ -63,7 +66,8 @@ impl CovPool {
     /// [`Error::Option`] and [`Error::Kernel`] as for [`CovPool::forward`].
     pub fn describe(&self, d: usize, positions: usize) -> Result<Description> {
         self.validate()?;
-        let plan = Plan::new(self, d, positions, f32::isa(self.kernel)?)?;
+        let isa = f32::isa(self.kernel)?;
+        let plan = Plan::new(self, d, positions, isa)?;
         let (forward, backward) = plan.multiply_adds();
         Ok(Description {
             gram: plan.iteration.as_ref().is_some_and(|i| i.gram),
@@ -71,7 +75,7 @@ impl CovPool {
             forward_multiply_adds: forward,
             backward_multiply_adds: backward,
             kept_bytes: plan.kept_len::<f32>() * size_of::<f32>(),
-            kernel: self.kernel.resolve()?.name(),
+            kernel: isa.name,
         })
     }
 }
@@ -163,9 +167,8 @@ impl Layered for f64 {
 }
 
 /// What the forward pass leaves for the backward pass.
-#[derive(Default)]
-struct State {
-    scalars: Vec<Scalars>,
+struct State<T> {
+    summaries: Vec<Summary<T>>,
     kept: Option<Kept>,
 }
 
@@ -176,7 +179,7 @@ struct Op<T: 'static> {
     isa: &'static Isa<T>,
     batch: usize,
     tracked: bool,
-    state: Mutex<State>,
+    state: Mutex<State<T>>,
 }
 
 /// A pointer that may cross threads; each image uses its own part.
@@ -236,11 +239,11 @@ impl<T: Layered> Op<T> {
         let length = self.plan.kept_len::<T>();
         let kept = (self.tracked && length > 0).then(|| Kept::new::<T>(length * self.batch));
         let start = kept.as_ref().map(|kept| Shared(kept.pointer::<T>()));
-        let scalars = self.each(features, &mut out, |image, out| {
+        let summaries = self.each(features, &mut out, |image, out| {
             let index = image.index;
             image.forward(out, start.map(|start| start.part(index, length)))
         })?;
-        *self.lock() = State { scalars, kept };
+        *self.lock() = State { summaries, kept };
         Ok(out)
     }
 
@@ -249,19 +252,24 @@ impl<T: Layered> Op<T> {
         let state = self.lock();
         let length = self.plan.kept_len::<T>();
         let start = state.kept.as_ref().map(|kept| Shared(kept.pointer::<T>()));
-        let scalars = &state.scalars;
+        let summaries = &state.summaries;
         let size = self.plan.output.len(self.plan.d);
         self.each(features, &mut out, |image, out| {
             let index = image.index;
             let part = index * size..(index + 1) * size;
             let kept = start.map(|start| start.part(index, length));
-            let scalars = scalars.get(index).copied().unwrap_or_default();
-            image.backward(scalars, kept, &output[part.clone()], &gradient[part], out)
+            image.backward(
+                &summaries[index],
+                kept,
+                &output[part.clone()],
+                &gradient[part],
+                out,
+            )
         })?;
         Ok(out)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, State<T>> {
         self.state
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner())

@@ -1,11 +1,11 @@
 //! What is decided once a call: the side, the program, the tiles, the memory.
 
+use crate::Result;
 use crate::config::{CovPool, Memory, Output, Side};
 use crate::kernel::Isa;
 use crate::kernel::product::{Matrix, Tile, full_tiles, symmetric_tiles};
 use crate::kernel::vector::Element;
 use crate::program::{Epilogue, Program, Register, Wanted};
-use crate::{Kernel, Result};
 
 /// Positions that are packed at a time on the covariance side, so that they stay in the cache.
 pub(super) const CHUNK: usize = 512;
@@ -36,7 +36,6 @@ pub(super) struct Plan {
     pub d: usize,
     pub positions: usize,
     pub output: Output,
-    pub kernel: Kernel,
     pub iteration: Option<Iteration>,
     /// Side length of the iteration's matrices.
     pub n: usize,
@@ -108,7 +107,6 @@ impl Plan {
             d,
             positions,
             output: pool.output,
-            kernel: pool.kernel,
             n,
             tiles_n: symmetric_tiles(n, width, shape),
             tiles_d: symmetric_tiles(d, width, shape),

@@ -1,0 +1,169 @@
+#!/usr/bin/env python3
+"""Times the iSQRT-COV layer in PyTorch beside `isqrt bench layer`, in one run.
+
+The PyTorch side is written from the paper's formulas as the authors' release evaluates them:
+covariance through the centring matrix, trace normalisation, coupled Newton-Schulz with stored
+iterates, the hand-written reverse-mode backward of 8 + 10 (N - 2) products, triangle by index.
+
+    python3 tools/peers/layer.py --isqrt target/release/isqrt --threads 1 --batch 32
+
+Needs PyTorch. Prints a line per case and implementation, then the ratio (PyTorch over ours).
+Each side runs in turn, several times; medians.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import time
+
+import torch
+
+
+class Covariance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        b, d, m = x.shape
+        centring = (torch.eye(m) - 1.0 / m) / m
+        centring = centring.expand(b, m, m).contiguous()
+        ctx.save_for_backward(x, centring)
+        return x.bmm(centring).bmm(x.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, centring = ctx.saved_tensors
+        return (grad + grad.transpose(1, 2)).bmm(x).bmm(centring)
+
+
+class Root(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sigma, n):
+        b, d, _ = sigma.shape
+        eye3 = 3.0 * torch.eye(d).expand(b, d, d)
+        trace = sigma.diagonal(dim1=1, dim2=2).sum(1)
+        a = sigma / trace.view(b, 1, 1)
+        ys, zs = [], []
+        if n < 2:
+            y = 0.5 * a.bmm(eye3 - a)
+        else:
+            z = 0.5 * (eye3 - a)
+            y = a.bmm(z)
+            ys.append(y)
+            zs.append(z)
+            for _ in range(1, n - 1):
+                t = 0.5 * (eye3 - z.bmm(y))
+                y, z = y.bmm(t), t.bmm(z)
+                ys.append(y)
+                zs.append(z)
+            y = 0.5 * y.bmm(eye3 - z.bmm(y))
+        ctx.n = n
+        ctx.save_for_backward(sigma, a, y, trace, *ys, *zs)
+        return y * trace.sqrt().view(b, 1, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        n = ctx.n
+        sigma, a, last, trace, *rest = ctx.saved_tensors
+        ys, zs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        b, d, _ = sigma.shape
+        eye3 = 3.0 * torch.eye(d).expand(b, d, d)
+        t = trace.view(b, 1, 1)
+        post = grad * t.sqrt()
+        aux = (grad * last).sum((1, 2)) / (2 * trace.sqrt())
+        if n < 2:
+            ga = 0.5 * (post.bmm(eye3 - a) - a.bmm(post))
+        else:
+            y, z = ys[-1], zs[-1]
+            yz = y.bmm(z)
+            gy = 0.5 * (post.bmm(eye3 - yz) - z.bmm(y).bmm(post))
+            gz = -0.5 * y.bmm(post).bmm(y)
+            for y, z in zip(ys[-2::-1], zs[-2::-1]):
+                t3 = eye3 - y.bmm(z)
+                zy = z.bmm(y)
+                gy, gz = (
+                    0.5 * (gy.bmm(t3) - z.bmm(gz).bmm(z) - zy.bmm(gy)),
+                    0.5 * (t3.bmm(gz) - y.bmm(gy).bmm(y) - gz.bmm(zy)),
+                )
+            ga = 0.5 * (gy.bmm(eye3 - a) - gz - a.bmm(gy))
+        gs = ga / t
+        scale = aux - (ga * sigma).sum((1, 2)) / (trace * trace)
+        return gs + scale.view(b, 1, 1) * torch.eye(d), None
+
+
+def layer(x, n, index):
+    c = Root.apply(Covariance.apply(x), n)
+    b, d, _ = c.shape
+    return c.reshape(b, d * d)[:, index]
+
+
+def torch_times(x, n, index, seconds):
+    forward, backward = [], []
+    x = x.clone().requires_grad_(True)
+    start = time.perf_counter()
+    while len(forward) < 3 or time.perf_counter() - start < seconds:
+        t0 = time.perf_counter()
+        y = layer(x, n, index)
+        t1 = time.perf_counter()
+        torch.autograd.grad(y, x, torch.ones_like(y))
+        t2 = time.perf_counter()
+        forward.append((t1 - t0) * 1e3)
+        backward.append((t2 - t1) * 1e3)
+    return statistics.median(forward[1:]), statistics.median(backward[1:])
+
+
+def ours(binary, threads, batch, dim, positions, schedule, seconds):
+    command = [binary, "bench", "layer", "--json", "--threads", str(threads)]
+    command += ["--batch", str(batch), "--dim", str(dim), "--positions", str(positions)]
+    command += ["--seconds", str(seconds), *schedule]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for line in lines.splitlines():
+        row = json.loads(line)
+        if row["implementation"] == "ours":
+            return row["forward_ms"], row["backward_ms"]
+    raise SystemExit("isqrt bench layer printed no row of ours")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--isqrt", default="target/release/isqrt", help="the binary")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--batch", type=int, nargs="+", default=[32, 10])
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--positions", type=int, nargs="+", default=[196, 784])
+    parser.add_argument("--iterations", type=int, nargs="+", default=[1, 3, 5, 7])
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds")
+    parser.add_argument("--seconds", type=float, default=1.0, help="per side and round")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(1)
+    dim = args.dim
+    index = torch.triu_indices(dim, dim)
+    index = index[0] * dim + index[1]
+    print(f"torch {torch.__version__}, {args.threads} threads, d = {dim}, ms a batch, f32")
+    minimax = ["--schedule", "cubic", "--lower", "0.1", "--iterations", "3"]
+    for positions in args.positions:
+        for batch in args.batch:
+            x = torch.randn(batch, dim, positions)
+            cases = [(f"N={n}", n, ["--iterations", str(n)]) for n in args.iterations]
+            cases.append(("cubic minimax, 3 steps, against N=5", 5, minimax))
+            for name, n, schedule in cases:
+                a, b = [], []
+                for _ in range(args.rounds):
+                    a.append(torch_times(x, n, index, args.seconds))
+                    b.append(
+                        ours(args.isqrt, args.threads, batch, dim, positions, schedule, args.seconds)
+                    )
+                (tf, tb), (of, ob) = (
+                    [statistics.median(column) for column in zip(*rows)] for rows in (a, b)
+                )
+                print(
+                    f"batch {batch:3} M {positions:4} {name:36}"
+                    f" torch {tf:8.2f} + {tb:8.2f}   ours {of:8.2f} + {ob:8.2f}"
+                    f"   ratio {(tf + tb) / (of + ob):5.2f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
