@@ -1,1 +1,18 @@
-//! Backbones, pooling heads and their registry.
+//! Backbones, representations (pooling heads) and the networks made of them.
+//!
+//! A network is backbone + representation + linear classifier, described by a [`ModelSpec`] and
+//! built by [`Network::new`]. To add a backbone, write one file in `backbones/` and add one line to
+//! [`BACKBONES`]; a representation likewise, in `representations/` and [`REPRESENTATIONS`]. A test
+//! builds, differentiates, saves and loads every combination.
+
+mod backbones;
+mod error;
+mod network;
+mod representations;
+
+pub use backbones::{BACKBONES, Backbone, BackboneEntry};
+pub use error::{Error, Result};
+pub use network::{ModelSpec, Network};
+pub use representations::{
+    Options, REPRESENTATIONS, Representation, RepresentationEntry, RepresentationSpec,
+};

@@ -1,0 +1,98 @@
+//! A small residual network for 64x64 photographs: a 5x5 stem, three basic blocks (He et al. 2016)
+//! and a 1x1 convolution to 32 channels, so that every representation sees 8x8x32.
+
+use candle_core::Tensor;
+use isqrt_nn::layers::ConvNorm;
+use isqrt_nn::ops::add_relu;
+use isqrt_nn::{Mode, Scope};
+
+use super::{Backbone, BackboneEntry};
+use crate::Result;
+
+pub(super) const TINY_RESNET: Entry = Entry;
+
+pub(super) struct Entry;
+
+impl BackboneEntry for Entry {
+    fn name(&self) -> &'static str {
+        "tinyresnet"
+    }
+
+    fn about(&self) -> &'static str {
+        "conv 5x5 stride 2, basic blocks of 16 (stride 2), 32 and 64 (stride 2) channels, \
+         conv 1x1; 64x64 images to 8x8x32"
+    }
+
+    fn build(&self, mut scope: Scope<'_>) -> Result<Box<dyn Backbone>> {
+        Ok(Box::new(TinyResNet {
+            stem: ConvNorm::new(&mut scope, ("conv1", "bn1"), (3, 16), 5, 2, true)?,
+            blocks: vec![
+                BasicBlock::new(scope.sub("layer1"), (16, 16), 2)?,
+                BasicBlock::new(scope.sub("layer2"), (16, 32), 1)?,
+                BasicBlock::new(scope.sub("layer3"), (32, 64), 2)?,
+            ],
+            reduction: ConvNorm::new(&mut scope, ("conv2", "bn2"), (64, 32), 1, 1, true)?,
+        }))
+    }
+}
+
+struct TinyResNet {
+    stem: ConvNorm,
+    blocks: Vec<BasicBlock>,
+    reduction: ConvNorm,
+}
+
+impl Backbone for TinyResNet {
+    fn forward_features(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        let mut x = self.stem.forward(x, mode)?;
+        for block in &self.blocks {
+            x = block.forward(&x, mode)?;
+        }
+        Ok(self.reduction.forward(&x, mode)?)
+    }
+
+    fn out_channels(&self) -> usize {
+        32
+    }
+}
+
+/// Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes.
+struct BasicBlock {
+    first: ConvNorm,
+    second: ConvNorm,
+    downsample: Option<ConvNorm>,
+}
+
+impl BasicBlock {
+    fn new(mut scope: Scope<'_>, channels: (usize, usize), stride: usize) -> Result<Self> {
+        let (inputs, outputs) = channels;
+        let downsample = match stride != 1 || inputs != outputs {
+            true => {
+                let names = ("0", "1");
+                Some(ConvNorm::new(
+                    &mut scope.sub("downsample"),
+                    names,
+                    channels,
+                    1,
+                    stride,
+                    false,
+                )?)
+            }
+            false => None,
+        };
+        let inner = (outputs, outputs);
+        Ok(Self {
+            first: ConvNorm::new(&mut scope, ("conv1", "bn1"), channels, 3, stride, true)?,
+            second: ConvNorm::new(&mut scope, ("conv2", "bn2"), inner, 3, 1, false)?,
+            downsample,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        let y = self.second.forward(&self.first.forward(x, mode)?, mode)?;
+        Ok(match &self.downsample {
+            Some(downsample) => add_relu(&y, &downsample.forward(x, mode)?)?,
+            None => add_relu(&y, x)?,
+        })
+    }
+}

@@ -1,0 +1,51 @@
+//! What can go wrong in this crate.
+
+/// Errors of building and running networks.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A name that is not in a registry.
+    #[error("there is no {what} called {name:?}; known are {known}")]
+    Unknown {
+        /// "backbone" or "representation".
+        what: &'static str,
+        /// The name given.
+        name: String,
+        /// The names in the registry.
+        known: String,
+    },
+    /// Options that a representation does not take.
+    #[error("representation {name:?}: {message}")]
+    Options {
+        /// Name of the representation.
+        name: String,
+        /// What is wrong with them.
+        message: String,
+    },
+    /// A classifier needs classes.
+    #[error("a network needs at least 1 class, got 0")]
+    Classes,
+    /// An error of a training op or of parameters.
+    #[error(transparent)]
+    Nn(#[from] isqrt_nn::Error),
+    /// An error of covariance pooling.
+    #[error(transparent)]
+    Linalg(#[from] isqrt_linalg::Error),
+    /// An error of the tensor library.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl From<Error> for candle_core::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Nn(error) => error.into(),
+            Error::Linalg(error) => error.into(),
+            Error::Candle(error) => error,
+            other => candle_core::Error::wrap(other),
+        }
+    }
+}

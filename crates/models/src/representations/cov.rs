@@ -1,0 +1,51 @@
+//! Covariance pooling without a root.
+
+use candle_core::Tensor;
+use isqrt_linalg::CovPool;
+use isqrt_nn::{Mode, Scope};
+
+use super::{NoOptions, Options, Representation, RepresentationEntry};
+use crate::Result;
+
+pub(super) const COV: Entry = Entry;
+
+pub(super) struct Entry;
+
+impl RepresentationEntry for Entry {
+    fn name(&self) -> &'static str {
+        "cov"
+    }
+
+    fn about(&self) -> &'static str {
+        "plain covariance, upper triangle"
+    }
+
+    fn build(
+        &self,
+        options: &Options,
+        channels: usize,
+        _scope: Scope<'_>,
+    ) -> Result<Box<dyn Representation>> {
+        options.read::<NoOptions>(self.name())?;
+        Ok(Box::new(Covariance {
+            pool: CovPool::plain(),
+            channels,
+        }))
+    }
+}
+
+/// A [`CovPool`] as a representation.
+pub(super) struct Covariance {
+    pub(super) pool: CovPool,
+    pub(super) channels: usize,
+}
+
+impl Representation for Covariance {
+    fn forward(&self, x: &Tensor, _mode: Mode) -> Result<Tensor> {
+        Ok(self.pool.forward(x)?.flatten_from(1)?)
+    }
+
+    fn out_dim(&self) -> usize {
+        self.pool.out_dim(self.channels)
+    }
+}

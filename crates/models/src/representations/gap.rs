@@ -1,0 +1,46 @@
+//! Global average pooling: the mean of each channel, first order.
+
+use candle_core::Tensor;
+use isqrt_nn::ops::global_avg_pool;
+use isqrt_nn::{Mode, Scope};
+
+use super::{NoOptions, Options, Representation, RepresentationEntry};
+use crate::Result;
+
+pub(super) const GAP: Entry = Entry;
+
+pub(super) struct Entry;
+
+impl RepresentationEntry for Entry {
+    fn name(&self) -> &'static str {
+        "gap"
+    }
+
+    fn about(&self) -> &'static str {
+        "global average pooling"
+    }
+
+    fn build(
+        &self,
+        options: &Options,
+        channels: usize,
+        _scope: Scope<'_>,
+    ) -> Result<Box<dyn Representation>> {
+        options.read::<NoOptions>(self.name())?;
+        Ok(Box::new(GlobalAverage { channels }))
+    }
+}
+
+struct GlobalAverage {
+    channels: usize,
+}
+
+impl Representation for GlobalAverage {
+    fn forward(&self, x: &Tensor, _mode: Mode) -> Result<Tensor> {
+        Ok(global_avg_pool(x)?)
+    }
+
+    fn out_dim(&self) -> usize {
+        self.channels
+    }
+}

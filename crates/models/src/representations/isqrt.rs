@@ -1,0 +1,125 @@
+//! iSQRT-COV: covariance pooling with a matrix square root by iteration.
+//!
+//! The steps are given in one of four ways: `iterations = 5` (Newton-Schulz, the default);
+//! `schedule = "cubic"` or `"quintic"` with `steps` and `lower`; `coefficients = [[a, b, c], ...]`.
+
+use isqrt_linalg::{CovPool, Memory, Output, PreNormalization, Root, Schedule, Side};
+use isqrt_nn::Scope;
+use serde::Deserialize;
+
+use super::cov::Covariance;
+use super::{Options, Representation, RepresentationEntry};
+use crate::{Error, Result};
+
+pub(super) const ISQRT: Entry = Entry;
+
+pub(super) struct Entry;
+
+impl RepresentationEntry for Entry {
+    fn name(&self) -> &'static str {
+        "isqrt"
+    }
+
+    fn about(&self) -> &'static str {
+        "covariance with an iterated square root (iSQRT-COV)"
+    }
+
+    fn build(
+        &self,
+        options: &Options,
+        channels: usize,
+        _scope: Scope<'_>,
+    ) -> Result<Box<dyn Representation>> {
+        let pool = options.read::<Keys>(self.name())?.pool()?;
+        pool.validate()?;
+        Ok(Box::new(Covariance { pool, channels }))
+    }
+}
+
+/// The keys in a spec.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Keys {
+    iterations: Option<usize>,
+    schedule: Option<Minimax>,
+    steps: Option<usize>,
+    lower: Option<f64>,
+    coefficients: Option<Vec<[f64; 3]>>,
+    pre_normalization: Norm,
+    post_compensation: Option<bool>,
+    side: RunsOn,
+    memory: Keeps,
+    output: Form,
+}
+
+/// Declares an enum of words in specs that stands for one of isqrt-linalg's (which knows no serde).
+macro_rules! words {
+    ($name:ident => $target:ident { $first:ident $(, $other:ident)* }) => {
+        #[derive(Debug, Clone, Copy, Default, Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        enum $name {
+            #[default]
+            $first,
+            $($other),*
+        }
+        impl From<$name> for $target {
+            fn from(word: $name) -> Self {
+                match word {
+                    $name::$first => Self::$first,
+                    $($name::$other => Self::$other),*
+                }
+            }
+        }
+    };
+}
+words!(Norm => PreNormalization { Trace, Frobenius, Spectral, None });
+words!(RunsOn => Side { Auto, Covariance, Gram });
+words!(Keeps => Memory { Keep, Lean });
+words!(Form => Output { Triangle, Full });
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Minimax {
+    Cubic,
+    Quintic,
+}
+
+impl Keys {
+    fn pool(self) -> Result<CovPool> {
+        let root = Root {
+            schedule: self.schedule()?,
+            pre_normalization: self.pre_normalization.into(),
+            post_compensation: self.post_compensation.unwrap_or(true),
+            side: self.side.into(),
+            memory: self.memory.into(),
+        };
+        Ok(CovPool {
+            output: self.output.into(),
+            ..CovPool::with_root(root)
+        })
+    }
+
+    fn schedule(&self) -> Result<Schedule> {
+        let bounds = (self.steps, self.lower);
+        match (self.iterations, self.schedule, &self.coefficients, bounds) {
+            (iterations, None, None, (None, None)) => Ok(Schedule::NewtonSchulz {
+                iterations: iterations.unwrap_or(5),
+            }),
+            (None, Some(Minimax::Cubic), None, (Some(steps), Some(lower))) => {
+                Ok(Schedule::Cubic { steps, lower })
+            }
+            (None, Some(Minimax::Quintic), None, (Some(steps), Some(lower))) => {
+                Ok(Schedule::Quintic { steps, lower })
+            }
+            (None, None, Some(coefficients), (None, None)) => {
+                Ok(Schedule::Given(coefficients.clone()))
+            }
+            _ => Err(Error::Options {
+                name: ISQRT.name().to_owned(),
+                message: "give one of: iterations; schedule (cubic or quintic) with steps and \
+                          lower; coefficients"
+                    .to_owned(),
+            }),
+        }
+    }
+}

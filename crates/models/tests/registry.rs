@@ -1,0 +1,163 @@
+//! Every backbone with every representation: builds, learns, saves and loads.
+#![allow(clippy::unwrap_used)]
+
+use candle_core::{DType, Device};
+use isqrt_models::{BACKBONES, ModelSpec, Network, REPRESENTATIONS, RepresentationSpec};
+use isqrt_nn::Mode;
+use isqrt_nn::ops::cross_entropy;
+use isqrt_testkit::{assert_close, randn};
+
+fn spec(backbone: &str, representation: RepresentationSpec) -> ModelSpec {
+    ModelSpec {
+        backbone: backbone.to_owned(),
+        representation,
+        classes: 3,
+    }
+}
+
+fn network(spec: &ModelSpec, seed: u64) -> Network {
+    Network::new(spec, seed, DType::F32, &Device::Cpu).unwrap()
+}
+
+#[test]
+fn every_combination_builds_differentiates_saves_and_loads() {
+    let folder = tempfile::tempdir().unwrap();
+    let images = randn((4, 3, 32, 32), 1, DType::F32).unwrap();
+    for backbone in BACKBONES {
+        for representation in REPRESENTATIONS {
+            let name = format!("{} with {}", backbone.name(), representation.name());
+            let spec = spec(
+                backbone.name(),
+                RepresentationSpec::new(representation.name()),
+            );
+            let first = network(&spec, 7);
+
+            // A forward pass in training moves the running statistics, so that they are tested too.
+            let logits = first.forward(&images, Mode::Train).unwrap();
+            assert_eq!(logits.dims(), [4, 3], "{name}");
+            let loss = cross_entropy(&logits, &[0, 1, 2, 0], 0.0).unwrap();
+            let gradients = loss.backward().unwrap();
+            for (parameter, var) in first.vars().parameters() {
+                let gradient = gradients.get(var.as_tensor());
+                let gradient =
+                    gradient.unwrap_or_else(|| panic!("{name}: no gradient of {parameter}"));
+                let size = gradient
+                    .sqr()
+                    .unwrap()
+                    .sum_all()
+                    .unwrap()
+                    .to_scalar::<f32>()
+                    .unwrap();
+                assert!(
+                    size.is_finite() && size > 0.0,
+                    "{name}: gradient of {parameter} is {size}"
+                );
+            }
+
+            let path = folder.path().join("network.safetensors");
+            first.save(&path).unwrap();
+            let mut second = network(&spec, 8);
+            let other = second.forward(&images, Mode::Eval).unwrap();
+            second.load(&path).unwrap();
+            let expected = first.forward(&images, Mode::Eval).unwrap();
+            assert_close!(
+                second.forward(&images, Mode::Eval).unwrap(),
+                expected,
+                atol = 0.0
+            );
+            let change = (other - expected)
+                .unwrap()
+                .abs()
+                .unwrap()
+                .sum_all()
+                .unwrap();
+            assert!(
+                change.to_scalar::<f32>().unwrap() > 0.0,
+                "{name}: the seed changes nothing"
+            );
+        }
+    }
+}
+
+#[test]
+fn one_seed_gives_one_backbone_whatever_the_head() {
+    let heads = ["gap", "isqrt"].map(RepresentationSpec::new);
+    let [a, b] = heads.map(|head| network(&spec("e10net", head), 3));
+    for (name, var) in a
+        .vars()
+        .parameters()
+        .filter(|(name, _)| name.starts_with("backbone"))
+    {
+        let (_, other) = b
+            .vars()
+            .parameters()
+            .find(|(other, _)| *other == name)
+            .unwrap();
+        assert_close!(var.as_tensor(), other.as_tensor(), atol = 0.0);
+    }
+}
+
+#[test]
+fn a_checkpoint_of_another_network_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.safetensors");
+    network(&spec("e10net", RepresentationSpec::new("gap")), 1)
+        .save(&path)
+        .unwrap();
+    let mut other = network(&spec("e10net", RepresentationSpec::new("cov")), 1);
+    let message = other.load(&path).unwrap_err().to_string();
+    assert!(
+        message.contains("classifier.weight") && message.contains("shape"),
+        "{message}"
+    );
+    let message = other
+        .load(&folder.path().join("none"))
+        .unwrap_err()
+        .to_string();
+    assert!(message.contains("none"), "{message}");
+}
+
+#[test]
+fn specs_are_read_and_mistakes_are_named() {
+    let read = |head: &str| {
+        let text = format!("backbone = \"e10net\"\nclasses = 10\nrepresentation = {head}");
+        let spec: ModelSpec = toml::from_str(&text).map_err(|e| e.to_string())?;
+        let network = Network::new(&spec, 1, DType::F32, &Device::Cpu);
+        network
+            .map(|n| n.vars().parameter_count())
+            .map_err(|e| e.to_string())
+    };
+    let conv = 7 * 7 * 3 * 32 + 32 * 32 + 4 * 32;
+    for good in [
+        r#"{ name = "isqrt" }"#,
+        r#"{ name = "isqrt", iterations = 3, pre_normalization = "frobenius" }"#,
+        r#"{ name = "isqrt", post_compensation = false, side = "gram", memory = "lean" }"#,
+        r#"{ name = "isqrt", schedule = "cubic", steps = 3, lower = 0.1 }"#,
+        r#"{ name = "isqrt", coefficients = [[1.5, -0.5, 0.0]] }"#,
+        r#"{ name = "mpn", power = 0.5 }"#,
+    ] {
+        assert_eq!(read(good), Ok(conv + 528 * 10 + 10), "{good}");
+    }
+    assert_eq!(
+        read(r#"{ name = "isqrt", output = "full" }"#),
+        Ok(conv + 1024 * 10 + 10)
+    );
+    for (bad, part) in [
+        (
+            r#"{ name = "isqrt", iteration = 3 }"#,
+            "unknown field `iteration`",
+        ),
+        (r#"{ name = "isqrt", iterations = 0 }"#, "iterations"),
+        (
+            r#"{ name = "isqrt", iterations = 3, schedule = "cubic" }"#,
+            "give one of",
+        ),
+        (r#"{ name = "isqrt", schedule = "septic" }"#, "septic"),
+        (r#"{ name = "gap", power = 2 }"#, "power"),
+        (r#"{ name = "gax" }"#, "known are gap, cov, isqrt, mpn"),
+        (r#"{ iterations = 3 }"#, "name"),
+    ] {
+        let message = read(bad).unwrap_err();
+        assert!(message.contains(part), "{bad}: {message}");
+    }
+}

@@ -1,0 +1,214 @@
+//! A problem that a small network learns in seconds, and what the engine promises about it.
+#![allow(clippy::unwrap_used)]
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use isqrt_datasets::ImageSet;
+use isqrt_models::{ModelSpec, RepresentationSpec};
+use isqrt_train::{
+    AugmentConfig, EpochMetrics, Error, Observer, Silent, TrainConfig, TrainResult, train,
+};
+
+const SIDE: usize = 16;
+
+/// Stripes: class 0 across, class 1 down, class 2 none, with a random phase, contrast and noise.
+fn stripes(per_class: usize, mut state: u64) -> Arc<ImageSet> {
+    let mut random = move || {
+        // Xorshift, so that the set is the same wherever the test runs.
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) as f64 / (1u64 << 53) as f64
+    };
+    let (mut pixels, mut labels) = (Vec::new(), Vec::new());
+    for i in 0..3 * per_class {
+        let class = i % 3;
+        let (phase, contrast) = (6.3 * random(), 40.0 + 30.0 * random());
+        for at in 0..SIDE * SIDE {
+            let along = [at / SIDE, at % SIDE, 0][class];
+            let wave = (phase + 1.6 * along as f64).sin();
+            for _ in 0..3 {
+                pixels.push((128.0 + contrast * wave + 60.0 * (random() - 0.5)) as u8);
+            }
+        }
+        labels.push(class as u32);
+    }
+    let classes = ["across", "down", "none"].map(String::from).to_vec();
+    Arc::new(ImageSet::new(classes, SIDE, SIDE, pixels, labels).unwrap())
+}
+
+fn config(head: &str) -> TrainConfig {
+    let toml = format!(
+        "epochs = 4\nbatch = 16\nlr = 0.1\nweight_decay = 5e-4\nseed = 5\n\
+         [model]\nbackbone = \"e10net\"\nclasses = 3\nrepresentation = {{ name = \"{head}\" }}"
+    );
+    toml::from_str(&toml).unwrap()
+}
+
+fn run(config: &TrainConfig) -> TrainResult {
+    train(config, stripes(64, 1), stripes(40, 2), &mut Silent).unwrap()
+}
+
+fn without_time(mut result: TrainResult) -> TrainResult {
+    result.seconds = 0.0;
+    result.epochs.iter_mut().for_each(|e| e.seconds = 0.0);
+    result
+}
+
+#[test]
+fn every_head_learns() {
+    for head in ["gap", "cov", "isqrt", "mpn"] {
+        let result = run(&config(head));
+        assert_eq!((result.epochs.len(), result.total), (4, 120), "{head}");
+        assert!(result.top1_error < 5.0, "{head}: {result:?}");
+        assert!(
+            result.epochs[3].train_loss < result.epochs[0].train_loss,
+            "{head}"
+        );
+    }
+}
+
+#[test]
+fn a_seed_fixes_every_bit_whatever_the_threads() {
+    let config = TrainConfig {
+        augment: AugmentConfig {
+            flip: true,
+            pad_crop: 2,
+        },
+        epochs: 2,
+        ..config("isqrt")
+    };
+    let on = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        without_time(pool.install(|| run(&config)))
+    };
+    let first = without_time(run(&config));
+    assert_eq!(first, on(1));
+    assert_eq!(first, on(3));
+    let other = TrainConfig { seed: 6, ..config };
+    assert_ne!(first.epochs[0].train_loss, run(&other).epochs[0].train_loss);
+}
+
+#[test]
+fn divergence_is_an_error_with_its_place() {
+    let config = TrainConfig {
+        lr: 1e30,
+        ..config("gap")
+    };
+    let error = train(&config, stripes(64, 1), stripes(8, 2), &mut Silent).unwrap_err();
+    let message = error.to_string();
+    assert!(
+        message.contains("epoch 1") && message.contains("step"),
+        "{message}"
+    );
+}
+
+/// Stops in the middle of the second epoch.
+#[derive(Default)]
+struct Impatient {
+    steps: usize,
+    epochs: usize,
+}
+
+impl Observer for Impatient {
+    fn step(&mut self, step: usize, total: usize, loss: f32) -> ControlFlow<()> {
+        self.steps += 1;
+        assert_eq!((step, total), (self.steps, 48));
+        assert!(loss.is_finite());
+        if step == 18 {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    }
+
+    fn epoch(&mut self, metrics: &EpochMetrics) -> ControlFlow<()> {
+        self.epochs += 1;
+        assert_eq!(metrics.epoch, self.epochs);
+        ControlFlow::Continue(())
+    }
+}
+
+#[test]
+fn an_observer_hears_everything_and_can_stop() {
+    let mut observer = Impatient::default();
+    let sets = (stripes(64, 1), stripes(8, 2));
+    let result = train(&config("gap"), sets.0, sets.1, &mut observer).unwrap();
+    assert!(result.stopped);
+    assert_eq!(
+        (observer.steps, observer.epochs, result.epochs.len()),
+        (18, 2, 2)
+    );
+}
+
+#[test]
+fn mistakes_are_named_before_anything_runs() {
+    let refused = |config: &TrainConfig| {
+        train(config, stripes(8, 1), stripes(8, 2), &mut Silent)
+            .unwrap_err()
+            .to_string()
+    };
+    let base = config("gap");
+    let four = ModelSpec {
+        classes: 4,
+        ..base.model.clone()
+    };
+    let unknown = ModelSpec {
+        representation: RepresentationSpec::new("max"),
+        ..base.model.clone()
+    };
+    for (config, part) in [
+        (
+            TrainConfig {
+                epochs: 0,
+                ..base.clone()
+            },
+            "epochs",
+        ),
+        (
+            TrainConfig {
+                lr: f64::NAN,
+                ..base.clone()
+            },
+            "lr",
+        ),
+        (
+            TrainConfig {
+                batch: 100,
+                ..base.clone()
+            },
+            "batch",
+        ),
+        (
+            TrainConfig {
+                model: four,
+                ..base.clone()
+            },
+            "3 classes",
+        ),
+        (
+            TrainConfig {
+                model: unknown,
+                ..base.clone()
+            },
+            "max",
+        ),
+    ] {
+        let message = refused(&config);
+        assert!(message.contains(part), "{message}");
+    }
+    assert!(toml::from_str::<TrainConfig>("epochs = 1\nlearning_rate = 2").is_err());
+    assert!(matches!(
+        train(
+            &TrainConfig { batch: 0, ..base },
+            stripes(8, 1),
+            stripes(8, 2),
+            &mut Silent
+        ),
+        Err(Error::Config { what: "batch", .. })
+    ));
+}
