@@ -1,2 +1,91 @@
-//! The `isqrt` command.
-fn main() {}
+//! The `isqrt` command: parses flags, draws progress, prints. The work is in the libraries.
+//!
+//! Results go to standard output (one JSON object a line with `--json`), progress and errors to
+//! standard error. Exit code 1 with one line `error: ...` when something fails, 2 for wrong usage.
+
+mod commands;
+mod output;
+mod plot;
+mod progress;
+
+use clap::{Args, Parser, Subcommand};
+use std::io::Write;
+use std::process::ExitCode;
+
+/// Second-order pooling by iterative matrix square root (iSQRT-COV): reproduce, compare, time.
+#[derive(Parser)]
+#[command(
+    name = "isqrt",
+    version,
+    about,
+    after_help = "Example:\n  isqrt reproduce --dry-run"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Flags of every command.
+#[derive(Args)]
+struct Common {
+    /// One JSON object a line on standard output
+    #[arg(long, global = true)]
+    json: bool,
+    /// Threads to use [default: all cores]
+    #[arg(long, global = true, value_name = "T", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the paper's tables and figures and write a report
+    Reproduce(commands::reproduce::Reproduce),
+    /// Compare iteration counts and schedules: error, gradient error, time
+    Iterations(commands::iterations::Iterations),
+    /// Time the layer and what it replaces
+    #[command(subcommand)]
+    Bench(commands::bench::Bench),
+    /// Write the report of a run folder again
+    Report(commands::report::Report),
+    /// List backbones and pooling heads
+    Models(commands::models::Models),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        // The reader of our output has gone, as `head` does: nothing is wrong.
+        Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            let text = format!("{error:#}");
+            let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+            // Standard error may be closed too; then there is nobody to tell.
+            let _ = writeln!(std::io::stderr(), "error: {line}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> anyhow::Result<()> {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_max_level(tracing::Level::WARN)
+        .without_time()
+        .init();
+    if let Some(threads) = cli.common.threads {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(usize::from(threads))
+            .build_global()?;
+    }
+    let json = cli.common.json;
+    match &cli.command {
+        Command::Reproduce(c) => c.run(json, cli.common.threads),
+        Command::Iterations(c) => c.run(json),
+        Command::Bench(c) => c.run(json),
+        Command::Report(c) => c.run(json),
+        Command::Models(c) => c.run(json),
+    }
+}

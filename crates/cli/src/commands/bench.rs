@@ -1,0 +1,266 @@
+//! `isqrt bench`: time of the layer and of what it replaces.
+
+use crate::output::{self, show};
+use anyhow::Context;
+use clap::{Args, Subcommand, ValueEnum};
+use isqrt_linalg::bench::{LayerCase, decompositions, layer, peak_gflops};
+use isqrt_linalg::{CovPool, Kernel, Memory, Root, Schedule, Side};
+use std::time::Duration;
+
+/// Time the layer and what it replaces
+#[derive(Subcommand)]
+#[command(
+    after_help = "Example:\n  isqrt bench layer --batch 32 --dim 256 --positions 196 --iterations 5"
+)]
+pub enum Bench {
+    /// Our layer beside the plain reverse-mode iteration, measured in turn
+    Layer(LayerBench),
+    /// Eigen- and singular value decomposition beside our layer
+    Decomposition(DecompositionBench),
+}
+
+impl Bench {
+    pub fn run(&self, json: bool) -> anyhow::Result<()> {
+        match self {
+            Self::Layer(c) => c.run(json),
+            Self::Decomposition(c) => c.run(json),
+        }
+    }
+}
+
+/// Our layer beside the plain reverse-mode iteration, measured in turn
+#[derive(Args)]
+#[command(
+    after_help = "Example:\n  isqrt bench layer --batch 32 --dim 256 --positions 196 --iterations 5 --threads 1"
+)]
+pub struct LayerBench {
+    /// Images
+    #[arg(long, default_value_t = 32)]
+    batch: usize,
+    /// Channels
+    #[arg(long, default_value_t = 256)]
+    dim: usize,
+    /// Positions (height x width)
+    #[arg(long, default_value_t = 196)]
+    positions: usize,
+    /// Steps of the iteration
+    #[arg(long, default_value_t = 5)]
+    iterations: usize,
+    /// Polynomials of the steps
+    #[arg(long, value_enum, default_value_t = ScheduleArg::NewtonSchulz)]
+    schedule: ScheduleArg,
+    /// Lower bound that a minimax schedule is made for
+    #[arg(long, default_value_t = 0.1)]
+    lower: f64,
+    /// Side to iterate on
+    #[arg(long, value_enum, default_value_t = SideArg::Auto)]
+    side: SideArg,
+    /// Recompute in the backward pass instead of keeping iterates
+    #[arg(long)]
+    lean: bool,
+    /// Instruction set
+    #[arg(long, value_enum, default_value_t = KernelArg::Auto)]
+    kernel: KernelArg,
+    /// Seconds of measuring
+    #[arg(long, default_value_t = 5.0)]
+    budget: f64,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ScheduleArg {
+    NewtonSchulz,
+    Cubic,
+    Quintic,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum SideArg {
+    Auto,
+    Covariance,
+    Gram,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum KernelArg {
+    Auto,
+    Avx512,
+    Avx2,
+    Portable,
+}
+
+impl LayerBench {
+    fn case(&self) -> LayerCase {
+        let (steps, lower) = (self.iterations, self.lower);
+        let schedule = match self.schedule {
+            ScheduleArg::NewtonSchulz => Schedule::NewtonSchulz { iterations: steps },
+            ScheduleArg::Cubic => Schedule::Cubic { steps, lower },
+            ScheduleArg::Quintic => Schedule::Quintic { steps, lower },
+        };
+        let side = match self.side {
+            SideArg::Auto => Side::Auto,
+            SideArg::Covariance => Side::Covariance,
+            SideArg::Gram => Side::Gram,
+        };
+        let memory = if self.lean {
+            Memory::Lean
+        } else {
+            Memory::Keep
+        };
+        let mut pool = CovPool::with_root(Root {
+            schedule,
+            side,
+            memory,
+            ..Root::default()
+        });
+        pool.kernel = match self.kernel {
+            KernelArg::Auto => Kernel::Auto,
+            KernelArg::Avx512 => Kernel::Avx512,
+            KernelArg::Avx2 => Kernel::Avx2,
+            KernelArg::Portable => Kernel::Portable,
+        };
+        LayerCase {
+            pool,
+            batch: self.batch,
+            d: self.dim,
+            positions: self.positions,
+        }
+    }
+
+    fn run(&self, json: bool) -> anyhow::Result<()> {
+        let case = self.case();
+        let name = format!(
+            "layer batch={} dim={} positions={} {} n={}",
+            self.batch,
+            self.dim,
+            self.positions,
+            case.pool
+                .root
+                .as_ref()
+                .map_or_else(String::new, |r| r.schedule.name()),
+            self.iterations
+        );
+        let budget = Duration::try_from_secs_f64(self.budget).context("--budget")?;
+        let rows = layer(&case, budget)?;
+        if json {
+            for r in &rows {
+                output::json(&serde_json::json!({
+                    "case": name,
+                    "implementation": r.implementation,
+                    "threads": r.threads,
+                    "forward_ms": r.forward_ms,
+                    "backward_ms": r.backward_ms,
+                    "gflops": r.gflops,
+                    "peak_share": r.peak_share,
+                    "peak_memory_mb": peak_memory_mb(),
+                    "kept_bytes_per_image": r.kept_bytes,
+                    "kernel": r.kernel,
+                }))?;
+            }
+            return Ok(());
+        }
+        output::line(&name)?;
+        let cells = rows.iter().map(|r| {
+            vec![
+                r.implementation.to_owned(),
+                r.threads.to_string(),
+                show(r.forward_ms),
+                show(r.backward_ms),
+                show((r.forward_ms + r.backward_ms) / self.batch as f64),
+                show(r.gflops),
+                format!("{:.0} %", 100.0 * r.peak_share),
+                format!("{:.2} MB", r.kept_bytes as f64 / 1e6),
+                r.kernel.to_owned(),
+            ]
+        });
+        let head = [
+            "implementation",
+            "threads",
+            "forward ms",
+            "backward ms",
+            "ms/image",
+            "GFLOP/s",
+            "of peak",
+            "kept/image",
+            "kernel",
+        ];
+        output::table(&head, cells.collect(), 1)?;
+        if let [ours, reference, ..] = rows.as_slice() {
+            let total = |r: &isqrt_linalg::bench::LayerTiming| r.forward_ms + r.backward_ms;
+            output::line(&format!(
+                "{} times faster than the plain reverse-mode reference (forward {}, backward {})",
+                show(total(reference) / total(ours)),
+                show(reference.forward_ms / ours.forward_ms),
+                show(reference.backward_ms / ours.backward_ms)
+            ))?;
+        }
+        let peak = peak_gflops(case.pool.kernel)?;
+        let memory =
+            peak_memory_mb().map_or_else(String::new, |m| format!("; peak memory {m:.0} MB"));
+        output::line(&format!("measured peak {} GFLOP/s{memory}", show(peak)))
+    }
+}
+
+/// Eigen- and singular value decomposition beside our layer
+#[derive(Args)]
+#[command(after_help = "Example:\n  isqrt bench decomposition --dim 256 --batch 16")]
+pub struct DecompositionBench {
+    /// Side of the covariance matrix
+    #[arg(long, default_value_t = 256)]
+    dim: usize,
+    /// Matrices in the batched case
+    #[arg(long, default_value_t = 16)]
+    batch: usize,
+    /// Seconds of measuring
+    #[arg(long, default_value_t = 5.0)]
+    budget: f64,
+}
+
+impl DecompositionBench {
+    fn run(&self, json: bool) -> anyhow::Result<()> {
+        let budget = Duration::try_from_secs_f64(self.budget).context("--budget")?;
+        let batches: &[usize] = if self.batch > 1 {
+            &[1, self.batch]
+        } else {
+            &[1]
+        };
+        let rows = decompositions(self.dim, batches, budget)?;
+        if json {
+            for r in &rows {
+                let ours = r.method.starts_with("isqrt");
+                output::json(&serde_json::json!({
+                    "case": format!("{} dim={} batch={}", r.method, r.n, r.batch),
+                    "implementation": if ours { "ours" } else { "reference" },
+                    "threads": rayon::current_num_threads(),
+                    "forward_ms": r.ms,
+                    "backward_ms": null,
+                    "gflops": null,
+                    "peak_share": null,
+                    "peak_memory_mb": peak_memory_mb(),
+                }))?;
+            }
+            return Ok(());
+        }
+        let cells = rows.iter().map(|r| {
+            vec![
+                r.method.clone(),
+                r.n.to_string(),
+                r.batch.to_string(),
+                show(r.ms),
+                show(r.ms / r.batch as f64),
+            ]
+        });
+        output::table(
+            &["method", "dim", "batch", "ms", "ms/matrix"],
+            cells.collect(),
+            1,
+        )
+    }
+}
+
+/// Largest memory that this process has had, where the system tells.
+fn peak_memory_mb() -> Option<f64> {
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = text.lines().find(|l| l.starts_with("VmHWM:"))?;
+    let kilobytes: f64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kilobytes / 1024.0)
+}

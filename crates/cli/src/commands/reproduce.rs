@@ -1,0 +1,294 @@
+//! `isqrt reproduce`: plan, run, record, report.
+
+use crate::output;
+use crate::progress::{Display, say};
+use anyhow::bail;
+use clap::{Args, ValueEnum};
+use isqrt_experiments::plan::{Plan, Profile, Request, State, needs_data};
+use isqrt_experiments::record::Store;
+use isqrt_experiments::run::{self, Data, RealLab, Source};
+use isqrt_experiments::spec::{Experiment, Library};
+use isqrt_experiments::stats::duration;
+use std::path::{Path, PathBuf};
+
+/// Run the paper's tables and figures and write a report
+///
+/// Shows the plan, runs the cells that are not done yet, records each, and writes
+/// report/index.html and report/report.md into the output folder. Stopping and starting again
+/// loses at most the running cell.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  isqrt reproduce                                  all experiments on the embedded images
+  isqrt reproduce iterations --data my/images      one experiment on your own images
+  isqrt reproduce --dry-run                        only the plan")]
+pub struct Reproduce {
+    /// Experiments to run [default: all]
+    #[arg(value_name = "ID")]
+    ids: Vec<String>,
+    /// Small networks in minutes, or the paper's protocol
+    #[arg(long, value_enum, default_value_t = ProfileArg::Mini)]
+    profile: ProfileArg,
+    /// Folder of images: train/CLASS/FILE and val/ or test/ likewise [default: embedded textures]
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// auto, cpu or cuda:N
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Output folder [default: out/reproduce, with the data's name added for --data; out/smoke]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Seeds of each training [default: as the experiment says]
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u64).range(1..=1000))]
+    seeds: Option<u64>,
+    /// Search the learning rates on the validation part instead of using the recorded ones
+    #[arg(long)]
+    search: bool,
+    /// Show the plan and do nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Run cells again that are done
+    #[arg(long)]
+    fresh: bool,
+    /// Everything at the smallest size, only to see that it runs
+    #[arg(long)]
+    smoke: bool,
+    /// Read experiments from this folder instead of those compiled in
+    #[arg(long, value_name = "DIR")]
+    experiments: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ProfileArg {
+    Mini,
+    Paper,
+}
+
+impl Reproduce {
+    pub fn run(&self, json: bool, threads: Option<u16>) -> anyhow::Result<()> {
+        check_device(&self.device)?;
+        let library = match &self.experiments {
+            Some(dir) => Library::from_dir(dir)?,
+            None => Library::embedded(),
+        };
+        let experiments = library.load_many(&self.ids)?;
+        let request = Request {
+            profile: match self.profile {
+                ProfileArg::Mini => Profile::Mini,
+                ProfileArg::Paper => Profile::Paper,
+            },
+            seeds: self.seeds,
+            smoke: self.smoke,
+            search: self.search,
+            fresh: self.fresh,
+        };
+        let out = self.out_dir();
+        let data = self.open_data(&experiments, &request, &out)?;
+        let info = data.as_ref().map(Found::info);
+        let mut store = if self.dry_run {
+            Store::read(&out)?
+        } else {
+            Store::open(&out)?
+        };
+        for warning in store.warnings() {
+            say(&format!("warning: {warning}"));
+        }
+        let command = |id: &str| self.command(id, threads);
+        let mut plan = Plan::new(&experiments, &request, info, &store, command)?;
+        self.show_plan(&plan, json, info.map(|i| i.name.as_str()))?;
+        if self.dry_run {
+            return Ok(());
+        }
+        let images = match &data {
+            Some(Found::Images(data)) => Some(data.as_ref()),
+            _ => None,
+        };
+        let mut display = Display::new(json);
+        let done = run::run(
+            &mut plan,
+            &request,
+            &out,
+            &mut store,
+            images,
+            &mut RealLab::default(),
+            &mut display,
+        );
+        display.end();
+        let summary = done?;
+        let page = isqrt_experiments::report::page_path(&out);
+        let text = format!(
+            "{} cells run, {} done before, {} not run; report: {}",
+            summary.ran,
+            summary.skipped,
+            summary.not_run,
+            page.display()
+        );
+        if json {
+            say(&text);
+            Ok(())
+        } else {
+            output::line(&text)
+        }
+    }
+
+    fn out_dir(&self) -> PathBuf {
+        if let Some(out) = &self.out {
+            return out.clone();
+        }
+        let name = match (&self.data, self.smoke) {
+            (_, true) => "smoke".to_owned(),
+            (None, _) => "reproduce".to_owned(),
+            (Some(dir), _) => {
+                let full = dir.canonicalize().unwrap_or_else(|_| dir.clone());
+                let name = full.file_name().unwrap_or_default().to_string_lossy();
+                format!("reproduce-{name}")
+            }
+        };
+        Path::new("out").join(name)
+    }
+
+    /// The images, if anything is trained. A dry run does not write the embedded ones.
+    fn open_data(
+        &self,
+        experiments: &[Experiment],
+        request: &Request,
+        out: &Path,
+    ) -> anyhow::Result<Option<Found>> {
+        let Some(first) = experiments.iter().find(|e| needs_data(e, request)) else {
+            return Ok(None);
+        };
+        let source = match &self.data {
+            Some(dir) => Source::Folder(dir.clone()),
+            None => Source::Embedded(out.join("data")),
+        };
+        if self.dry_run {
+            if let Some(info) = source.describe_unwritten(first, self.smoke)? {
+                return Ok(Some(Found::Described(info)));
+            }
+        }
+        let data = Data::open(&source, first, self.smoke)?;
+        Ok(Some(Found::Images(Box::new(data))))
+    }
+
+    /// The command that runs one experiment again.
+    fn command(&self, id: &str, threads: Option<u16>) -> String {
+        let mut words = vec!["isqrt reproduce".to_owned(), id.to_owned()];
+        let mut flag = |name: &str, value: Option<String>| {
+            if let Some(value) = value {
+                words.push(format!("--{name} {value}"));
+            }
+        };
+        flag("data", self.data.as_deref().map(quoted));
+        flag("out", Some(quoted(&self.out_dir())));
+        flag("seeds", self.seeds.map(|s| s.to_string()));
+        flag("threads", threads.map(|t| t.to_string()));
+        flag("experiments", self.experiments.as_deref().map(quoted));
+        if matches!(self.profile, ProfileArg::Paper) {
+            words.push("--profile paper".to_owned());
+        }
+        if self.search {
+            words.push("--search".to_owned());
+        }
+        if self.smoke {
+            words.push("--smoke".to_owned());
+        }
+        words.push("--fresh".to_owned());
+        words.join(" ")
+    }
+
+    fn show_plan(&self, plan: &Plan, json: bool, data: Option<&str>) -> anyhow::Result<()> {
+        if json {
+            if self.dry_run {
+                for p in &plan.experiments {
+                    for cell in &p.cells {
+                        output::json(&serde_json::json!({
+                            "experiment": p.experiment.id,
+                            "cell": cell.name(),
+                            "profile": p.profile,
+                            "seed": cell.seed,
+                            "state": cell.state,
+                            "seconds": cell.seconds,
+                        }))?;
+                    }
+                }
+            }
+            return Ok(());
+        }
+        let mut rows = Vec::new();
+        let mut reasons = std::collections::BTreeSet::new();
+        for p in &plan.experiments {
+            let count = |f: &dyn Fn(&State) -> bool| p.cells.iter().filter(|c| f(&c.state)).count();
+            let todo = p.cells.iter().filter(|c| c.state == State::Todo);
+            rows.push(vec![
+                p.experiment.id.clone(),
+                count(&|s| *s == State::Todo).to_string(),
+                count(&|s| *s == State::Done).to_string(),
+                count(&|s| matches!(s, State::NotRun(_))).to_string(),
+                duration(todo.map(|c| c.seconds).sum()),
+            ]);
+            for cell in &p.cells {
+                if let State::NotRun(why) = &cell.state {
+                    reasons.insert(format!("{}: {why}", p.experiment.id));
+                }
+            }
+        }
+        output::table(
+            &["experiment", "to run", "done", "not run", "estimate"],
+            rows,
+            1,
+        )?;
+        if let Some(data) = data {
+            output::line(&format!("data: {data}"))?;
+        }
+        for reason in reasons {
+            output::line(&format!("not run: {reason}"))?;
+        }
+        if self.dry_run {
+            for (p, cell) in plan.todo() {
+                let seed = cell.seed.map_or_else(String::new, |s| format!(" seed {s}"));
+                output::line(&format!(
+                    "  {} {}{seed}: {}",
+                    p.experiment.id,
+                    cell.name(),
+                    duration(cell.seconds)
+                ))?;
+            }
+        }
+        output::line(&format!("estimate: {}", duration(plan.seconds_left())))
+    }
+}
+
+/// The images, or only what is known of them without writing them.
+enum Found {
+    Images(Box<Data>),
+    Described(isqrt_experiments::record::DataInfo),
+}
+
+impl Found {
+    fn info(&self) -> &isqrt_experiments::record::DataInfo {
+        match self {
+            Self::Images(data) => &data.info,
+            Self::Described(info) => info,
+        }
+    }
+}
+
+fn check_device(device: &str) -> anyhow::Result<()> {
+    match device {
+        "auto" | "cpu" => Ok(()),
+        d if d == "cuda" || d.starts_with("cuda:") => {
+            bail!("--device {d}: this build has no CUDA; run with --device cpu")
+        }
+        d => bail!("--device {d}: expected auto, cpu or cuda:N"),
+    }
+}
+
+/// A path for a shell.
+fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+".contains(c);
+    if !text.is_empty() && text.chars().all(plain) {
+        text
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}

@@ -1,0 +1,112 @@
+//! What machine and which version of the code gave a number.
+
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// The machine, as recorded with every number.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Machine {
+    /// Processor, as the operating system names it.
+    pub cpu: String,
+    /// Cores that this process may use.
+    pub cores: usize,
+    /// Threads that were used.
+    pub threads: usize,
+    /// Operating system and architecture.
+    pub os: String,
+    /// `cpu`; later versions also run on a GPU.
+    pub device: String,
+}
+
+impl Machine {
+    /// This machine, with the threads of the current rayon pool.
+    pub fn here() -> Self {
+        Self {
+            cpu: cpu_model().unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
+            cores: std::thread::available_parallelism().map_or(1, usize::from),
+            threads: rayon::current_num_threads(),
+            os: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+            device: "cpu".to_owned(),
+        }
+    }
+}
+
+fn cpu_model() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|l| l.starts_with("model name"))?;
+    let (_, name) = line.split_once(':')?;
+    Some(name.trim().to_owned())
+}
+
+/// The commit of the checkout that the program runs in, or else of the one it was built from;
+/// `unknown` without git.
+pub fn commit() -> String {
+    git_head(Path::new("."))
+        .or_else(|| git_head(Path::new(env!("CARGO_MANIFEST_DIR"))))
+        .unwrap_or_else(|| "unknown".to_owned())
+}
+
+/// `git rev-parse`, but only if the folder is a checkout of this project.
+fn git_head(dir: &Path) -> Option<String> {
+    let git = |args: &[&str]| {
+        let out = std::process::Command::new("git")
+            .arg("-C")
+            .arg(dir)
+            .args(args)
+            .output()
+            .ok()?;
+        out.status
+            .success()
+            .then(|| String::from_utf8_lossy(&out.stdout).trim().to_owned())
+    };
+    let root = git(&["rev-parse", "--show-toplevel"])?;
+    if !Path::new(&root).join("crates/linalg").is_dir() {
+        return None;
+    }
+    let head = git(&["rev-parse", "--short=12", "HEAD"])?;
+    let changed = git(&["status", "--porcelain", "--untracked-files=no"])?;
+    Some(if changed.is_empty() {
+        head
+    } else {
+        format!("{head}+changes")
+    })
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs())
+}
+
+/// A time as `2026-01-31 13:05 UTC`.
+pub fn date(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    // Days to a civil date, counted in 400-year eras that begin on 1 March.
+    let z = days + 719_468;
+    let (era, doe) = (z / 146_097, z % 146_097);
+    let yoe = (doe - doe / 1_460 + doe / 36_524 - doe / 146_096) / 365;
+    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
+    let mp = (5 * doy + 2) / 153;
+    let day = doy - (153 * mp + 2) / 5 + 1;
+    let month = if mp < 10 { mp + 3 } else { mp - 9 };
+    let year = yoe + era * 400 + u64::from(month <= 2);
+    format!(
+        "{year:04}-{month:02}-{day:02} {:02}:{:02} UTC",
+        rest / 3600,
+        rest % 3600 / 60
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_of_known_moments() {
+        assert_eq!(date(0), "1970-01-01 00:00 UTC");
+        assert_eq!(date(951_782_400), "2000-02-29 00:00 UTC");
+        assert_eq!(date(1_767_225_599), "2025-12-31 23:59 UTC");
+    }
+}

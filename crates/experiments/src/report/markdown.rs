@@ -1,0 +1,122 @@
+//! The report as Markdown, for a terminal or a pull request.
+
+use super::model::{Entry, Page, Section};
+use crate::error::Result;
+use std::fmt::Write as _;
+
+/// The whole report without the figures.
+pub(super) fn render(page: &Page) -> Result<String> {
+    let mut out = String::from("# iSQRT-COV, reproduced\n\n");
+    // Writing into a String cannot fail.
+    let _ = writeln!(
+        out,
+        "{} of {} cells done; {}.",
+        page.done, page.cells, page.date
+    );
+    if page.smoke {
+        out.push_str("\n**Smallest size: a test of the program, not a result.**\n");
+    }
+    for (name, value) in &page.origin {
+        let _ = write!(out, "\n- {name}: {value}");
+    }
+    out.push('\n');
+    for warning in &page.warnings {
+        let _ = writeln!(out, "\n> {warning}");
+    }
+    if page.unverified {
+        out.push_str("\nPaper values marked (unverified) were recalled, not read in the paper.\n");
+    }
+    for section in &page.sections {
+        render_section(&mut out, section, page.criterion);
+    }
+    Ok(out)
+}
+
+fn render_section(out: &mut String, s: &Section, criterion: &str) {
+    let _ = writeln!(
+        out,
+        "\n## {}\n\n`{}`. {}. {}\n",
+        s.title, s.id, s.paper_item, s.about
+    );
+    let mut head = Vec::new();
+    for h in &s.table.head {
+        let mut text = h.label.clone();
+        if !h.unit.is_empty() {
+            let _ = write!(text, " ({})", h.unit);
+        }
+        if !h.who.is_empty() {
+            let _ = write!(text, ", {}", h.who);
+        }
+        head.push(text);
+    }
+    line(out, &head);
+    line(out, &vec!["---".to_owned(); head.len()]);
+    for row in &s.table.rows {
+        line(out, &row.iter().map(entry).collect::<Vec<_>>());
+    }
+    let _ = writeln!(out, "\n{}\n", s.caveat);
+    for v in &s.verdicts {
+        let _ = writeln!(
+            out,
+            "- **{}**: {}. {}",
+            v.words,
+            v.text,
+            v.because.join(" ")
+        );
+    }
+    if !s.verdicts.is_empty() {
+        let _ = writeln!(out, "\n{criterion}");
+    }
+    if let Some(rates) = &s.rates {
+        let _ = writeln!(
+            out,
+            "\nLearning rates, validation error in % ({}):\n",
+            rates.note
+        );
+        let mut head = vec!["head".to_owned(), "rate".to_owned()];
+        head.extend(rates.grid.iter().cloned());
+        line(out, &head);
+        line(out, &vec!["---".to_owned(); head.len()]);
+        for (label, lr, cells) in &rates.rows {
+            let mut row = vec![label.clone(), lr.clone()];
+            row.extend(cells.iter().map(|(text, chosen)| {
+                if *chosen {
+                    format!("**{text}**")
+                } else {
+                    text.clone()
+                }
+            }));
+            line(out, &row);
+        }
+    }
+    if !s.not_run.is_empty() {
+        out.push_str("\nNot run:\n\n");
+        for reason in &s.not_run {
+            let _ = writeln!(out, "- {reason}");
+        }
+    }
+    out.push('\n');
+    for (name, value) in &s.facts {
+        let _ = writeln!(out, "- {name}: {value}");
+    }
+    let _ = writeln!(out, "\nAgain: `{}`", s.command);
+}
+
+fn entry(e: &Entry) -> String {
+    let mut text = e.text.clone();
+    if !e.note.is_empty() {
+        let _ = write!(text, " {}", e.note);
+    }
+    if e.unverified {
+        text.push_str(" (unverified)");
+    }
+    text
+}
+
+fn line(out: &mut String, cells: &[String]) {
+    let cells: Vec<String> = cells
+        .iter()
+        .map(|c| c.replace('|', "\\|").replace('\n', " "))
+        .collect();
+    let _ = writeln!(out, "| {} |", cells.join(" | "));
+}

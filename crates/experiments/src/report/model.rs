@@ -1,0 +1,628 @@
+//! What the report says, before it has a form: tables as text cells, figures as drawings, claims
+//! as sentences.
+
+use super::plot::{BarPlot, LinePlot, Point, Series};
+use crate::claims::{self, Verdict};
+use crate::machine::{Machine, date};
+use crate::plan::{Plan, Planned, State};
+use crate::record::{DataInfo, Record, Store};
+use crate::results::{Results, Sample};
+use crate::spec::{Column, Experiment, Figure, FigureKind, Row};
+use crate::stats::{duration, mean, sd, show};
+use serde::Serialize;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// The whole report.
+#[derive(Clone, Debug, Serialize)]
+pub struct Page {
+    /// Cells with a record, of those that are to be run.
+    pub done: usize,
+    /// Cells that are to be run.
+    pub cells: usize,
+    /// When the latest record was made.
+    pub date: String,
+    /// Whether some experiment ran only at the smallest size.
+    pub smoke: bool,
+    /// Whether some paper value is unverified.
+    pub unverified: bool,
+    /// How claims are decided.
+    pub criterion: &'static str,
+    /// What the records say about their origin, one line each.
+    pub origin: Vec<(String, String)>,
+    /// Lines of the record file that could not be read.
+    pub warnings: Vec<String>,
+    /// The experiments.
+    pub sections: Vec<Section>,
+}
+
+/// One experiment.
+#[derive(Clone, Debug, Serialize)]
+pub struct Section {
+    /// Experiment id.
+    pub id: String,
+    /// Heading.
+    pub title: String,
+    /// Which table or figure of the paper.
+    pub paper_item: String,
+    /// What is measured.
+    pub about: String,
+    /// What to know before comparing.
+    pub caveat: String,
+    /// Profile, data, seeds, device, commit, time.
+    pub facts: Vec<(String, String)>,
+    /// The table.
+    pub table: Table,
+    /// Claims and how they came out.
+    pub verdicts: Vec<Verdict>,
+    /// Drawings.
+    pub figures: Vec<Drawing>,
+    /// The learning-rate grid.
+    pub rates: Option<RatesTable>,
+    /// What was not run, and why.
+    pub not_run: Vec<String>,
+    /// Every number with its seed.
+    pub numbers: Vec<Vec<String>>,
+    /// Command that runs this experiment again.
+    pub command: String,
+}
+
+/// A table of text cells.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Table {
+    /// Headings, the first for the row labels.
+    pub head: Vec<Heading>,
+    /// Rows of cells.
+    pub rows: Vec<Vec<Entry>>,
+}
+
+/// Heading of a column.
+#[derive(Clone, Debug, Serialize)]
+pub struct Heading {
+    /// What is shown.
+    pub label: String,
+    /// Its unit.
+    pub unit: String,
+    /// `paper`, `ours` or empty.
+    pub who: String,
+}
+
+/// One cell of the table.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Entry {
+    /// What is shown.
+    pub text: String,
+    /// Smaller print after it: the spread, the number of seeds.
+    pub note: String,
+    /// `paper`, `ours`, `missing`, `label` or empty.
+    pub class: String,
+    /// A paper value that was not checked against its source.
+    pub unverified: bool,
+    /// The source of a paper value.
+    pub source: String,
+}
+
+/// A drawing with its heading.
+#[derive(Clone, Debug, Serialize)]
+pub struct Drawing {
+    /// Heading.
+    pub title: String,
+    /// An `<svg>` element, escaped already.
+    pub svg: String,
+}
+
+/// Validation errors of the learning-rate search.
+#[derive(Clone, Debug, Serialize)]
+pub struct RatesTable {
+    /// How they were found.
+    pub note: String,
+    /// Rates of the grid.
+    pub grid: Vec<String>,
+    /// Row label, chosen rate, and for each rate its error and whether it was chosen.
+    pub rows: Vec<(String, String, Vec<(String, bool)>)>,
+}
+
+impl Page {
+    /// Collects everything from a plan and its records.
+    pub fn new(plan: &Plan, store: &Store) -> Self {
+        let mut sections = Vec::new();
+        let (mut done, mut cells, mut latest) = (0, 0, 0);
+        let mut machines = BTreeMap::new();
+        for planned in &plan.experiments {
+            let wanted = || {
+                planned
+                    .cells
+                    .iter()
+                    .filter(|c| !matches!(c.state, State::NotRun(_)))
+            };
+            cells += wanted().count();
+            done += wanted()
+                .filter(|c| !c.key.is_empty() && store.latest(&c.key).is_some())
+                .count();
+            let results = Results::new(planned, store);
+            for record in results.all() {
+                latest = latest.max(record.finished);
+                machines.insert(machine_text(&record.machine), ());
+            }
+            sections.push(Section::new(planned, store, &results));
+        }
+        let commits: BTreeSet<&str> = store.records().iter().map(|r| r.commit.as_str()).collect();
+        let origin = vec![
+            ("machine".to_owned(), joined(machines.keys().cloned())),
+            (
+                "commit".to_owned(),
+                joined(commits.iter().map(|c| (*c).to_owned())),
+            ),
+            (
+                "program".to_owned(),
+                format!("isqrt {}", env!("CARGO_PKG_VERSION")),
+            ),
+        ];
+        Self {
+            done,
+            cells,
+            date: if latest == 0 {
+                "nothing run yet".to_owned()
+            } else {
+                date(latest)
+            },
+            smoke: plan.experiments.iter().any(|p| p.smoke),
+            unverified: sections
+                .iter()
+                .any(|s| s.table.rows.iter().flatten().any(|e| e.unverified)),
+            criterion: claims::CRITERION,
+            origin,
+            warnings: store.warnings().to_vec(),
+            sections,
+        }
+    }
+}
+
+fn joined(parts: impl Iterator<Item = String>) -> String {
+    let all: Vec<String> = parts.collect();
+    if all.is_empty() {
+        "none yet".to_owned()
+    } else {
+        all.join("; ")
+    }
+}
+
+fn machine_text(m: &Machine) -> String {
+    format!(
+        "{}, {} cores, {} threads used, {}",
+        m.cpu, m.cores, m.threads, m.os
+    )
+}
+
+fn data_text(d: &DataInfo) -> String {
+    format!(
+        "{}: {} classes, {} train, {} validation, {} test images of {} pixels ({}); fingerprint {}",
+        d.name,
+        d.classes,
+        d.train,
+        d.val,
+        d.test,
+        d.side,
+        d.note,
+        d.fingerprint.get(..12).unwrap_or(&d.fingerprint)
+    )
+}
+
+impl Section {
+    fn new(planned: &Planned, store: &Store, results: &Results<'_>) -> Self {
+        let e = &planned.experiment;
+        Self {
+            id: e.id.clone(),
+            title: e.title.clone(),
+            paper_item: e.paper_item.clone(),
+            about: e.about.clone(),
+            caveat: e.caveat.clone(),
+            facts: facts(planned, results),
+            table: table(planned, results),
+            verdicts: claims::decide(e, results),
+            figures: e
+                .figures
+                .iter()
+                .map(|f| Drawing {
+                    title: f.title.clone(),
+                    svg: draw(e, f, results),
+                })
+                .collect(),
+            rates: rates(planned, store),
+            not_run: not_run(planned, results),
+            numbers: numbers(results),
+            command: planned.command.clone(),
+        }
+    }
+}
+
+fn facts(planned: &Planned, results: &Results<'_>) -> Vec<(String, String)> {
+    let mut facts = vec![(
+        "profile".to_owned(),
+        format!(
+            "{}{}",
+            planned.profile.name(),
+            if planned.smoke {
+                ", smallest size: a test of the program, not a result"
+            } else {
+                ""
+            }
+        ),
+    )];
+    if let Some(data) = &planned.data {
+        facts.push(("data".to_owned(), data_text(data)));
+        if let Some(r) = planned.experiment.recipes.get(&data.recipe) {
+            facts.push((
+                "training".to_owned(),
+                format!(
+                    "{}, {} epochs, batch {}, SGD momentum {}, weight decay {}, cosine schedule{}{}",
+                    r.backbone,
+                    r.epochs,
+                    r.batch,
+                    r.momentum,
+                    r.weight_decay,
+                    if r.flip { ", mirror images" } else { "" },
+                    if r.pad_crop > 0 { ", random crops" } else { "" }
+                ),
+            ));
+        }
+    }
+    let seeds: BTreeSet<u64> = results.all().filter_map(|r| r.seed).collect();
+    if !seeds.is_empty() {
+        let list: Vec<String> = seeds.iter().map(u64::to_string).collect();
+        facts.push(("seeds".to_owned(), list.join(", ")));
+    }
+    let devices: BTreeSet<String> = results
+        .all()
+        .map(|r| format!("{} ({})", r.machine.device, machine_text(&r.machine)))
+        .collect();
+    facts.push(("device".to_owned(), joined(devices.into_iter())));
+    let commits: BTreeSet<String> = results.all().map(|r| r.commit.clone()).collect();
+    facts.push(("commit".to_owned(), joined(commits.into_iter())));
+    let spent: f64 = results.all().map(|r| r.seconds).sum();
+    facts.push(("time spent".to_owned(), duration(spent)));
+    facts
+}
+
+/// Columns of the table: for each metric the paper's values, one column a setting, then ours.
+fn table(planned: &Planned, results: &Results<'_>) -> Table {
+    let e = &planned.experiment;
+    let mut table = Table::default();
+    let heading = |label: &str, unit: &str, who: &str| Heading {
+        label: label.to_owned(),
+        unit: unit.to_owned(),
+        who: who.to_owned(),
+    };
+    table.head.push(heading("", "", ""));
+    let mut plan: Vec<(&Column, Option<String>)> = Vec::new();
+    for column in &e.columns {
+        let mut settings: Vec<&str> = Vec::new();
+        for value in e.rows.iter().flat_map(|r| &r.paper) {
+            if value.metric == column.metric && !settings.contains(&value.setting.as_str()) {
+                settings.push(&value.setting);
+            }
+        }
+        for setting in settings {
+            let who = match setting {
+                "" => "paper".to_owned(),
+                s => format!("paper, {s}"),
+            };
+            table.head.push(heading(&column.label, &column.unit, &who));
+            plan.push((column, Some(setting.to_owned())));
+        }
+        table
+            .head
+            .push(heading(&column.label, &column.unit, "ours"));
+        plan.push((column, None));
+    }
+    for row in &e.rows {
+        let mut cells = vec![Entry {
+            text: row.label.clone(),
+            class: "label".to_owned(),
+            ..Entry::default()
+        }];
+        for (column, setting) in &plan {
+            cells.push(match setting {
+                Some(setting) => paper_entry(row, column, setting),
+                None => our_entry(planned, row, column, results),
+            });
+        }
+        table.rows.push(cells);
+    }
+    table
+}
+
+fn paper_entry(row: &Row, column: &Column, setting: &str) -> Entry {
+    let found = row
+        .paper
+        .iter()
+        .find(|p| p.metric == column.metric && p.setting == setting);
+    found.map_or_else(Entry::default, |p| Entry {
+        text: format!("{}", p.value),
+        class: "paper".to_owned(),
+        unverified: !p.verified,
+        source: p.source.clone(),
+        ..Entry::default()
+    })
+}
+
+fn our_entry(planned: &Planned, row: &Row, column: &Column, results: &Results<'_>) -> Entry {
+    if let Some(sample) = results.sample(&row.id, &column.metric) {
+        return Entry {
+            text: show(sample.mean(), column.digits),
+            note: spread(&sample, column.digits),
+            class: "ours".to_owned(),
+            ..Entry::default()
+        };
+    }
+    // Empty where this metric is not meant to be measured for this row.
+    let concerns = row
+        .measures
+        .iter()
+        .any(|m| metrics_of(*m).contains(&column.metric.as_str()));
+    let refused = planned
+        .cells
+        .iter()
+        .any(|c| c.row == row.id && matches!(c.state, State::NotRun(_)));
+    let text = match (row.not_run.is_some(), concerns) {
+        (true, _) => "not yet run",
+        (_, true) if refused => "not run",
+        (_, true) => "not yet run",
+        _ => return Entry::default(),
+    };
+    Entry {
+        text: text.to_owned(),
+        class: "missing".to_owned(),
+        ..Entry::default()
+    }
+}
+
+/// What each measure yields.
+fn metrics_of(measure: crate::spec::Measure) -> &'static [&'static str] {
+    use crate::spec::Measure as M;
+    match measure {
+        M::Train => &["top1_error"],
+        M::LayerTime => &["forward_backward_ms", "forward_ms", "backward_ms"],
+        M::RootError => &["root_error", "gradient_error", "products"],
+        M::DecompositionTime => &["single_ms", "batch_ms"],
+    }
+}
+
+fn spread(sample: &Sample, digits: Option<usize>) -> String {
+    match sample.values.as_slice() {
+        [(None, one)] => match (one.low, one.high) {
+            (Some(low), Some(high)) => format!("{}–{}", show(low, digits), show(high, digits)),
+            _ => String::new(),
+        },
+        [_] => "1 seed".to_owned(),
+        many => format!(
+            "± {} ({} seeds)",
+            show(sd(&sample.numbers()), digits),
+            many.len()
+        ),
+    }
+}
+
+fn not_run(planned: &Planned, results: &Results<'_>) -> Vec<String> {
+    let mut lines = Vec::new();
+    for row in &planned.experiment.rows {
+        if let Some(why) = &row.not_run {
+            lines.push(format!("{}: {why}", row.label));
+        }
+    }
+    let mut missing: BTreeMap<String, usize> = BTreeMap::new();
+    for cell in planned.cells.iter().filter(|c| !c.is_search()) {
+        match &cell.state {
+            State::NotRun(why) => lines.push(format!("{}: {why}", cell.label)),
+            _ => {
+                let there = results
+                    .of_row(&cell.row)
+                    .any(|r| r.seed == cell.seed && r.measure == cell.measure.name());
+                if !there {
+                    *missing
+                        .entry(format!("{} ({})", cell.label, cell.measure.name()))
+                        .or_default() += 1;
+                }
+            }
+        }
+    }
+    for (what, count) in missing {
+        lines.push(format!(
+            "{what}: not yet run, {count} cell{}; the command below goes on",
+            if count == 1 { "" } else { "s" }
+        ));
+    }
+    lines
+}
+
+/// Every number: cell, seed, metric, value, unit, time, commit.
+fn numbers(results: &Results<'_>) -> Vec<Vec<String>> {
+    let line = |r: &Record, m: &crate::record::Measurement| {
+        vec![
+            r.cell.clone(),
+            r.seed.map_or_else(|| "–".to_owned(), |s| s.to_string()),
+            m.metric.clone(),
+            show(m.value, None),
+            m.unit.clone(),
+            duration(r.seconds),
+            date(r.finished),
+            r.commit.clone(),
+        ]
+    };
+    results
+        .all()
+        .flat_map(|r| r.measurements().map(move |m| line(r, m)))
+        .collect()
+}
+
+fn rates(planned: &Planned, store: &Store) -> Option<RatesTable> {
+    let e = &planned.experiment;
+    let data = planned.data.as_ref()?;
+    let recorded = e.rates.get(&data.recipe)?;
+    let trained: Vec<&Row> = e
+        .rows
+        .iter()
+        .filter(|r| r.measures.contains(&crate::spec::Measure::Train))
+        .collect();
+    let mut rows = Vec::new();
+    for row in trained {
+        let (lr, outcome) = if planned.search {
+            planned
+                .search_outcome(&row.id, store)
+                .map_or((None, Vec::new()), |(lr, grid)| (Some(lr), grid))
+        } else {
+            match recorded.heads.get(&row.id) {
+                Some(head) => (Some(head.lr), head.outcome.clone()),
+                None => (Some(recorded.fallback), Vec::new()),
+            }
+        };
+        let cells = recorded
+            .grid
+            .iter()
+            .map(|rate| {
+                let error = outcome.iter().find(|o| o[0] == *rate).map(|o| o[1]);
+                let text = error.map_or_else(|| "–".to_owned(), |e| show(e, Some(1)));
+                (text, lr == Some(*rate))
+            })
+            .collect();
+        let lr = lr.map_or_else(|| "not yet found".to_owned(), |lr| lr.to_string());
+        rows.push((row.label.clone(), lr, cells));
+    }
+    let note = if planned.search {
+        "searched in this run, on the validation part, with one seed that is not among those reported".to_owned()
+    } else {
+        format!(
+            "recorded before, not searched in this run: {}",
+            recorded.note
+        )
+    };
+    Some(RatesTable {
+        note,
+        grid: recorded.grid.iter().map(f64::to_string).collect(),
+        rows,
+    })
+}
+
+fn draw(e: &Experiment, figure: &Figure, results: &Results<'_>) -> String {
+    match figure.kind {
+        FigureKind::X => draw_x(e, figure, results),
+        FigureKind::Epochs => draw_epochs(e, figure, results),
+        FigureKind::Bars => draw_bars(e, figure, results),
+    }
+    .unwrap_or_else(|| "<p class=\"missing\">nothing measured yet</p>".to_owned())
+}
+
+fn point(x: f64, sample: &Sample) -> Point {
+    Point {
+        x,
+        y: sample.mean(),
+        bar: sample.interval(),
+    }
+}
+
+fn label_of(e: &Experiment, row: &str) -> String {
+    e.row(row)
+        .map_or_else(|| row.to_owned(), |r| r.label.clone())
+}
+
+fn draw_x(e: &Experiment, figure: &Figure, results: &Results<'_>) -> Option<String> {
+    let metric = figure.metrics.first()?;
+    let curve = |rows: &[String], label: &str| {
+        let points: Vec<Point> = rows
+            .iter()
+            .filter_map(|r| Some(point(e.row(r)?.x?, &results.sample(r, metric)?)))
+            .collect();
+        (!points.is_empty()).then(|| Series {
+            label: label.to_owned(),
+            points,
+            level: false,
+            dots: true,
+        })
+    };
+    let mut series: Vec<Series> = curve(&figure.rows, &figure.label).into_iter().collect();
+    series.extend(curve(&figure.also, &figure.also_label));
+    for row in &figure.levels {
+        if let Some(sample) = results.sample(row, metric) {
+            series.push(Series {
+                label: label_of(e, row),
+                points: vec![point(0.0, &sample)],
+                level: true,
+                dots: false,
+            });
+        }
+    }
+    plot(figure, series)
+}
+
+fn plot(figure: &Figure, series: Vec<Series>) -> Option<String> {
+    if series.is_empty() {
+        return None;
+    }
+    let plot = LinePlot {
+        title: figure.title.clone(),
+        x_label: figure.x_label.clone(),
+        y_label: figure.y_label.clone(),
+        log: figure.log,
+        series,
+    };
+    Some(plot.svg())
+}
+
+fn draw_epochs(e: &Experiment, figure: &Figure, results: &Results<'_>) -> Option<String> {
+    let mut series = Vec::new();
+    for row in &figure.rows {
+        let curves = results.curves(row);
+        let length = curves.iter().map(|(_, c)| c.len()).min().unwrap_or(0);
+        let points: Vec<Point> = (0..length)
+            .map(|i| {
+                let at: Vec<f64> = curves.iter().map(|(_, c)| c[i]).collect();
+                Point {
+                    x: (i + 1) as f64,
+                    y: mean(&at),
+                    bar: None,
+                }
+            })
+            .collect();
+        if !points.is_empty() {
+            series.push(Series {
+                label: label_of(e, row),
+                points,
+                level: false,
+                dots: length < 3,
+            });
+        }
+    }
+    plot(figure, series)
+}
+
+fn draw_bars(e: &Experiment, figure: &Figure, results: &Results<'_>) -> Option<String> {
+    let groups: Vec<(String, Vec<Option<Point>>)> = figure
+        .rows
+        .iter()
+        .map(|row| {
+            let bars = figure
+                .metrics
+                .iter()
+                .map(|m| results.sample(row, m).map(|s| point(0.0, &s)))
+                .collect();
+            (label_of(e, row), bars)
+        })
+        .collect();
+    if groups
+        .iter()
+        .all(|(_, bars)| bars.iter().all(Option::is_none))
+    {
+        return None;
+    }
+    let series = figure
+        .metrics
+        .iter()
+        .map(|m| e.column(m).map_or_else(|| m.clone(), |c| c.label.clone()))
+        .collect();
+    let plot = BarPlot {
+        title: figure.title.clone(),
+        x_label: figure.x_label.clone(),
+        series,
+        groups,
+    };
+    Some(plot.svg())
+}

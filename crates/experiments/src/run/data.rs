@@ -1,0 +1,166 @@
+//! The images that networks are trained on: the embedded set, or a folder.
+
+use crate::error::Result;
+use crate::record::DataInfo;
+use crate::spec::{Experiment, Recipe};
+use isqrt_datasets::{DataSet, Resize, Sample, decode_all, decode_file, e10, image_folder, split};
+use std::path::{Path, PathBuf};
+
+/// Seed of the embedded set and of the split of a folder without a validation part.
+const SEED: u64 = 1;
+
+/// Where images come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The embedded set, written below this folder if it is not there yet.
+    Embedded(PathBuf),
+    /// An ImageFolder tree.
+    Folder(PathBuf),
+}
+
+impl Source {
+    /// What is known of embedded images that have not been written yet, without writing them;
+    /// none if they are there, or for a folder.
+    ///
+    /// # Errors
+    /// [`crate::Error::Spec`] if no recipe fits.
+    pub fn describe_unwritten(
+        &self,
+        experiment: &Experiment,
+        smoke: bool,
+    ) -> Result<Option<DataInfo>> {
+        let Self::Embedded(dir) = self else {
+            return Ok(None);
+        };
+        if embedded_root(dir, smoke).is_dir() {
+            return Ok(None);
+        }
+        let (recipe_name, recipe) = recipe_for(experiment, e10::IMAGE_SIDE as u32)?;
+        let sizes = sizes(smoke);
+        Ok(Some(DataInfo {
+            name: embedded_name(),
+            note: "not written yet".to_owned(),
+            fingerprint: String::new(),
+            classes: e10::CLASSES,
+            train: sizes.train * e10::CLASSES,
+            val: sizes.val * e10::CLASSES,
+            test: sizes.test * e10::CLASSES,
+            side: recipe.side,
+            recipe: recipe_name.to_owned(),
+        }))
+    }
+}
+
+fn embedded_root(dir: &Path, smoke: bool) -> PathBuf {
+    dir.join(if smoke { "e10-smoke" } else { "e10" })
+}
+
+fn embedded_name() -> String {
+    format!("E10, embedded textures (seed {SEED})")
+}
+
+fn recipe_for(experiment: &Experiment, side: u32) -> Result<(&str, &Recipe)> {
+    experiment
+        .recipe_for(side)
+        .ok_or_else(|| crate::Error::Spec {
+            file: format!("{}.toml", experiment.id),
+            line: None,
+            message: format!("no recipe is for images of {side} pixels"),
+        })
+}
+
+/// Decoded images and what is recorded about them.
+#[derive(Debug)]
+pub struct Data {
+    /// For records and the plan.
+    pub info: DataInfo,
+    /// The images.
+    pub set: DataSet,
+}
+
+impl Data {
+    /// Lists, splits and decodes; the size of the first image selects the experiment's recipe, and
+    /// the recipe the size of all. A smoke run takes a few images a class.
+    ///
+    /// # Errors
+    /// Those of `isqrt-datasets`, which name the path; [`crate::Error::Spec`] if no recipe fits.
+    pub fn open(source: &Source, experiment: &Experiment, smoke: bool) -> Result<Self> {
+        let (root, name) = match source {
+            Source::Embedded(dir) => {
+                let root = embedded_root(dir, smoke);
+                e10::generate(&root, SEED, sizes(smoke))?;
+                (root, embedded_name())
+            }
+            Source::Folder(root) => (root.clone(), folder_name(root)),
+        };
+        let mut parts = split(image_folder(&root)?, SEED)?;
+        if smoke {
+            for part in [&mut parts.train, &mut parts.val, &mut parts.test] {
+                keep_few(part, parts.classes.len());
+            }
+        }
+        let side = match parts.train.first() {
+            Some(first) => {
+                let image = decode_file(&first.path)?;
+                image.width.min(image.height) as u32
+            }
+            None => 0,
+        };
+        let (recipe_name, recipe) = recipe_for(experiment, side)?;
+        let resize = Resize::ShortSideCrop(recipe.side as usize);
+        let train = decode_all(&parts.train, &parts.classes, resize)?;
+        let val = decode_all(&parts.val, &parts.classes, resize)?;
+        let test = decode_all(&parts.test, &parts.classes, resize)?;
+        let stats = train.channel_stats();
+        let mut set = DataSet {
+            train: train.into(),
+            val: val.into(),
+            test: test.into(),
+            stats,
+            note: parts.note,
+        };
+        if smoke {
+            set.note.push_str("; a few images a class");
+        }
+        let info = DataInfo {
+            name,
+            note: set.note.clone(),
+            fingerprint: set.fingerprint(),
+            classes: parts.classes.len(),
+            train: set.train.len(),
+            val: set.val.len(),
+            test: set.test.len(),
+            side: recipe.side,
+            recipe: recipe_name.to_owned(),
+        };
+        Ok(Self { info, set })
+    }
+}
+
+fn sizes(smoke: bool) -> e10::Sizes {
+    if smoke {
+        e10::Sizes {
+            train: 8,
+            val: 4,
+            test: 4,
+        }
+    } else {
+        e10::Sizes::default()
+    }
+}
+
+fn folder_name(root: &Path) -> String {
+    let full = root.canonicalize().unwrap_or_else(|_| root.to_owned());
+    full.file_name()
+        .map_or_else(|| "data".to_owned(), |n| n.to_string_lossy().into_owned())
+}
+
+fn keep_few(samples: &mut Vec<Sample>, classes: usize) {
+    let mut counts = vec![0_usize; classes];
+    samples.retain(|s| {
+        counts.get_mut(s.label as usize).is_some_and(|count| {
+            *count += 1;
+            *count <= 8
+        })
+    });
+}

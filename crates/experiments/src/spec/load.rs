@@ -1,0 +1,294 @@
+//! Reading experiments: `extends`, unknown keys, and the checks that types cannot make.
+//!
+//! Every file is first checked alone, so that a mistake is reported with the file and line it is
+//! in; then the parts are merged (tables key by key, everything else replaced) and read again.
+
+use super::{Experiment, FigureKind, HeadName, Measure, Row, embedded};
+use crate::error::{Error, Result, nearest};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+/// The TOML files that experiments are read from.
+#[derive(Clone, Debug)]
+pub struct Library {
+    files: BTreeMap<String, String>,
+}
+
+impl Library {
+    /// The files compiled into the program.
+    pub fn embedded() -> Self {
+        let files = embedded::FILES
+            .iter()
+            .map(|(path, text)| ((*path).to_owned(), (*text).to_owned()))
+            .collect();
+        Self { files }
+    }
+
+    /// Every `.toml` file of a folder and of the folders directly below it.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the folder or one of its files cannot be read.
+    pub fn from_dir(dir: &Path) -> Result<Self> {
+        let mut files = BTreeMap::new();
+        read_dir(dir, "", &mut files)?;
+        Ok(Self { files })
+    }
+
+    /// A library of given files, path below `experiments/` and text.
+    pub fn from_files<'a>(files: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
+        let files = files
+            .into_iter()
+            .map(|(p, t)| (p.to_owned(), t.to_owned()))
+            .collect();
+        Self { files }
+    }
+
+    /// Ids of all experiments, in alphabetical order; parts in `_base/` are none.
+    pub fn ids(&self) -> Vec<String> {
+        self.files
+            .keys()
+            .filter(|path| !path.contains('/'))
+            .filter_map(|path| path.strip_suffix(".toml"))
+            .map(str::to_owned)
+            .collect()
+    }
+
+    /// Reads one experiment.
+    ///
+    /// # Errors
+    /// [`Error::UnknownExperiment`], [`Error::UnknownKey`] and [`Error::Spec`], each naming the
+    /// file.
+    pub fn load(&self, id: &str) -> Result<Experiment> {
+        let path = format!("{id}.toml");
+        if !self.files.contains_key(&path) || id.contains('/') {
+            let ids = self.ids();
+            return Err(Error::UnknownExperiment {
+                id: id.to_owned(),
+                nearest: nearest(id, ids.iter().map(String::as_str)),
+                known: ids.join(", "),
+            });
+        }
+        let merged = self.merged(&path, &mut Vec::new())?;
+        let mut experiment: Experiment =
+            merged
+                .try_into()
+                .map_err(|e: toml::de::Error| Error::Spec {
+                    file: path.clone(),
+                    line: None,
+                    message: one_line(e.message()),
+                })?;
+        experiment.id = id.to_owned();
+        check(&experiment, &path)?;
+        Ok(experiment)
+    }
+
+    /// Reads several experiments, all of them if `ids` is empty.
+    ///
+    /// # Errors
+    /// As [`Library::load`].
+    pub fn load_many(&self, ids: &[String]) -> Result<Vec<Experiment>> {
+        let all = self.ids();
+        let ids = if ids.is_empty() { &all } else { ids };
+        let mut seen = BTreeSet::new();
+        ids.iter()
+            .filter(|id| seen.insert(id.as_str()))
+            .map(|id| self.load(id))
+            .collect()
+    }
+
+    fn merged(&self, path: &str, stack: &mut Vec<String>) -> Result<toml::Table> {
+        let text = self
+            .files
+            .get(path)
+            .ok_or_else(|| extends_error(stack, path, &self.files))?;
+        if stack.iter().any(|p| p == path) {
+            return Err(Error::Spec {
+                file: path.to_owned(),
+                line: None,
+                message: format!("extends itself by way of {}", stack.join(" -> ")),
+            });
+        }
+        // Checked alone, for the file and line of a mistake.
+        let alone: Experiment = toml::from_str(text).map_err(|e| spec_error(path, text, &e))?;
+        let own: toml::Table = toml::from_str(text).map_err(|e| spec_error(path, text, &e))?;
+        stack.push(path.to_owned());
+        let mut merged = toml::Table::new();
+        for part in &alone.extends {
+            merge(&mut merged, self.merged(part, stack)?);
+        }
+        stack.pop();
+        merge(&mut merged, own);
+        Ok(merged)
+    }
+}
+
+fn read_dir(dir: &Path, prefix: &str, files: &mut BTreeMap<String, String>) -> Result<()> {
+    for entry in std::fs::read_dir(dir).map_err(Error::io("read the folder", dir))? {
+        let path = entry.map_err(Error::io("read the folder", dir))?.path();
+        let name = path
+            .file_name()
+            .map(|n| n.to_string_lossy().into_owned())
+            .unwrap_or_default();
+        if path.is_dir() && prefix.is_empty() {
+            read_dir(&path, &format!("{name}/"), files)?;
+        } else if name.ends_with(".toml") {
+            let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+            files.insert(format!("{prefix}{name}"), text);
+        }
+    }
+    Ok(())
+}
+
+/// Tables are merged key by key; any other value of `over` replaces the one below.
+fn merge(under: &mut toml::Table, over: toml::Table) {
+    for (key, value) in over {
+        match (under.get_mut(&key), value) {
+            (Some(toml::Value::Table(below)), toml::Value::Table(above)) => merge(below, above),
+            (_, value) => {
+                under.insert(key, value);
+            }
+        }
+    }
+}
+
+fn extends_error(stack: &[String], path: &str, files: &BTreeMap<String, String>) -> Error {
+    let hint = nearest(path, files.keys().map(String::as_str))
+        .map(|n| format!("; did you mean `{n}`?"))
+        .unwrap_or_default();
+    Error::Spec {
+        file: stack.last().cloned().unwrap_or_default(),
+        line: None,
+        message: format!("extends `{path}`, which does not exist{hint}"),
+    }
+}
+
+/// serde names an unknown field and the known ones in its message; this takes them apart.
+fn spec_error(file: &str, text: &str, error: &toml::de::Error) -> Error {
+    let line = error
+        .span()
+        .and_then(|span| text.get(..span.start))
+        .map(|before| before.matches('\n').count() + 1);
+    let message = error.message();
+    let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
+    if message.starts_with("unknown field") {
+        if let Some((key, known)) = quoted.split_first() {
+            return Error::UnknownKey {
+                file: file.to_owned(),
+                line,
+                key: (*key).to_owned(),
+                nearest: nearest(key, known.iter().copied()),
+            };
+        }
+    }
+    Error::Spec {
+        file: file.to_owned(),
+        line,
+        message: one_line(message),
+    }
+}
+
+fn one_line(message: &str) -> String {
+    message.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// What types cannot say: names that refer to other names, and numbers that make no sense.
+fn check(e: &Experiment, file: &str) -> Result<()> {
+    let fail = |message: String| {
+        Err(Error::Spec {
+            file: file.to_owned(),
+            line: None,
+            message,
+        })
+    };
+    if e.title.is_empty() || e.rows.is_empty() || e.columns.is_empty() {
+        return fail("an experiment needs a `title`, `rows` and `columns`".into());
+    }
+    let mut ids = BTreeSet::new();
+    for row in &e.rows {
+        if !ids.insert(row.id.as_str()) {
+            return fail(format!("two rows are called `{}`", row.id));
+        }
+        if let Err(message) = check_row(row) {
+            return fail(format!("row `{}`: {message}", row.id));
+        }
+    }
+    let figures = e
+        .figures
+        .iter()
+        .flat_map(|f| f.rows.iter().chain(&f.also).chain(&f.levels));
+    let claims = e
+        .claims
+        .iter()
+        .flat_map(|c| c.rows.iter().chain(Some(&c.than).filter(|t| !t.is_empty())));
+    for id in figures.chain(claims) {
+        if !ids.contains(id.as_str()) {
+            let near = nearest(id, ids.iter().copied())
+                .map(|n| format!("; did you mean `{n}`?"))
+                .unwrap_or_default();
+            return fail(format!("there is no row `{id}`{near}"));
+        }
+    }
+    let trains = e.rows.iter().any(|r| r.measures.contains(&Measure::Train));
+    if trains && (e.recipes.is_empty() || e.seeds == 0) {
+        return fail("rows are trained, so `recipes` and `seeds` of at least 1 are needed".into());
+    }
+    for (name, recipe) in &e.recipes {
+        if recipe.backbone.is_empty() || recipe.batch == 0 || recipe.side == 0 {
+            return fail(format!("recipe `{name}` needs `backbone`, `batch`, `side`"));
+        }
+        let grid = e.rates.get(name).map_or(&[][..], |r| r.grid.as_slice());
+        if trains && grid.is_empty() {
+            return fail(format!("recipe `{name}` has no `rates.{name}.grid`"));
+        }
+    }
+    for figure in &e.figures {
+        if figure.kind == FigureKind::X
+            && figure
+                .rows
+                .iter()
+                .any(|r| e.row(r).is_none_or(|r| r.x.is_none()))
+        {
+            return fail(format!(
+                "figure `{}`: every row on the curve needs an `x`",
+                figure.title
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn check_row(row: &Row) -> std::result::Result<(), String> {
+    if row.measures.is_empty() {
+        return match row.not_run {
+            Some(_) => Ok(()),
+            None => Err("nothing is measured, so `not_run` must say why".into()),
+        };
+    }
+    let head = row.head.as_ref().ok_or("`measures` need a `head`")?;
+    match head.name {
+        HeadName::Isqrt => match (head.iterations, head.schedule) {
+            (Some(0), _) => Err("`iterations` must be at least 1".into()),
+            (Some(_), None) => Ok(()),
+            (None, Some(_)) => match (head.steps, head.lower) {
+                (Some(steps), Some(lower)) if steps > 0 && lower > 0.0 && lower < 1.0 => Ok(()),
+                _ => Err(
+                    "a minimax schedule needs `steps` of at least 1 and `lower` between 0 and 1"
+                        .into(),
+                ),
+            },
+            _ => Err("head `isqrt` needs either `iterations` or `schedule`".into()),
+        },
+        HeadName::Eig | HeadName::Svd
+            if row
+                .measures
+                .iter()
+                .any(|m| *m != Measure::DecompositionTime) =>
+        {
+            Err("a bare decomposition can only be timed (`decomposition-time`)".into())
+        }
+        HeadName::Gap | HeadName::Cov if row.measures.iter().any(|m| *m == Measure::RootError) => {
+            Err("there is no root whose error could be measured".into())
+        }
+        _ => Ok(()),
+    }
+}

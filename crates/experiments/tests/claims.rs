@@ -1,0 +1,182 @@
+//! Claims are decided by the numbers, both ways.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{info, small};
+use isqrt_experiments::claims::{Outcome, Verdict, decide};
+use isqrt_experiments::plan::{Plan, Request};
+use isqrt_experiments::record::{EpochRecord, Measurement, Record, Store};
+use isqrt_experiments::results::Results;
+use isqrt_experiments::spec::{Claim, ClaimKind, Experiment};
+
+/// Errors of `five` and of `gap`, one value a seed, decided by one claim.
+fn verdict(kind: ClaimKind, five: &[f64], gap: &[f64]) -> Verdict {
+    let flat = |v: &[f64]| v.iter().map(|e| vec![*e]).collect::<Vec<_>>();
+    verdict_of_curves(kind, &flat(five), &flat(gap))
+}
+
+fn verdict_of_curves(kind: ClaimKind, five: &[Vec<f64>], gap: &[Vec<f64>]) -> Verdict {
+    let mut experiment = small();
+    experiment.claims = vec![claim(kind)];
+    decide_with(&experiment, five, gap)
+}
+
+fn claim(kind: ClaimKind) -> Claim {
+    Claim {
+        text: "five is ahead".into(),
+        kind,
+        metric: "top1_error".into(),
+        rows: if kind == ClaimKind::Plateau {
+            vec!["gap".into(), "five".into()]
+        } else {
+            vec!["five".into()]
+        },
+        than: "gap".into(),
+    }
+}
+
+fn decide_with(experiment: &Experiment, five: &[Vec<f64>], gap: &[Vec<f64>]) -> Verdict {
+    let dir = tempfile::tempdir().unwrap();
+    let mut store = Store::open(dir.path()).unwrap();
+    let request = Request {
+        seeds: Some(five.len().max(1) as u64),
+        ..Request::default()
+    };
+    let plan = Plan::new(
+        &[experiment.clone()],
+        &request,
+        Some(&info()),
+        &store,
+        |_| String::new(),
+    );
+    let plan = plan.unwrap();
+    for cell in &plan.experiments[0].cells {
+        let curves = if cell.row == "gap" { gap } else { five };
+        let Some(curve) = cell.seed.and_then(|s| curves.get(s as usize)) else {
+            continue;
+        };
+        let epochs = curve.iter().enumerate().map(|(i, e)| EpochRecord {
+            epoch: i + 1,
+            eval_error: *e,
+            ..EpochRecord::default()
+        });
+        store
+            .append(Record {
+                row: cell.row.clone(),
+                seed: cell.seed,
+                key: cell.key.clone(),
+                main: Measurement::new("top1_error", *curve.last().unwrap(), "%"),
+                epochs: epochs.collect(),
+                ..Record::default()
+            })
+            .unwrap();
+    }
+    let results = Results::new(&plan.experiments[0], &store);
+    decide(experiment, &results).remove(0)
+}
+
+#[test]
+fn ahead_by_more_than_the_spread_in_every_seed_is_seen() {
+    let v = verdict(ClaimKind::Less, &[2.0, 2.2, 1.9], &[21.0, 22.0, 20.0]);
+    assert_eq!(v.outcome, Outcome::Seen);
+    assert!(v.because[0].contains("smaller in 3 of 3 seeds"), "{v:?}");
+    assert!(v.because[0].contains("difference -18.97"), "{v:?}");
+}
+
+#[test]
+fn the_same_numbers_swapped_are_the_opposite() {
+    let v = verdict(ClaimKind::Less, &[21.0, 22.0, 20.0], &[2.0, 2.2, 1.9]);
+    assert_eq!(v.outcome, Outcome::Opposite);
+}
+
+#[test]
+fn within_the_spread_or_with_seeds_that_disagree_nothing_is_seen() {
+    // Every seed agrees, the mean difference is below the spread.
+    let v = verdict(ClaimKind::Less, &[1.0, 2.0, 3.0], &[1.1, 2.1, 3.1]);
+    assert_eq!(v.outcome, Outcome::NotSeen);
+    // The mean difference exceeds the spread, one seed disagrees.
+    let v = verdict(ClaimKind::Less, &[1.0, 1.1, 2.0], &[3.0, 3.1, 1.9]);
+    assert_eq!(v.outcome, Outcome::NotSeen);
+}
+
+#[test]
+fn one_seed_or_a_diverged_one_decides_nothing() {
+    assert_eq!(
+        verdict(ClaimKind::Less, &[1.0], &[20.0]).outcome,
+        Outcome::NotRun
+    );
+    let v = verdict(ClaimKind::Less, &[1.0, f64::NAN], &[20.0, 21.0]);
+    assert_eq!(v.outcome, Outcome::NotRun);
+    let v = verdict(ClaimKind::Less, &[], &[]);
+    assert_eq!(v.outcome, Outcome::NotRun);
+}
+
+#[test]
+fn a_plateau_is_no_difference_beyond_the_spread() {
+    let v = verdict(ClaimKind::Plateau, &[2.0, 2.4, 1.9], &[2.1, 2.2, 2.0]);
+    assert_eq!(v.outcome, Outcome::Seen);
+    let v = verdict(ClaimKind::Plateau, &[4.5, 4.4, 4.9], &[2.1, 2.2, 2.0]);
+    assert_eq!(v.outcome, Outcome::NotSeen);
+}
+
+#[test]
+fn no_worse_is_level_or_better() {
+    let better = verdict(ClaimKind::NoWorse, &[1.0, 1.1], &[4.0, 4.1]);
+    let worse = verdict(ClaimKind::NoWorse, &[4.0, 4.1], &[1.0, 1.1]);
+    assert_eq!(
+        (better.outcome, worse.outcome),
+        (Outcome::Seen, Outcome::NotSeen)
+    );
+}
+
+#[test]
+fn fewer_epochs_to_the_error_that_the_other_ends_with() {
+    let slow = vec![vec![50.0, 30.0, 20.0], vec![50.0, 31.0, 21.0]];
+    let fast = vec![vec![15.0, 9.0, 5.0], vec![16.0, 9.0, 5.0]];
+    let v = verdict_of_curves(ClaimKind::FewerEpochs, &fast, &slow);
+    assert_eq!(v.outcome, Outcome::Seen);
+    assert!(
+        v.because[0].contains("epochs 1, 1 and 3, 3 by seed"),
+        "{v:?}"
+    );
+    let v = verdict_of_curves(ClaimKind::FewerEpochs, &slow, &fast);
+    assert_eq!(v.outcome, Outcome::Opposite);
+    assert!(v.because[0].contains("never, never"), "{v:?}");
+}
+
+#[test]
+fn timings_need_quartiles_that_do_not_overlap() {
+    let time = |fast: (f64, f64, f64), slow: (f64, f64, f64)| {
+        let mut e = small();
+        e.rows[0].measures = vec![isqrt_experiments::spec::Measure::LayerTime];
+        e.rows[0].head.as_mut().unwrap().name = isqrt_experiments::spec::HeadName::Mpn;
+        e.rows[1].measures = vec![isqrt_experiments::spec::Measure::LayerTime];
+        e.claims = vec![Claim {
+            metric: "forward_ms".into(),
+            ..claim(ClaimKind::Less)
+        }];
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = Store::open(dir.path()).unwrap();
+        let plan = Plan::new(&[e.clone()], &Request::default(), None, &store, |_| {
+            String::new()
+        });
+        let plan = plan.unwrap();
+        for cell in &plan.experiments[0].cells {
+            let (low, mid, high) = if cell.row == "five" { fast } else { slow };
+            let main = Measurement::with_spread("forward_ms", mid, low, high, "ms");
+            let record = Record {
+                key: cell.key.clone(),
+                main,
+                ..Record::default()
+            };
+            store.append(record).unwrap();
+        }
+        decide(&e, &Results::new(&plan.experiments[0], &store))
+            .remove(0)
+            .outcome
+    };
+    assert_eq!(time((0.9, 1.0, 1.1), (2.9, 3.0, 3.1)), Outcome::Seen);
+    assert_eq!(time((0.9, 1.0, 2.0), (1.5, 3.0, 3.1)), Outcome::NotSeen);
+    assert_eq!(time((2.9, 3.0, 3.1), (0.9, 1.0, 1.1)), Outcome::Opposite);
+}

@@ -1,0 +1,157 @@
+//! A small experiment, a lab that makes numbers up, and a run with both.
+#![allow(dead_code, clippy::unwrap_used)]
+
+use isqrt_experiments::plan::{Plan, Request, Training, Work};
+use isqrt_experiments::record::{DataInfo, EpochRecord, Measurement, Store};
+use isqrt_experiments::run::{Data, Lab, Outcome, Progress, Summary, Tick, run};
+use isqrt_experiments::spec::{Experiment, HeadName, Library};
+use isqrt_experiments::{Error, Result};
+use std::path::Path;
+
+pub const SMALL: &str = r#"
+extends = ["_base/part.toml"]
+title = "A small experiment"
+paper_item = "Table 0"
+seeds = 2
+columns = [
+  { metric = "top1_error", label = "error", unit = "%", digits = 1 },
+  { metric = "forward_ms", label = "FP", unit = "ms" },
+]
+[[rows]]
+id = "gap"
+label = "average <pooling>"
+head = { name = "gap" }
+measures = ["train"]
+[[rows]]
+id = "five"
+label = "N = 5"
+x = 5
+head = { name = "isqrt", iterations = 5 }
+measures = ["train", "layer-time"]
+paper = [{ metric = "forward_ms", value = 0.41, source = "Table 0, recalled" }]
+[[rows]]
+id = "later"
+label = "G²DeNet"
+not_run = "not yet run: comes later"
+paper = [{ metric = "forward_ms", value = 4.76, source = "README", verified = true }]
+[[claims]]
+text = "second order is ahead of first order"
+kind = "less"
+metric = "top1_error"
+rows = ["five"]
+than = "gap"
+[[figures]]
+title = "Curves"
+kind = "epochs"
+metrics = ["top1_error"]
+rows = ["gap", "five"]
+x_label = "epoch"
+y_label = "error (%)"
+"#;
+
+pub const PART: &str = r#"
+[recipes.small]
+side = 32
+backbone = "e10net"
+epochs = 3
+batch = 8
+[rates.small]
+grid = [0.1, 0.2]
+fallback = 0.1
+[rates.small.heads]
+gap = { lr = 0.2, outcome = [[0.1, 31.5], [0.2, 25.5]] }
+[layer]
+batch = 2
+dim = 8
+"#;
+
+pub fn library() -> Library {
+    Library::from_files([("small.toml", SMALL), ("_base/part.toml", PART)])
+}
+
+pub fn small() -> Experiment {
+    library().load("small").unwrap()
+}
+
+pub fn info() -> DataInfo {
+    DataInfo {
+        name: "made up".into(),
+        fingerprint: "abc".into(),
+        classes: 2,
+        train: 100,
+        val: 10,
+        test: 20,
+        side: 32,
+        recipe: "small".into(),
+        ..DataInfo::default()
+    }
+}
+
+/// Numbers that depend on the work alone; fails when its strength is used up, as a kill would.
+pub struct MadeUp {
+    pub strength: usize,
+}
+
+impl Lab for MadeUp {
+    fn run(
+        &mut self,
+        work: &Work,
+        seed: Option<u64>,
+        _data: Option<&Data>,
+        _tick: &mut Tick<'_>,
+    ) -> Result<Outcome> {
+        self.strength = self.strength.checked_sub(1).ok_or(Error::Stopped)?;
+        let train = |t: &Training| {
+            let base = if t.head.name == HeadName::Gap {
+                20.0
+            } else {
+                5.0
+            };
+            let value = base + t.lr.unwrap() + seed.unwrap() as f64 * 0.01;
+            Outcome {
+                measurements: vec![Measurement::new("top1_error", value, "%")],
+                epochs: (1..=3)
+                    .map(|epoch| EpochRecord {
+                        epoch,
+                        eval_error: value + 3.0 - epoch as f64,
+                        ..EpochRecord::default()
+                    })
+                    .collect(),
+            }
+        };
+        Ok(match work {
+            Work::Train(t) | Work::Search(t) => train(t),
+            _ => Outcome {
+                measurements: vec![
+                    Measurement::with_spread("forward_backward_ms", 1.5, 1.4, 1.6, "ms/image"),
+                    Measurement::with_spread("forward_ms", 0.5, 0.45, 0.55, "ms/image"),
+                ],
+                epochs: Vec::new(),
+            },
+        })
+    }
+}
+
+struct Silent;
+impl Progress for Silent {}
+
+/// Plans and runs the small experiment in a folder.
+pub fn run_small(dir: &Path, request: &Request, strength: usize) -> Result<Summary> {
+    let mut store = Store::open(dir)?;
+    let mut plan = plan_small(request, &store);
+    let mut lab = MadeUp { strength };
+    run(
+        &mut plan,
+        request,
+        dir,
+        &mut store,
+        None,
+        &mut lab,
+        &mut Silent,
+    )
+}
+
+pub fn plan_small(request: &Request, store: &Store) -> Plan {
+    let command = |id: &str| format!("isqrt reproduce {id}");
+    Plan::new(&[small()], request, Some(&info()), store, command).unwrap()
+}

@@ -1,0 +1,143 @@
+//! Mistakes in a TOML file are found, with file, line and what was meant.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{PART, SMALL, library};
+use isqrt_experiments::Error;
+use isqrt_experiments::spec::Library;
+use std::path::Path;
+
+fn load(text: &str) -> Result<isqrt_experiments::spec::Experiment, Error> {
+    Library::from_files([("small.toml", text), ("_base/part.toml", PART)]).load("small")
+}
+
+fn message(text: &str) -> String {
+    load(text).unwrap_err().to_string()
+}
+
+#[test]
+fn parts_are_merged_and_the_leaf_wins() {
+    let small = library().load("small").unwrap();
+    assert_eq!((small.layer.batch, small.layer.dim), (2, 8));
+    assert_eq!(small.layer.positions, 196);
+    let text = format!("{SMALL}\n[layer]\ndim = 16\n");
+    let leaf = load(&text).unwrap();
+    assert_eq!((leaf.layer.batch, leaf.layer.dim), (2, 16));
+}
+
+#[test]
+fn an_unknown_key_names_file_line_and_the_nearest_key() {
+    let text = message(&SMALL.replace("seeds = 2", "seedz = 2"));
+    assert_eq!(
+        text,
+        "small.toml:5: unknown key `seedz`; did you mean `seeds`?"
+    );
+    let text = message(&SMALL.replace("iterations = 5", "iterashons = 5"));
+    assert!(
+        text.contains("unknown key `iterashons`; did you mean `iterations`?"),
+        "{text}"
+    );
+    let files = [
+        ("small.toml", SMALL),
+        ("_base/part.toml", "\n[layer]\nbach = 2"),
+    ];
+    let text = Library::from_files(files)
+        .load("small")
+        .unwrap_err()
+        .to_string();
+    assert_eq!(
+        text,
+        "_base/part.toml:3: unknown key `bach`; did you mean `batch`?"
+    );
+}
+
+#[test]
+fn wrong_names_and_values_are_explained() {
+    for (old, new, expected) in [
+        (
+            "than = \"gap\"",
+            "than = \"gab\"",
+            "there is no row `gab`; did you mean `gap`?",
+        ),
+        (
+            "iterations = 5",
+            "iterations = 0",
+            "row `five`: `iterations` must be at least 1",
+        ),
+        ("id = \"five\"", "id = \"gap\"", "two rows are called `gap`"),
+        (
+            "_base/part.toml",
+            "_base/prat.toml",
+            "did you mean `_base/part.toml`?",
+        ),
+        (
+            "name = \"gap\"",
+            "name = \"gapp\"",
+            "unknown variant `gapp`",
+        ),
+        (
+            "not_run = ",
+            "head = { name = \"gap\" }\n# ",
+            "`not_run` must say why",
+        ),
+        ("seeds = 2", "seeds = 0", "`seeds` of at least 1"),
+    ] {
+        let text = message(&SMALL.replace(old, new));
+        assert!(text.contains(expected), "{text}");
+        assert!(text.starts_with("small.toml"), "{text}");
+        assert!(!text.contains('\n'), "{text}");
+    }
+}
+
+#[test]
+fn a_part_that_extends_itself_is_an_error() {
+    let part = "extends = [\"small.toml\"]";
+    let files = [("small.toml", SMALL), ("_base/part.toml", part)];
+    let text = Library::from_files(files)
+        .load("small")
+        .unwrap_err()
+        .to_string();
+    assert!(text.contains("extends itself"), "{text}");
+}
+
+#[test]
+fn an_unknown_experiment_names_the_nearest_and_all() {
+    let text = Library::embedded()
+        .load("iteration")
+        .unwrap_err()
+        .to_string();
+    assert!(text.contains("did you mean `iterations`?"), "{text}");
+    assert!(
+        text.contains("decomposition-time, iterations, meta-layer-time"),
+        "{text}"
+    );
+}
+
+#[test]
+fn every_embedded_experiment_loads_and_is_what_lies_in_the_folder() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../experiments");
+    let folder = Library::from_dir(&dir).unwrap();
+    let embedded = Library::embedded();
+    assert_eq!(
+        folder.ids(),
+        embedded.ids(),
+        "add the file to spec/embedded.rs"
+    );
+    for id in embedded.ids() {
+        assert_eq!(folder.load(&id).unwrap(), embedded.load(&id).unwrap());
+    }
+}
+
+#[test]
+fn every_paper_value_names_its_source() {
+    for experiment in Library::embedded().load_many(&[]).unwrap() {
+        for value in experiment.rows.iter().flat_map(|r| &r.paper) {
+            assert!(!value.source.is_empty(), "{}: {value:?}", experiment.id);
+            assert!(
+                !(value.source.contains("recalled") && value.verified),
+                "{value:?}"
+            );
+        }
+    }
+}
