@@ -6,7 +6,7 @@ fn main() {
         .skip(1)
         .map(|a| a.parse().unwrap())
         .collect();
-    for (n, p) in [(5, 196), (3, 196), (5, 784), (0, 196)] {
+    for (n, p) in [(5, 784), (5, 196)] {
         let pool = if n == 0 {
             CovPool::with_schedule(Schedule::Cubic {
                 steps: 3,

@@ -100,11 +100,12 @@ pub fn centred<T: Number>(x: &Mat<T>) -> Mat<T> {
     let scale = T::nearest(1.0) / m.root();
     let mut out = x.to_owned();
     for i in 0..x.nrows() {
-        let mut mean = T::nearest(0.0);
+        // From the first value on, so that the mean of equal values is exact.
+        let mut sum = T::nearest(0.0);
         for j in 0..x.ncols() {
-            mean = mean + x[(i, j)];
+            sum = sum + (x[(i, j)] - x[(i, 0)]);
         }
-        mean = mean / m;
+        let mean = x[(i, 0)] + sum / m;
         for j in 0..x.ncols() {
             out[(i, j)] = (x[(i, j)] - mean) * scale;
         }

@@ -5,7 +5,7 @@
 use candle_core::{Device, Tensor, Var};
 use faer::Mat;
 use isqrt_linalg::{
-    CovPool, Error, Kernel, Memory, Output, PreNormalization, Root, Schedule, Side, reference,
+    CovPool, Kernel, Memory, Output, PreNormalization, Root, Schedule, Side, reference,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;

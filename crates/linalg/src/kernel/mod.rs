@@ -8,6 +8,7 @@ pub(crate) mod vector;
 use crate::{Error, Kernel, Result};
 use pack::{Combine, Pack, Upstream};
 use product::{Ahead, Matrix, Product, Tile, TileShape};
+use std::mem::MaybeUninit;
 use vector::{Element, Quad, Vector};
 
 /// The functions of one instruction set.
@@ -108,14 +109,25 @@ macro_rules! isa {
             // SAFETY (all): the caller promises the instruction set and the pointers.
             $(#[$feature])?
             unsafe fn run(product: &Product<'_, T>, tiles: &[Tile]) {
-                for (index, tile) in tiles.iter().enumerate() {
-                    product.ahead.fetch(index, tiles.len());
-                    let (row, panel) = (tile.row as usize, tile.panel as usize);
-                    match (tile.rows, tile.panels) {
-                        $(($height, $group) => unsafe {
-                            product::tile::<V, $height, $nv>(product, row, panel)
-                        },)+
-                        _ => unreachable!("tiles are cut to the shape of this instruction set"),
+                let mut partial = [const { MaybeUninit::<T>::uninit() }; product::TILE * product::BATCH];
+                let partial = partial.as_mut_ptr().cast::<T>();
+                let mut index = 0;
+                for batch in product::batches(tiles) {
+                    for term in 0..product.terms.len() {
+                        for (place, tile) in batch.iter().enumerate() {
+                            if term == 0 {
+                                product.ahead.fetch(index, tiles.len());
+                                index += 1;
+                            }
+                            let partial = partial.wrapping_add(place * product::TILE);
+                            let (row, panel) = (tile.row as usize, tile.panel as usize);
+                            match (tile.rows, tile.panels) {
+                                $(($height, $group) => unsafe {
+                                    product::tile::<V, $height, $nv>(product, row, panel, term, partial)
+                                },)+
+                                _ => unreachable!("tiles are cut to the shape of this instruction set"),
+                            }
+                        }
                     }
                 }
             }

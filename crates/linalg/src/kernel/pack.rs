@@ -198,28 +198,30 @@ pub(crate) unsafe fn dot<V: Vector>(n: usize, a: Matrix<V::T>, b: Matrix<V::T>) 
     total
 }
 
-/// Sum (in f64, so it cannot overflow for f32) and largest magnitude of a row.
+/// Mean (in f64, so its sum cannot overflow for f32) and largest magnitude of a row.
 ///
-/// The sum is not finite exactly if a value of the row is not.
+/// Differences from the first value are summed, so that the mean of equal values is exact. The
+/// mean is not finite exactly if a value of the row is not.
 #[inline(always)]
 pub(crate) fn row_statistics<T: Element>(row: &[T]) -> (f64, T) {
+    let base = row.first().map_or(0.0, |x| x.wide());
     let mut sums = [0.0; 16];
     let mut largest = [T::default(); 16];
     let chunks = row.chunks_exact(16);
-    let mut sum: f64 = chunks.remainder().iter().map(|x| x.wide()).sum();
-    let mut most = chunks
-        .remainder()
+    let rest = chunks.remainder();
+    let mut sum: f64 = rest.iter().map(|x| x.wide() - base).sum();
+    let mut most = rest
         .iter()
         .fold(T::default(), |most, x| most.larger(x.magnitude()));
     for chunk in chunks {
         for lane in 0..16 {
-            sums[lane] += chunk[lane].wide();
+            sums[lane] += chunk[lane].wide() - base;
             largest[lane] = largest[lane].larger(chunk[lane].magnitude());
         }
     }
     sum += sums.iter().sum::<f64>();
     most = largest.iter().fold(most, |most, &x| most.larger(x));
-    (sum, most)
+    (base + sum / row.len().max(1) as f64, most)
 }
 
 /// Whether every value is finite.

@@ -262,30 +262,70 @@ unsafe fn plain<V: Vector, const MR: usize, const NV: usize>(
     acc
 }
 
-/// Computes one tile and applies every epilogue.
+/// Elements of the largest tile.
+pub(crate) const TILE: usize = 256;
+/// Tiles of a column group that are worked on term by term.
+pub(crate) const BATCH: usize = 32;
+
+/// Splits tiles into batches of one column group: term by term, the right operand of a batch then
+/// stays in the first-level cache, where the panels of two terms would not fit.
+pub(crate) fn batches(tiles: &[Tile]) -> impl Iterator<Item = &[Tile]> {
+    let mut rest = tiles;
+    std::iter::from_fn(move || {
+        let first = rest.first()?;
+        let same = |(at, tile): &(usize, &Tile)| *at > 0 && tile.row <= first.row;
+        let end = rest
+            .iter()
+            .enumerate()
+            .find(same)
+            .map_or(rest.len(), |(at, _)| at);
+        let (batch, after) = rest.split_at(end.min(BATCH));
+        rest = after;
+        Some(batch)
+    })
+}
+
+/// Adds term number `at` to one tile, whose sum so far is in `partial`; after the last term
+/// applies every epilogue.
 #[inline(always)]
 pub(crate) unsafe fn tile<V: Vector, const MR: usize, const NV: usize>(
     product: &Product<'_, V::T>,
     row: usize,
     panel: usize,
+    at: usize,
+    partial: *mut V::T,
 ) {
     let width = V::T::WIDTH;
     let per_panel = width / V::LANES;
-    // SAFETY (whole function): the product's matrices have the rows and panels of this tile.
+    // SAFETY (whole function): the product's matrices have the rows and panels of this tile;
+    // `partial` holds TILE elements.
     unsafe {
         let mut acc = [[V::splat(V::T::default()); NV]; MR];
-        for term in product.terms {
-            let mut right = [term.right.at.cast_const(); NV];
-            for (v, at) in right.iter_mut().enumerate() {
-                *at =
-                    at.add((panel + v / per_panel) * term.right.stride + v % per_panel * V::LANES);
+        if at > 0 {
+            for r in 0..MR {
+                for v in 0..NV {
+                    acc[r][v] = V::load(partial.add((r * NV + v) * V::LANES));
+                }
             }
-            acc = if term.plain {
-                let left = term.left.at.add(row * width);
-                plain(acc, left, term.left.stride, right, term.inner)
-            } else {
-                transposed(acc, term.left.element(0, row), right, term.inner)
-            };
+        }
+        let term = &product.terms[at];
+        let mut right = [term.right.at.cast_const(); NV];
+        for (v, at) in right.iter_mut().enumerate() {
+            *at = at.add((panel + v / per_panel) * term.right.stride + v % per_panel * V::LANES);
+        }
+        acc = if term.plain {
+            let left = term.left.at.add(row * width);
+            plain(acc, left, term.left.stride, right, term.inner)
+        } else {
+            transposed(acc, term.left.element(0, row), right, term.inner)
+        };
+        if at + 1 < product.terms.len() {
+            for r in 0..MR {
+                for v in 0..NV {
+                    acc[r][v].store(partial.add((r * NV + v) * V::LANES));
+                }
+            }
+            return;
         }
         for out in product.outs {
             let mut values = acc;

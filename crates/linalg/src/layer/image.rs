@@ -75,11 +75,11 @@ impl<T: Element> Image<'_, T> {
         let mut most = 0.0_f64;
         let mut means = Vec::with_capacity(self.plan.d);
         for row in self.features.chunks_exact(self.plan.positions) {
-            let (sum, largest) = self.isa.row_statistics(row);
-            if !sum.is_finite() {
+            let (mean, largest) = self.isa.row_statistics(row);
+            if !mean.is_finite() {
                 return Err(self.non_finite("a feature"));
             }
-            means.push(T::of(sum / row.len() as f64));
+            means.push(T::of(mean));
             most = most.max(largest.wide());
         }
         // 2^±100 keeps the scale itself far from the ends of f32.
