@@ -107,6 +107,12 @@ pub fn image_folder(root: &Path) -> Result<Folder> {
             "the folder holds no folders",
             format!("{LAYOUT}: point at the folder that holds train"),
         ));
+    } else if let Some(inner) = folders.iter().find(|f| root.join(f).join("train").is_dir()) {
+        return Err(Error::layout(
+            root,
+            format!("there is no train folder here, but {inner}/ holds one"),
+            format!("{LAYOUT}: point at the folder that holds train"),
+        ));
     } else {
         root.to_path_buf()
     };

@@ -86,6 +86,9 @@ fn broken_trees_give_one_clear_line() {
     tree(&at("untrained"), &["val"], 2);
     assert!(complaint(&at("untrained"), &at("untrained")).contains("no train folder"));
 
+    tree(&at("above/pets"), &["train"], 2);
+    assert!(complaint(&at("above"), &at("above")).contains("pets/ holds one"));
+
     tree(&at("uneven"), &["train", "val"], 2);
     std::fs::rename(at("uneven/val/dog"), at("uneven/val/fox")).unwrap();
     let text = complaint(&at("uneven"), &at("uneven/val"));
