@@ -18,7 +18,7 @@ pub fn json(object: &impl serde::Serialize) -> anyhow::Result<()> {
 /// Prints a table; the first columns, as many as `left`, are aligned to the left.
 pub fn table(head: &[&str], rows: Vec<Vec<String>>, left: usize) -> anyhow::Result<()> {
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
     table.set_header(head);
     table.add_rows(rows);
     for (i, column) in table.column_iter_mut().enumerate() {

@@ -29,7 +29,7 @@ pub fn pooled_sd(a: &[f64], b: &[f64]) -> f64 {
 /// A number for people: three significant digits, or as many decimals as asked for.
 pub fn show(value: f64, digits: Option<usize>) -> String {
     if !value.is_finite() {
-        return "not finite".to_owned();
+        return "diverged".to_owned();
     }
     if let Some(digits) = digits {
         return format!("{value:.digits$}");

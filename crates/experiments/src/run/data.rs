@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::record::DataInfo;
 use crate::spec::{Experiment, Recipe};
-use isqrt_datasets::{DataSet, Resize, Sample, decode_all, decode_file, e10, image_folder, split};
+use isqrt_datasets::{DataSet, Resize, Sample, decode_file, e10, list, split};
 use std::path::{Path, PathBuf};
 
 /// Seed of the embedded set and of the split of a folder without a validation part.
@@ -93,7 +93,7 @@ impl Data {
             }
             Source::Folder(root) => (root.clone(), folder_name(root)),
         };
-        let mut parts = split(image_folder(&root)?, SEED)?;
+        let mut parts = split(list(&root)?, SEED)?;
         if smoke {
             for part in [&mut parts.train, &mut parts.val, &mut parts.test] {
                 keep_few(part, parts.classes.len());
@@ -108,17 +108,8 @@ impl Data {
         };
         let (recipe_name, recipe) = recipe_for(experiment, side)?;
         let resize = Resize::ShortSideCrop(recipe.side as usize);
-        let train = decode_all(&parts.train, &parts.classes, resize)?;
-        let val = decode_all(&parts.val, &parts.classes, resize)?;
-        let test = decode_all(&parts.test, &parts.classes, resize)?;
-        let stats = train.channel_stats();
-        let mut set = DataSet {
-            train: train.into(),
-            val: val.into(),
-            test: test.into(),
-            stats,
-            note: parts.note,
-        };
+        let classes = parts.classes.len();
+        let mut set = DataSet::decode(&parts, resize)?;
         if smoke {
             set.note.push_str("; a few images a class");
         }
@@ -126,7 +117,7 @@ impl Data {
             name,
             note: set.note.clone(),
             fingerprint: set.fingerprint(),
-            classes: parts.classes.len(),
+            classes,
             train: set.train.len(),
             val: set.val.len(),
             test: set.test.len(),

@@ -1,18 +1,158 @@
-//! Training a small network.
+//! Training a small network with one head.
 
 use super::{Data, Outcome, Tick};
 use crate::error::{Error, Result};
 use crate::plan::Training;
+use crate::record::{EpochRecord, Measurement};
+use crate::spec::{Head, HeadName};
+use isqrt_models::{ModelSpec, RepresentationSpec};
+use isqrt_train::{AugmentConfig, EpochMetrics, Observer, TrainConfig, train};
+use std::ops::ControlFlow;
+use std::sync::Arc;
 
-/// Trains and reports the error on the test part, or for a search on the validation part.
+/// Trains on the training part and reports the error on the test part, or for a search on the
+/// validation part. A training that diverged has an error that is not a number.
 pub(super) fn run(
-    _training: &Training,
-    _seed: u64,
-    _search: bool,
-    _data: Option<&Data>,
-    _tick: &mut Tick<'_>,
+    training: &Training,
+    seed: u64,
+    search: bool,
+    data: Option<&Data>,
+    tick: &mut Tick<'_>,
 ) -> Result<Outcome> {
-    Err(Error::Unsupported(
-        "training is not wired up yet".to_owned(),
-    ))
+    let failed = |message: String| Error::Cell {
+        cell: format!("training of {}", training.recipe.backbone),
+        message,
+    };
+    let data = data.ok_or_else(|| failed("there are no images to train on".to_owned()))?;
+    let config = config(training, seed, data.info.classes)
+        .ok_or_else(|| failed("the learning rate is not known".to_owned()))?;
+    let set = &data.set;
+    let eval = if search { &set.val } else { &set.test };
+    let mut watch = Watch {
+        tick,
+        epochs: Vec::new(),
+        of: config.epochs,
+        last_error: None,
+        stopped: false,
+    };
+    let result = train(
+        &config,
+        Arc::clone(&set.train),
+        Arc::clone(eval),
+        &mut watch,
+    );
+    if watch.stopped {
+        return Err(Error::Stopped);
+    }
+    let metric = if search {
+        "validation_error"
+    } else {
+        "top1_error"
+    };
+    let mut measurements = match result {
+        Ok(r) => vec![
+            Measurement::new(metric, r.top1_error, "%"),
+            Measurement::new("correct", r.correct as f64, "images"),
+            Measurement::new("parameters", r.parameters as f64, "values"),
+        ],
+        Err(e) if diverged(&e) => vec![Measurement::new(metric, f64::NAN, "%")],
+        Err(e) => return Err(failed(e.to_string())),
+    };
+    let trained: f64 = watch.epochs.iter().map(|e| e.seconds).sum();
+    measurements.push(Measurement::new("train_seconds", trained, "s"));
+    Ok(Outcome {
+        measurements,
+        epochs: watch.epochs,
+    })
+}
+
+/// The engine's configuration; none without a learning rate.
+fn config(training: &Training, seed: u64, classes: usize) -> Option<TrainConfig> {
+    let recipe = &training.recipe;
+    Some(TrainConfig {
+        model: ModelSpec {
+            backbone: recipe.backbone.clone(),
+            representation: representation(&training.head),
+            classes,
+        },
+        epochs: recipe.epochs,
+        batch: recipe.batch,
+        lr: training.lr?,
+        schedule: isqrt_nn::Schedule::default(),
+        momentum: recipe.momentum,
+        nesterov: false,
+        weight_decay: recipe.weight_decay,
+        decay: isqrt_nn::Decay::default(),
+        label_smoothing: 0.0,
+        augment: AugmentConfig {
+            flip: recipe.flip,
+            pad_crop: recipe.pad_crop,
+        },
+        seed,
+    })
+}
+
+/// The head under its name in the registry, with its options.
+fn representation(head: &Head) -> RepresentationSpec {
+    let name = match head.name {
+        HeadName::Gap => "gap",
+        HeadName::Cov => "cov",
+        HeadName::Isqrt => "isqrt",
+        HeadName::Mpn => "mpn",
+        HeadName::Eig => "eig",
+        HeadName::Svd => "svd",
+    };
+    let options = serde_json::to_value(head).unwrap_or_default();
+    let mut spec = RepresentationSpec::new(name);
+    for (key, value) in options.as_object().into_iter().flatten() {
+        if key != "name" {
+            spec = spec.with(key, value.clone());
+        }
+    }
+    spec
+}
+
+/// Whether numbers ran away: in the loss, or in the features before a head that refuses them.
+fn diverged(error: &isqrt_train::Error) -> bool {
+    match error {
+        isqrt_train::Error::NonFinite { .. } => true,
+        isqrt_train::Error::Step { source, .. } => {
+            diverged(source) || source.to_string().contains("finite")
+        }
+        _ => false,
+    }
+}
+
+/// Passes steps on as fractions and keeps the epochs.
+struct Watch<'a, 'b> {
+    tick: &'a mut Tick<'b>,
+    epochs: Vec<EpochRecord>,
+    of: usize,
+    last_error: Option<f64>,
+    stopped: bool,
+}
+
+impl Observer for Watch<'_, '_> {
+    fn step(&mut self, step: usize, total: usize, loss: f32) -> ControlFlow<()> {
+        let error = self
+            .last_error
+            .map_or_else(String::new, |e| format!(", error {e:.1} %"));
+        let epoch = (self.epochs.len() + 1).min(self.of);
+        let words = format!("epoch {epoch}/{}, loss {loss:.2}{error}", self.of);
+        let flow = (self.tick)(step as f64 / total.max(1) as f64, &words);
+        self.stopped |= flow.is_break();
+        flow
+    }
+
+    fn epoch(&mut self, m: &EpochMetrics) -> ControlFlow<()> {
+        self.last_error = Some(m.eval_error);
+        self.epochs.push(EpochRecord {
+            epoch: m.epoch,
+            train_loss: m.train_loss,
+            train_error: m.train_error,
+            eval_error: m.eval_error,
+            seconds: m.seconds,
+        });
+        ControlFlow::Continue(())
+    }
 }

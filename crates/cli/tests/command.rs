@@ -1,0 +1,325 @@
+//! The real binary, from outside: help, errors, plan, a run and its repetition.
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+fn isqrt(dir: &Path, words: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_isqrt"))
+        .args(words)
+        .current_dir(dir)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+fn out(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn err(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+/// One line `error: ...` that says all of `parts`, nothing on standard output, exit code 1.
+fn fails(words: &[&str], parts: &[&str]) {
+    let dir = scratch();
+    let output = isqrt(dir.path(), words);
+    assert_eq!(output.status.code(), Some(1), "{words:?}: {}", err(&output));
+    let text = err(&output);
+    assert_eq!(text.lines().count(), 1, "{text}");
+    assert!(text.starts_with("error: "), "{text}");
+    for part in parts {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+    assert_eq!(out(&output), "");
+}
+
+#[test]
+fn every_command_has_help_with_an_example() {
+    let dir = scratch();
+    for words in [
+        &["--help"][..],
+        &["reproduce", "--help"],
+        &["iterations", "--help"],
+        &["bench", "--help"],
+        &["bench", "layer", "--help"],
+        &["bench", "decomposition", "--help"],
+        &["report", "--help"],
+        &["models", "--help"],
+    ] {
+        let output = isqrt(dir.path(), words);
+        assert!(output.status.success());
+        let text = out(&output);
+        assert!(text.contains("Example"), "{words:?}: {text}");
+        assert!(text.contains("  isqrt "), "{words:?}: {text}");
+    }
+}
+
+#[test]
+fn wrong_usage_exits_with_two() {
+    let dir = scratch();
+    for words in [
+        &["reproduce", "--sedes", "3"][..],
+        &["bench", "layer", "--threads", "0"],
+        &[],
+    ] {
+        assert_eq!(isqrt(dir.path(), words).status.code(), Some(2), "{words:?}");
+    }
+}
+
+#[test]
+fn wrong_input_is_one_clear_line() {
+    fails(
+        &["reproduce", "--data", "no/such/folder"],
+        &["no/such/folder"],
+    );
+    fails(
+        &["reproduce", "iteratons"],
+        &["`iteratons`", "did you mean `iterations`?"],
+    );
+    fails(
+        &["reproduce", "--device", "cuda:0"],
+        &["cuda:0", "no CUDA", "--device cpu"],
+    );
+    fails(
+        &["reproduce", "--device", "gpu"],
+        &["expected auto, cpu or cuda:N"],
+    );
+    fails(&["report", "."], &["holds no run"]);
+    fails(&["models", "resnet9000"], &["resnet9000", "e10net"]);
+    fails(
+        &["iterations", "--features", "none.safetensors"],
+        &["none.safetensors"],
+    );
+    fails(&["bench", "layer", "--iterations", "0"], &["iterations"]);
+    fails(&["reproduce", "--experiments", "nowhere"], &["nowhere"]);
+}
+
+#[test]
+fn an_empty_or_broken_folder_names_its_path() {
+    let dir = scratch();
+    let empty = dir.path().join("empty");
+    std::fs::create_dir(&empty).unwrap();
+    let output = isqrt(
+        dir.path(),
+        &["reproduce", "iterations", "--smoke", "--data", "empty"],
+    );
+    assert_eq!(output.status.code(), Some(1));
+    assert!(err(&output).contains("empty"), "{}", err(&output));
+    let class = dir.path().join("broken/train/cat");
+    std::fs::create_dir_all(&class).unwrap();
+    for i in 0..4 {
+        std::fs::write(class.join(format!("{i}.png")), b"not an image").unwrap();
+    }
+    let output = isqrt(
+        dir.path(),
+        &["reproduce", "iterations", "--smoke", "--data", "broken"],
+    );
+    assert_eq!(output.status.code(), Some(1));
+    assert!(err(&output).contains(".png"), "{}", err(&output));
+}
+
+#[test]
+fn a_dry_run_shows_the_plan_and_writes_nothing() {
+    let dir = scratch();
+    let output = isqrt(dir.path(), &["reproduce", "--dry-run"]);
+    assert!(output.status.success(), "{}", err(&output));
+    let text = out(&output);
+    for part in [
+        "meta-layer-time",
+        "iterations",
+        "decomposition-time",
+        "estimate",
+        "seed 2",
+        "E10",
+    ] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    let output = isqrt(
+        dir.path(),
+        &["reproduce", "--dry-run", "--json", "--search"],
+    );
+    for line in out(&output).lines() {
+        let cell: serde_json::Value = serde_json::from_str(line).unwrap();
+        assert!(
+            cell["experiment"].is_string() && cell["seconds"].is_number(),
+            "{line}"
+        );
+    }
+    assert!(out(&output).contains("search@0.05"));
+}
+
+#[test]
+fn the_paper_profile_says_what_training_needs() {
+    let dir = scratch();
+    let output = isqrt(
+        dir.path(),
+        &["reproduce", "--profile", "paper", "--dry-run"],
+    );
+    assert!(output.status.success(), "{}", err(&output));
+    assert!(
+        out(&output).contains("needs ImageNet and a later version"),
+        "{}",
+        out(&output)
+    );
+}
+
+#[test]
+fn a_smoke_run_writes_records_and_report_and_a_second_one_has_nothing_to_do() {
+    let dir = scratch();
+    let output = isqrt(
+        dir.path(),
+        &["reproduce", "--smoke", "--out", "run", "--json"],
+    );
+    assert!(output.status.success(), "{}", err(&output));
+    let lines = out(&output);
+    assert!(lines.lines().count() > 20, "{lines}");
+    for line in lines.lines() {
+        let record: serde_json::Value = serde_json::from_str(line).unwrap();
+        assert_eq!(record["profile"], "mini");
+        assert!(record["value"].is_number(), "{line}");
+    }
+    let page = std::fs::read_to_string(dir.path().join("run/report/index.html")).unwrap();
+    for part in [
+        "unverified",
+        "not yet run",
+        "smallest size",
+        "global average pooling",
+    ] {
+        assert!(page.contains(part), "{part}");
+    }
+    let again = isqrt(dir.path(), &["reproduce", "--smoke", "--out", "run"]);
+    assert!(again.status.success(), "{}", err(&again));
+    assert!(out(&again).contains("0 cells run"), "{}", out(&again));
+    let report = isqrt(dir.path(), &["report", "run"]);
+    assert!(out(&report).contains("index.html"));
+    let rendered = std::fs::read_to_string(dir.path().join("run/report/index.html")).unwrap();
+    assert_eq!(rendered, page);
+}
+
+#[test]
+fn a_read_only_output_folder_is_one_clear_line() {
+    let dir = scratch();
+    std::fs::write(dir.path().join("file"), b"").unwrap();
+    let output = isqrt(
+        dir.path(),
+        &["reproduce", "meta-layer-time", "--smoke", "--out", "file/x"],
+    );
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        err(&output).contains("cannot make the folder file/x"),
+        "{}",
+        err(&output)
+    );
+}
+
+#[test]
+fn a_closed_pipe_is_no_error() {
+    let dir = scratch();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_isqrt"))
+        .args(["reproduce", "--dry-run"])
+        .current_dir(dir.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", err(&output));
+    assert_eq!(err(&output), "");
+}
+
+#[test]
+fn iterations_gives_rows_a_plot_and_json() {
+    let dir = scratch();
+    let words = [
+        "iterations",
+        "--dim",
+        "12",
+        "--positions",
+        "30",
+        "--batch",
+        "2",
+        "--budget",
+        "0",
+    ];
+    let output = isqrt(
+        dir.path(),
+        &[&words[..], &["--plot", "errors.svg"]].concat(),
+    );
+    assert!(output.status.success(), "{}", err(&output));
+    for part in ["gradient_error", "newton-schulz", "cubic(0.1)", "└"] {
+        assert!(out(&output).contains(part), "{part} in {}", out(&output));
+    }
+    let svg = std::fs::read_to_string(dir.path().join("errors.svg")).unwrap();
+    assert!(svg.starts_with("<svg") && svg.contains("newton-schulz"));
+    let output = isqrt(dir.path(), &[&words[..], &["--json"]].concat());
+    let rows: Vec<serde_json::Value> = out(&output)
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    let error = |n: u64| {
+        let found = |r: &&serde_json::Value| r["schedule"] == "newton-schulz" && r["n"] == n;
+        rows.iter().find(found).unwrap()["root_error"]
+            .as_f64()
+            .unwrap()
+    };
+    assert!(error(7) < error(5) && error(5) < error(1));
+}
+
+#[test]
+fn bench_prints_both_implementations() {
+    let dir = scratch();
+    let words = [
+        "bench",
+        "layer",
+        "--batch",
+        "2",
+        "--dim",
+        "16",
+        "--positions",
+        "9",
+    ];
+    let output = isqrt(
+        dir.path(),
+        &[&words[..], &["--budget", "0", "--json"]].concat(),
+    );
+    assert!(output.status.success(), "{}", err(&output));
+    let rows: Vec<serde_json::Value> = out(&output)
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    assert_eq!(rows[0]["implementation"], "ours");
+    assert_eq!(rows[1]["implementation"], "reference");
+    for key in [
+        "case",
+        "threads",
+        "forward_ms",
+        "backward_ms",
+        "gflops",
+        "peak_share",
+    ] {
+        assert!(!rows[0][key].is_null(), "{key}");
+    }
+    let output = isqrt(
+        dir.path(),
+        &[
+            "bench",
+            "decomposition",
+            "--dim",
+            "16",
+            "--batch",
+            "2",
+            "--budget",
+            "0",
+        ],
+    );
+    assert!(output.status.success(), "{}", err(&output));
+    assert!(out(&output).contains("svd"), "{}", out(&output));
+}
