@@ -6,7 +6,7 @@ use crate::{Error, Result};
 use faer::linalg::matmul::matmul;
 use faer::traits::RealField;
 use faer::{Accum, Mat, Par, Side};
-use std::ops::{Add, Div, Mul, Neg, Sub};
+use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
 use std::time::Instant;
 
 /// f32 or f64, for the reference.
@@ -18,6 +18,8 @@ pub trait Number:
     + Mul<Output = Self>
     + Div<Output = Self>
     + Neg<Output = Self>
+    + AddAssign
+    + MulAssign
 {
     /// The nearest number.
     fn nearest(value: f64) -> Self;
@@ -81,7 +83,7 @@ fn inner<T: Number>(a: &Mat<T>, b: &Mat<T>) -> T {
     let mut total = T::nearest(0.0);
     for j in 0..a.ncols() {
         for i in 0..a.nrows() {
-            total = total + a[(i, j)] * b[(i, j)];
+            total += a[(i, j)] * b[(i, j)];
         }
     }
     total
@@ -89,7 +91,7 @@ fn inner<T: Number>(a: &Mat<T>, b: &Mat<T>) -> T {
 
 fn add_diagonal<T: Number>(mut a: Mat<T>, value: T) -> Mat<T> {
     for i in 0..a.nrows() {
-        a[(i, i)] = a[(i, i)] + value;
+        a[(i, i)] += value;
     }
     a
 }
@@ -103,7 +105,7 @@ pub fn centred<T: Number>(x: &Mat<T>) -> Mat<T> {
         // From the first value on, so that the mean of equal values is exact.
         let mut sum = T::nearest(0.0);
         for j in 0..x.ncols() {
-            sum = sum + (x[(i, j)] - x[(i, 0)]);
+            sum += x[(i, j)] - x[(i, 0)];
         }
         let mean = x[(i, 0)] + sum / m;
         for j in 0..x.ncols() {
@@ -169,7 +171,7 @@ fn run<T: Number>(
         PreNormalization::Trace => {
             let mut trace = zero;
             for i in 0..n {
-                trace = trace + covariance[(i, i)];
+                trace += covariance[(i, i)];
             }
             (trace, Mat::identity(n, n))
         }
@@ -236,7 +238,7 @@ fn run<T: Number>(
     }
     let mut gs = -inner(&gy, &a) / s;
     if root.post_compensation {
-        gs = gs + inner(upstream, &output) / (T::nearest(2.0) * s);
+        gs += inner(upstream, &output) / (T::nearest(2.0) * s);
     }
     let covariance_gradient = sum(one / s, &gy, gs, &s_gradient);
     Ok((output, features_gradient(&covariance_gradient, &x)))

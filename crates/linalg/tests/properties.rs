@@ -227,7 +227,7 @@ fn repeated_eigenvalues_are_no_trouble() {
     // Orthogonal rows of equal norm: the covariance is a multiple of I.
     let (d, m) = (4, 8);
     let hadamard = |i: usize, j: usize| {
-        if (i & j).count_ones() % 2 == 0 {
+        if (i & j).count_ones().is_multiple_of(2) {
             1.0
         } else {
             -1.0
@@ -399,7 +399,7 @@ proptest! {
         let pool = CovPool { output: Output::Full, ..CovPool::isqrt(5) };
         let y = flat(&pool.forward(&x).unwrap());
         let to = |i: usize| (i * 7 + 3) % d;
-        let sign = |i: usize| if i % 3 == 0 { -1.0 } else { 1.0 };
+        let sign = |i: usize| if i.is_multiple_of(3) { -1.0 } else { 1.0 };
         prop_assume!(d % 7 != 0);
         let raw = flat(&x);
         let mut moved = vec![0.0; d * m];

@@ -183,8 +183,7 @@ impl<T: Number + crate::layer::Layered> Op<T> {
         for j in 0..d {
             for i in 0..d {
                 let (a, b) = (spectrum.values[i], spectrum.values[j]);
-                inside[(i, j)] =
-                    inside[(i, j)] * T::nearest(divided_difference(a, b, self.pool.power));
+                inside[(i, j)] *= T::nearest(divided_difference(a, b, self.pool.power));
             }
         }
         let covariance = product(&product(u, &inside), &ut);

@@ -227,13 +227,14 @@ pub(crate) fn row_statistics<T: Element>(row: &[T]) -> (f64, T) {
 /// Whether every value is finite.
 #[inline(always)]
 pub(crate) fn all_finite<T: Element>(values: &[T]) -> bool {
-    // x - x is 0 for a finite x and NaN otherwise.
+    // 0 x is 0 for a finite x and NaN otherwise.
+    let zero = T::default();
     let mut sums = [T::default(); 64];
     let chunks = values.chunks_exact(64);
     let rest = chunks.remainder().iter().all(|x| x.wide().is_finite());
     for chunk in chunks {
         for lane in 0..64 {
-            sums[lane] += chunk[lane] - chunk[lane];
+            sums[lane] += zero * chunk[lane];
         }
     }
     rest && sums.iter().all(|x| x.wide() == 0.0)

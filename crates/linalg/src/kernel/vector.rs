@@ -18,6 +18,7 @@ pub(crate) trait Element:
     + std::ops::Sub<Output = Self>
     + std::ops::Mul<Output = Self>
     + std::ops::AddAssign
+    + std::ops::MulAssign
     + std::iter::Sum
     + 'static
 {
@@ -132,7 +133,7 @@ impl<T: Element> Vector for Quad<T> {
     #[inline(always)]
     unsafe fn mul(mut self, other: Self) -> Self {
         for lane in 0..4 {
-            self.0[lane] = self.0[lane] * other.0[lane];
+            self.0[lane] *= other.0[lane];
         }
         self
     }
