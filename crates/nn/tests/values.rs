@@ -1,0 +1,308 @@
+//! Values of the ops against candle's or a plain formula, and what they refuse.
+#![allow(clippy::unwrap_used)]
+
+use candle_core::{DType, Device, Tensor, Var};
+use isqrt_nn::ops::{
+    BatchNorm, Conv, Window, avg_pool2d, batch_norm, conv2d, cross_entropy, global_avg_pool,
+    linear, max_pool2d, relu,
+};
+use isqrt_nn::{Buffer, Decay, Init, Mode, Sgd, SgdConfig, Vars};
+use isqrt_testkit::{assert_close, randn};
+
+fn random(shape: &[usize], seed: u64) -> Tensor {
+    randn(shape, seed, DType::F64).unwrap()
+}
+
+#[test]
+fn conv2d_agrees_with_candle_in_both_types() {
+    for (kernel, stride, padding) in [
+        (1, 1, 0),
+        (3, 1, 1),
+        (5, 2, 2),
+        (7, 2, 3),
+        (2, 3, 0),
+        (1, 2, 0),
+    ] {
+        let (x, w) = (
+            random(&[3, 4, 12, 11], 1),
+            random(&[5, 4, kernel, kernel], 2),
+        );
+        let expected = x.conv2d(&w, padding, stride, 1, 1).unwrap();
+        let options = Conv { stride, padding };
+        assert_close!(conv2d(&x, &w, options).unwrap(), expected, atol = 1e-12);
+        let (x, w) = (
+            x.to_dtype(DType::F32).unwrap(),
+            w.to_dtype(DType::F32).unwrap(),
+        );
+        assert_close!(conv2d(&x, &w, options).unwrap(), expected, atol = 1e-4);
+    }
+}
+
+fn norm(dtype: DType) -> BatchNorm {
+    let buffer = |v: f64| {
+        Buffer::new(
+            Tensor::full(v, 2, &Device::Cpu)
+                .unwrap()
+                .to_dtype(dtype)
+                .unwrap(),
+        )
+    };
+    BatchNorm {
+        running_mean: buffer(0.0),
+        running_var: buffer(1.0),
+        momentum: 0.1,
+        epsilon: 1e-5,
+        relu: false,
+    }
+}
+
+#[test]
+fn batch_norm_normalises_and_keeps_unbiased_statistics() {
+    // A mean far larger than the deviation: a naive sum of squares in f32 would lose it all.
+    let x = ((random(&[4, 2, 8, 8], 1) * 0.01).unwrap() + 100.0).unwrap();
+    let x = x.to_dtype(DType::F32).unwrap();
+    let (one, zero) = (
+        Tensor::ones(2, DType::F32, &Device::Cpu),
+        Tensor::zeros(2, DType::F32, &Device::Cpu),
+    );
+    let norm = norm(DType::F32);
+    let y = batch_norm(&x, &one.unwrap(), &zero.unwrap(), &norm, Mode::Train).unwrap();
+    let wide = y.to_dtype(DType::F64).unwrap();
+    assert!(wide.mean_all().unwrap().to_scalar::<f64>().unwrap().abs() < 1e-4);
+    let values = x
+        .to_dtype(DType::F64)
+        .unwrap()
+        .transpose(0, 1)
+        .unwrap()
+        .contiguous()
+        .unwrap();
+    let values = values.reshape((2, 256)).unwrap();
+    let mean = values.mean(1).unwrap();
+    let var = values.var(1).unwrap();
+    assert_close!(norm.running_mean.get(), (mean * 0.1).unwrap(), rtol = 1e-6);
+    assert_close!(
+        norm.running_var.get(),
+        ((var * 0.1).unwrap() + 0.9).unwrap(),
+        rtol = 1e-6
+    );
+    let power = (wide.sqr().unwrap().mean_all().unwrap())
+        .to_scalar::<f64>()
+        .unwrap();
+    assert!((power - 1e-4 / (1e-4 + 1e-5)).abs() < 0.02, "{power}");
+}
+
+#[test]
+fn pooling_of_a_known_image() {
+    let x = Tensor::arange(0f64, 16.0, &Device::Cpu)
+        .unwrap()
+        .reshape((1, 1, 4, 4))
+        .unwrap();
+    let window = Window {
+        kernel: 3,
+        stride: 2,
+        padding: 1,
+    };
+    let flat = |t: Tensor| t.flatten_all().unwrap();
+    assert_close!(
+        flat(max_pool2d(&x, window).unwrap()),
+        [5.0, 7.0, 13.0, 15.0],
+        atol = 0.0
+    );
+    let ninths = [10.0, 24.0, 51.0, 90.0].map(|v: f64| v / 9.0);
+    assert_close!(flat(avg_pool2d(&x, window).unwrap()), ninths, atol = 1e-12);
+    assert_close!(flat(global_avg_pool(&x).unwrap()), [7.5], atol = 1e-12);
+}
+
+#[test]
+fn nan_is_not_swallowed() {
+    let x = Tensor::new(&[[[[1.0, f64::NAN], [3.0, 4.0]]]], &Device::Cpu).unwrap();
+    let window = Window {
+        kernel: 2,
+        stride: 2,
+        padding: 0,
+    };
+    for y in [max_pool2d(&x, window).unwrap(), relu(&x).unwrap()] {
+        let values = y.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        assert!(values.iter().any(|v| v.is_nan()));
+    }
+}
+
+#[test]
+fn cross_entropy_of_known_logits() {
+    let logits = Tensor::new(&[[0.0, 0.0], [1000.0, 0.0]], &Device::Cpu).unwrap();
+    let ln2 = std::f64::consts::LN_2;
+    assert_close!(
+        cross_entropy(&logits, &[0, 0], 0.0).unwrap(),
+        ln2 / 2.0,
+        rtol = 1e-12
+    );
+    // Smoothing 0.2: the sure answer pays 0.1·1000 for the other class.
+    let expected = (ln2 + 100.0) / 2.0;
+    assert_close!(
+        cross_entropy(&logits, &[0, 0], 0.2).unwrap(),
+        expected,
+        rtol = 1e-12
+    );
+}
+
+/// Three steps by hand of PyTorch's rule, weights decayed and biases not.
+#[test]
+fn sgd_follows_the_rule() {
+    for nesterov in [false, true] {
+        let mut vars = Vars::new(1, DType::F64, &Device::Cpu);
+        let weight = vars
+            .root()
+            .parameter("w", &[1, 1], Init::Constant(1.0))
+            .unwrap();
+        let bias = vars
+            .root()
+            .parameter("b", &[1], Init::Constant(1.0))
+            .unwrap();
+        let config = SgdConfig {
+            momentum: 0.9,
+            nesterov,
+            weight_decay: 0.1,
+            decay: Decay::WeightsOnly,
+        };
+        let mut sgd = Sgd::new(&vars, config).unwrap();
+        let mut expected = [(1.0, 0.0, 0.1), (1.0, 0.0, 0.0)];
+        for _ in 0..3 {
+            // L = w² + b², so the gradients are 2w and 2b.
+            let loss = (weight.sqr().unwrap().sum_all().unwrap()
+                + bias.sqr().unwrap().sum_all().unwrap())
+            .unwrap();
+            sgd.step(&loss.backward().unwrap(), 0.05).unwrap();
+            for (p, v, decay) in &mut expected {
+                let g = 2.0 * *p + *decay * *p;
+                *v = 0.9 * *v + g;
+                *p -= 0.05 * if nesterov { g + 0.9 * *v } else { *v };
+            }
+        }
+        assert_close!(weight.flatten_all().unwrap(), [expected[0].0], rtol = 1e-13);
+        assert_close!(bias, [expected[1].0], rtol = 1e-13);
+        assert_eq!(
+            sgd.state().map(|(name, _)| name).collect::<Vec<_>>(),
+            ["b", "w"]
+        );
+    }
+}
+
+#[test]
+fn results_do_not_depend_on_threads() {
+    let (x, w) = (random(&[19, 3, 10, 10], 1), random(&[4, 3, 3, 3], 2));
+    let (x, w) = (
+        x.to_dtype(DType::F32).unwrap(),
+        w.to_dtype(DType::F32).unwrap(),
+    );
+    let one = Tensor::ones(4, DType::F32, &Device::Cpu).unwrap();
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        pool.install(|| {
+            let w = Var::from_tensor(&w).unwrap();
+            let y = conv2d(
+                &x,
+                &w,
+                Conv {
+                    stride: 1,
+                    padding: 1,
+                },
+            )
+            .unwrap();
+            let buffers = || Buffer::new(one.clone());
+            let norm = BatchNorm {
+                running_mean: buffers(),
+                running_var: buffers(),
+                momentum: 0.1,
+                epsilon: 1e-5,
+                relu: true,
+            };
+            let y = batch_norm(&y, &one, &one, &norm, Mode::Train).unwrap();
+            let head = w
+                .as_tensor()
+                .flatten_all()
+                .unwrap()
+                .narrow(0, 0, 12)
+                .unwrap();
+            let bias = Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap();
+            let y = linear(
+                &global_avg_pool(&y).unwrap(),
+                &head.reshape((3, 4)).unwrap(),
+                &bias,
+            );
+            let loss = cross_entropy(&y.unwrap(), &[1; 19], 0.0).unwrap();
+            let gradient = loss.backward().unwrap().get(w.as_tensor()).unwrap().clone();
+            gradient.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        })
+    };
+    let first: Vec<u32> = run(1).into_iter().map(f32::to_bits).collect();
+    for threads in [2, 3, 5] {
+        assert_eq!(
+            first,
+            run(threads)
+                .into_iter()
+                .map(f32::to_bits)
+                .collect::<Vec<_>>()
+        );
+    }
+}
+
+#[test]
+fn mistakes_are_named() {
+    let told = |result: isqrt_nn::Result<Tensor>| result.unwrap_err().to_string();
+    let x = random(&[2, 3, 4, 4], 1);
+    let w = |shape: &[usize]| random(shape, 2);
+    let message = told(conv2d(&x, &w(&[2, 4, 3, 3]), Conv::default()));
+    assert!(
+        message.contains("[2, 4, 3, 3]") && message.contains("[2, 3, 4, 4]"),
+        "{message}"
+    );
+    assert!(told(conv2d(&x, &w(&[2, 3, 5, 5]), Conv::default())).contains("does not fit"));
+    assert!(
+        told(conv2d(
+            &x,
+            &w(&[2, 3, 1, 1]),
+            Conv {
+                stride: 0,
+                padding: 0
+            }
+        ))
+        .contains("stride")
+    );
+    assert!(told(conv2d(&w(&[2, 2]), &w(&[2, 3, 1, 1]), Conv::default())).contains("height"));
+    let window = Window {
+        kernel: 2,
+        stride: 2,
+        padding: 2,
+    };
+    assert!(told(max_pool2d(&x, window)).contains("padding"));
+    assert!(
+        told(avg_pool2d(
+            &x,
+            Window {
+                kernel: 9,
+                stride: 1,
+                padding: 0
+            }
+        ))
+        .contains("window of 9")
+    );
+    assert!(told(linear(&w(&[2, 3]), &w(&[4, 2]), &w(&[4]))).contains("linear"));
+    assert!(told(cross_entropy(&w(&[2, 3]), &[0, 3], 0.0)).contains("label 3"));
+    assert!(told(cross_entropy(&w(&[2, 3]), &[0], 0.0)).contains("1 labels"));
+    assert!(told(cross_entropy(&w(&[1, 3]), &[0], 1.5)).contains("smoothing"));
+    let half = x.to_dtype(DType::F16).unwrap();
+    assert!(told(relu(&half)).contains("f32 or f64"));
+    let single = random(&[1, 2, 1, 1], 1);
+    let one = Tensor::ones(2, DType::F64, &Device::Cpu).unwrap();
+    let message = told(batch_norm(
+        &single,
+        &one,
+        &one,
+        &norm(DType::F64),
+        Mode::Train,
+    ));
+    assert!(message.contains("more than one value"), "{message}");
+}
