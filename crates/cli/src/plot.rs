@@ -1,7 +1,10 @@
 //! A small plot of letters for the terminal, logarithmic from bottom to top.
 
-/// Curves of `(x, y)`; each is drawn with its own mark.
-pub fn text(series: &[(char, String, Vec<(f64, f64)>)], x_label: &str, y_label: &str) -> String {
+/// A curve: its mark, its name, its points `(x, y)`.
+pub type Curve = (char, String, Vec<(f64, f64)>);
+
+/// Draws curves, each with its own mark.
+pub fn text(series: &[Curve], x_label: &str, y_label: &str) -> String {
     const WIDTH: usize = 60;
     const HEIGHT: usize = 14;
     let points = || series.iter().flat_map(|(_, _, p)| p).filter(|p| p.1 > 0.0);

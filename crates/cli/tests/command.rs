@@ -111,10 +111,12 @@ fn an_empty_or_broken_folder_names_its_path() {
     );
     assert_eq!(output.status.code(), Some(1));
     assert!(err(&output).contains("empty"), "{}", err(&output));
-    let class = dir.path().join("broken/train/cat");
-    std::fs::create_dir_all(&class).unwrap();
-    for i in 0..4 {
-        std::fs::write(class.join(format!("{i}.png")), b"not an image").unwrap();
+    for class in ["cat", "dog"] {
+        let class = dir.path().join("broken/train").join(class);
+        std::fs::create_dir_all(&class).unwrap();
+        for i in 0..4 {
+            std::fs::write(class.join(format!("{i}.png")), b"not an image").unwrap();
+        }
     }
     let output = isqrt(
         dir.path(),

@@ -215,9 +215,22 @@ impl Plan {
             p.resolve(store, &machine, request.fresh);
             planned.push(p);
         }
-        Ok(Self {
+        let mut plan = Self {
             experiments: planned,
-        })
+        };
+        plan.count_twins_once();
+        Ok(plan)
+    }
+
+    /// Work that several experiments share is done by the first of them and costs the others
+    /// nothing.
+    fn count_twins_once(&mut self) {
+        let mut seen = std::collections::BTreeSet::new();
+        for cell in self.experiments.iter_mut().flat_map(|p| &mut p.cells) {
+            if !cell.key.is_empty() && !seen.insert(cell.key.clone()) {
+                cell.seconds = 0.0;
+            }
+        }
     }
 
     /// Seconds that the cells still to be run should take.
@@ -240,6 +253,7 @@ impl Plan {
                 cell.seconds = estimate(cell, p.data.as_ref(), store);
             }
         }
+        self.count_twins_once();
     }
 
     /// Reads the plan of a run folder; a folder without one has an empty plan.

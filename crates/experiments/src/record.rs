@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::files::make_dir;
 use crate::machine::Machine;
 use serde::{Deserialize, Deserializer, Serialize};
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
@@ -209,16 +209,7 @@ impl Store {
             .truncate(false)
             .open(&path)
             .map_err(Error::io("open", &path))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(std::fs::TryLockError::WouldBlock) => {
-                return Err(Error::Locked {
-                    path: dir.to_owned(),
-                });
-            }
-            // A file system without locks: go on without.
-            Err(std::fs::TryLockError::Error(_)) => {}
-        }
+        lock(&file, dir)?;
         let mut text = Vec::new();
         file.read_to_end(&mut text)
             .map_err(Error::io("read", &path))?;
@@ -278,6 +269,25 @@ impl Store {
         self.records.push(record);
         Ok(())
     }
+}
+
+/// Takes the lock of a run folder. A run that is just ending may still hold it for a moment.
+fn lock(file: &File, dir: &Path) -> Result<()> {
+    for attempt in 0.. {
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) if attempt < 20 => {
+                std::thread::sleep(std::time::Duration::from_millis(50));
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::Locked {
+                    path: dir.to_owned(),
+                });
+            }
+            // A file system without locks: go on without.
+            Ok(()) | Err(TryLockError::Error(_)) => break,
+        }
+    }
+    Ok(())
 }
 
 fn parse(path: &Path, text: &[u8]) -> (Vec<Record>, Vec<String>) {

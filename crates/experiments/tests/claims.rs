@@ -44,7 +44,7 @@ fn decide_with(experiment: &Experiment, five: &[Vec<f64>], gap: &[Vec<f64>]) -> 
         ..Request::default()
     };
     let plan = Plan::new(
-        &[experiment.clone()],
+        std::slice::from_ref(experiment),
         &request,
         Some(&info()),
         &store,
@@ -158,9 +158,13 @@ fn timings_need_quartiles_that_do_not_overlap() {
         }];
         let dir = tempfile::tempdir().unwrap();
         let mut store = Store::open(dir.path()).unwrap();
-        let plan = Plan::new(&[e.clone()], &Request::default(), None, &store, |_| {
-            String::new()
-        });
+        let plan = Plan::new(
+            std::slice::from_ref(&e),
+            &Request::default(),
+            None,
+            &store,
+            |_| String::new(),
+        );
         let plan = plan.unwrap();
         for cell in &plan.experiments[0].cells {
             let (low, mid, high) = if cell.row == "five" { fast } else { slow };

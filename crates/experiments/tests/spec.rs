@@ -141,3 +141,20 @@ fn every_paper_value_names_its_source() {
         }
     }
 }
+
+#[test]
+fn the_example_of_the_documentation_loads() {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/reproducing.md");
+    let text = std::fs::read_to_string(docs).unwrap();
+    let example = text
+        .split("```toml")
+        .nth(1)
+        .unwrap()
+        .split("```")
+        .next()
+        .unwrap();
+    let base = include_str!("../../../experiments/_base/timing.toml");
+    let files = [("mine.toml", example), ("_base/timing.toml", base)];
+    let mine = Library::from_files(files).load("mine").unwrap();
+    assert_eq!(mine.rows.len(), 2);
+}

@@ -91,7 +91,7 @@ impl Iterations {
         ];
         output::table(&head, cells.collect(), 1)?;
         let marks = ['o', '*', '+', 'x', '#'];
-        let curves: Vec<_> = families(&rows)
+        let curves: Vec<plot::Curve> = families(&rows)
             .into_iter()
             .enumerate()
             .map(|(i, (name, rows))| {

@@ -160,10 +160,10 @@ impl Reproduce {
             Some(dir) => Source::Folder(dir.clone()),
             None => Source::Embedded(out.join("data")),
         };
-        if self.dry_run {
-            if let Some(info) = source.describe_unwritten(first, self.smoke)? {
-                return Ok(Some(Found::Described(info)));
-            }
+        if self.dry_run
+            && let Some(info) = source.describe_unwritten(first, self.smoke)?
+        {
+            return Ok(Some(Found::Described(info)));
         }
         let data = Data::open(&source, first, self.smoke)?;
         Ok(Some(Found::Images(Box::new(data))))

@@ -77,9 +77,9 @@ fn render_section(out: &mut String, s: &Section, criterion: &str) {
         head.extend(rates.grid.iter().cloned());
         line(out, &head);
         line(out, &vec!["---".to_owned(); head.len()]);
-        for (label, lr, cells) in &rates.rows {
-            let mut row = vec![label.clone(), lr.clone()];
-            row.extend(cells.iter().map(|(text, chosen)| {
+        for r in &rates.rows {
+            let mut row = vec![r.label.clone(), r.lr.clone()];
+            row.extend(r.errors.iter().map(|(text, chosen)| {
                 if *chosen {
                     format!("**{text}**")
                 } else {

@@ -117,8 +117,19 @@ pub struct RatesTable {
     pub note: String,
     /// Rates of the grid.
     pub grid: Vec<String>,
-    /// Row label, chosen rate, and for each rate its error and whether it was chosen.
-    pub rows: Vec<(String, String, Vec<(String, bool)>)>,
+    /// One row a head.
+    pub rows: Vec<RateRow>,
+}
+
+/// The search of one head.
+#[derive(Clone, Debug, Serialize)]
+pub struct RateRow {
+    /// Row label.
+    pub label: String,
+    /// The chosen rate.
+    pub lr: String,
+    /// For each rate of the grid its error and whether it was chosen.
+    pub errors: Vec<(String, bool)>,
 }
 
 impl Page {
@@ -485,7 +496,11 @@ fn rates(planned: &Planned, store: &Store) -> Option<RatesTable> {
             })
             .collect();
         let lr = lr.map_or_else(|| "not yet found".to_owned(), |lr| lr.to_string());
-        rows.push((row.label.clone(), lr, cells));
+        rows.push(RateRow {
+            label: row.label.clone(),
+            lr,
+            errors: cells,
+        });
     }
     let note = if planned.search {
         "searched in this run, on the validation part, with one seed that is not among those reported".to_owned()

@@ -170,15 +170,15 @@ fn spec_error(file: &str, text: &str, error: &toml::de::Error) -> Error {
         .map(|before| before.matches('\n').count() + 1);
     let message = error.message();
     let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
-    if message.starts_with("unknown field") {
-        if let Some((key, known)) = quoted.split_first() {
-            return Error::UnknownKey {
-                file: file.to_owned(),
-                line,
-                key: (*key).to_owned(),
-                nearest: nearest(key, known.iter().copied()),
-            };
-        }
+    if message.starts_with("unknown field")
+        && let Some((key, known)) = quoted.split_first()
+    {
+        return Error::UnknownKey {
+            file: file.to_owned(),
+            line,
+            key: (*key).to_owned(),
+            nearest: nearest(key, known.iter().copied()),
+        };
     }
     Error::Spec {
         file: file.to_owned(),
@@ -286,7 +286,7 @@ fn check_row(row: &Row) -> std::result::Result<(), String> {
         {
             Err("a bare decomposition can only be timed (`decomposition-time`)".into())
         }
-        HeadName::Gap | HeadName::Cov if row.measures.iter().any(|m| *m == Measure::RootError) => {
+        HeadName::Gap | HeadName::Cov if row.measures.contains(&Measure::RootError) => {
             Err("there is no root whose error could be measured".into())
         }
         _ => Ok(()),
