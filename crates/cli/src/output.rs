@@ -1,6 +1,6 @@
 //! Standard output: lines, JSON lines and tables. A closed pipe is not an error.
 
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 use std::io::Write;
 
 /// Prints a line.
@@ -18,7 +18,9 @@ pub fn json(object: &impl serde::Serialize) -> anyhow::Result<()> {
 /// Prints a table; the first columns, as many as `left`, are aligned to the left.
 pub fn table(head: &[&str], rows: Vec<Vec<String>>, left: usize) -> anyhow::Result<()> {
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    // A line under the head and nothing else.
+    let style = TableStyle::new();
+    table.load_style(style.header_separator(LineStyle::none().fill('─').junction('─')));
     table.set_header(head);
     table.add_rows(rows);
     for (i, column) in table.column_iter_mut().enumerate() {

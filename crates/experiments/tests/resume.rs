@@ -158,6 +158,12 @@ fn a_search_chooses_each_rate_on_the_validation_part_and_is_resumed_too() {
         trained().collect::<Vec<_>>()
     );
     assert_eq!(run_small(dir.path(), &request, 0).unwrap().skipped, all);
+    let rates = fs::read_to_string(dir.path().join("rates.toml")).unwrap();
+    assert!(rates.contains("[rates.small.heads]\n"), "{rates}");
+    assert!(
+        rates.contains("gap = { lr = 0.1, outcome = [[0.1, 21.10], [0.2, 21.20]] }"),
+        "{rates}"
+    );
 }
 
 #[test]

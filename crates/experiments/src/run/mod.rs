@@ -191,8 +191,35 @@ pub fn run(
             }
         }
     }
+    write_rates(plan, dir, store)?;
     report::write(dir)?;
     Ok(summary)
+}
+
+/// What searches have found, in the form of `experiments/_base/rates.toml`.
+fn write_rates(plan: &Plan, dir: &Path, store: &Store) -> Result<()> {
+    let mut text = String::new();
+    for p in plan.experiments.iter().filter(|p| p.search) {
+        let Some(data) = &p.data else { continue };
+        text.push_str(&format!("[rates.{}.heads]\n", data.recipe));
+        for row in &p.experiment.rows {
+            if let Some((lr, grid)) = p.search_outcome(&row.id, store) {
+                let pairs: Vec<String> = grid
+                    .iter()
+                    .map(|[rate, error]| format!("[{rate}, {error:.2}]"))
+                    .collect();
+                text.push_str(&format!(
+                    "{} = {{ lr = {lr}, outcome = [{}] }}\n",
+                    row.id,
+                    pairs.join(", ")
+                ));
+            }
+        }
+    }
+    if text.is_empty() {
+        return Ok(());
+    }
+    crate::files::write_atomically(&dir.join("rates.toml"), text.as_bytes())
 }
 
 /// A record without machine and times, which the caller knows.
