@@ -64,6 +64,60 @@ pub(crate) fn with_scratch<T: Element, R>(len: usize, work: impl FnOnce(&mut [T]
     })
 }
 
+/// The values of a new tensor, before they are written: saves zeroing memory that is overwritten.
+pub(crate) struct Unwritten<T>(Vec<T>, usize);
+
+impl<T: Element> Unwritten<T> {
+    pub(crate) fn new(len: usize) -> Self {
+        Self(Vec::with_capacity(len), len)
+    }
+
+    /// The places to write to, with any content.
+    pub(crate) fn places(&mut self) -> &mut [T] {
+        let spare = &mut self.0.spare_capacity_mut()[..self.1];
+        // SAFETY: every bit pattern is a float, callers write before they read (`written`), and
+        // the slice covers exactly memory that the vector owns.
+        unsafe { std::slice::from_raw_parts_mut(spare.as_mut_ptr().cast(), spare.len()) }
+    }
+
+    /// The values.
+    ///
+    /// # Safety
+    /// All places have been written.
+    pub(crate) unsafe fn written(self) -> Vec<T> {
+        let Self(mut values, len) = self;
+        // SAFETY: `len` is within the capacity; the caller vouches for the content.
+        unsafe { values.set_len(len) };
+        values
+    }
+}
+
+/// Declares functions that are compiled twice, for AVX2 and for any processor, and chosen at run
+/// time. Without contraction to FMA both give the same bits.
+macro_rules! vectorised {
+    ($($(#[$note:meta])* fn $name:ident<T: Element>($($arg:ident: $type:ty),* $(,)?) $(-> $out:ty)? $body:block)*) => {$(
+        $(#[$note])*
+        #[allow(clippy::too_many_arguments)]
+        fn $name<T: Element>($($arg: $type),*) $(-> $out)? {
+            #[inline(always)]
+            fn body<T: Element>($($arg: $type),*) $(-> $out)? $body
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2")]
+                fn avx2<T: Element>($($arg: $type),*) $(-> $out)? {
+                    body($($arg),*)
+                }
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: the processor has AVX2.
+                    return unsafe { avx2($($arg),*) };
+                }
+            }
+            body($($arg),*)
+        }
+    )*};
+}
+pub(crate) use vectorised;
+
 /// Values of a contiguous operand in a custom op's forward.
 pub(crate) fn values<'a, T: Element>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
     let Some((start, end)) = layout.contiguous_offsets() else {
@@ -203,26 +257,41 @@ pub(crate) fn transpose<T: Element>(data: &[T], rows: usize, columns: usize) -> 
     out
 }
 
-/// Sum in 16 lanes: vectorises, loses less than a running sum, and its order is fixed.
+/// Sums of the values of `term` over equally long operands, in 16 lanes: vectorises, loses less
+/// than a running sum, and the order is fixed.
 #[inline(always)]
-pub(crate) fn lane_sum<T: Element>(count: usize, term: impl Fn(usize) -> T) -> T {
-    let mut lanes = [T::ZERO; 16];
-    let whole = count / 16 * 16;
-    for start in (0..whole).step_by(16) {
-        for (lane, sum) in lanes.iter_mut().enumerate() {
-            *sum += term(start + lane);
+pub(crate) fn lane_sums<T: Element, const OPERANDS: usize, const SUMS: usize>(
+    operands: [&[T]; OPERANDS],
+    term: impl Fn([T; OPERANDS]) -> [T; SUMS],
+) -> [T; SUMS] {
+    const LANES: usize = 16;
+    let mut lanes = [[T::ZERO; LANES]; SUMS];
+    let blocks = operands.map(|x| x.as_chunks::<LANES>().0);
+    let rest = operands.map(|x| x.as_chunks::<LANES>().1);
+    for block in 0..blocks[0].len() {
+        let block = blocks.map(|x| &x[block]);
+        for lane in 0..LANES {
+            let terms = term(block.map(|x| x[lane]));
+            for sum in 0..SUMS {
+                lanes[sum][lane] += terms[sum];
+            }
         }
     }
-    for i in whole..count {
-        lanes[i - whole] += term(i);
-    }
-    for half in [8, 4, 2, 1] {
-        for lane in 0..half {
-            let other = lanes[lane + half];
-            lanes[lane] += other;
+    for lane in 0..rest[0].len() {
+        let terms = term(rest.map(|x| x[lane]));
+        for sum in 0..SUMS {
+            lanes[sum][lane] += terms[sum];
         }
     }
-    lanes[0]
+    lanes.map(|mut lanes| {
+        for half in [8, 4, 2, 1] {
+            for lane in 0..half {
+                let other = lanes[lane + half];
+                lanes[lane] += other;
+            }
+        }
+        lanes[0]
+    })
 }
 
 /// Images that one task works through: at most 16 tasks a batch, fewer where each task keeps a

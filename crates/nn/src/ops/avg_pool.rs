@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::{Window, dims4};
 use crate::Result;
-use crate::element::{Element, dispatch, lane_sum, read, values};
+use crate::element::{Element, dispatch, lane_sums, read, values};
 
 /// Mean of each window; padding counts as zeros, as is PyTorch's default.
 ///
@@ -136,7 +136,7 @@ impl CustomOp1 for GlobalAvgPool {
         let y = dispatch!("global_avg_pool", s.dtype(), T => {
             let planes = values::<T>(s, l)?.par_chunks_exact(self.plane).with_min_len(64);
             let n = self.plane as T;
-            Ok(T::to_cpu_storage_owned(planes.map(|x| lane_sum(x.len(), |i| x[i]) / n).collect()))
+            Ok(T::to_cpu_storage_owned(planes.map(|x| lane_sums([x], |[x]| [x])[0] / n).collect()))
         })?;
         Ok((y, self.shape.clone()))
     }

@@ -15,7 +15,7 @@ use candle_core::{
 use rayon::prelude::*;
 
 use super::dims4;
-use crate::element::{Element, dispatch, lane_sum, read, values};
+use crate::element::{Element, Unwritten, dispatch, lane_sums, read, values, vectorised};
 use crate::error::shape_error;
 use crate::{Buffer, Mode, Result};
 
@@ -130,12 +130,7 @@ impl BatchNormOp {
             .zip(x.par_chunks_exact(self.image()))
             .for_each(|(planes, x)| {
                 for (out, x) in planes.iter_mut().zip(x.chunks_exact(self.plane)) {
-                    let mean = lane_sum(x.len(), |i| x[i]).to_f64() / n;
-                    let center = T::from_f64(mean);
-                    let squares = lane_sum(x.len(), |i| (x[i] - center) * (x[i] - center));
-                    // `center` is the mean rounded: correct the mean, keep the squares about it.
-                    let rest = lane_sum(x.len(), |i| x[i] - center).to_f64() / n;
-                    *out = (center.to_f64() + rest, squares.to_f64() - n * rest * rest);
+                    *out = plane_statistics(x);
                 }
             });
         let mut mean = vec![0.0; self.channels];
@@ -173,8 +168,9 @@ impl BatchNormOp {
         self.used
             .get_or_init(|| self.fixed.clone().unwrap_or_else(|| self.measure(x)));
         let normalisers = self.normalisers()?;
-        let mut y = vec![T::ZERO; x.len()];
-        y.par_chunks_exact_mut(self.image())
+        let mut y = Unwritten::new(x.len());
+        let images = y.places().par_chunks_exact_mut(self.image());
+        images
             .zip(x.par_chunks_exact(self.image()))
             .for_each(|(y, x)| {
                 let planes = y
@@ -182,23 +178,12 @@ impl BatchNormOp {
                     .zip(x.chunks_exact(self.plane));
                 for (c, (y, x)) in planes.enumerate() {
                     let (mean, inverse) = normalisers[c];
-                    let mean = T::from_f64(mean);
                     let scale = T::from_f64(gamma[c].to_f64() * inverse);
-                    let shift = beta[c];
-                    if self.relu {
-                        for (y, &x) in y.iter_mut().zip(x) {
-                            let value = (x - mean) * scale + shift;
-                            // Not `max`: a NaN must stay one.
-                            *y = if value <= T::ZERO { T::ZERO } else { value };
-                        }
-                    } else {
-                        for (y, &x) in y.iter_mut().zip(x) {
-                            *y = (x - mean) * scale + shift;
-                        }
-                    }
+                    normalise(y, x, T::from_f64(mean), scale, beta[c], self.relu);
                 }
             });
-        Ok(y)
+        // SAFETY: `x` consists of whole images and these of whole planes, all written.
+        Ok(unsafe { y.written() })
     }
 
     fn backward<T: Element>(
@@ -210,11 +195,7 @@ impl BatchNormOp {
     ) -> candle_core::Result<(Vec<T>, Vec<T>, Vec<T>)> {
         let normalisers = self.normalisers()?;
         let (image, plane) = (self.image(), self.plane);
-        // dL/d(normalised and shifted value): through the ReLU where it let the value pass.
-        let relu = self.relu;
-        let through = move |y: T, dy: T| {
-            if relu && y <= T::ZERO { T::ZERO } else { dy }
-        };
+
         // Of each plane: Σ dy and Σ dy·(x − μ).
         let mut planes = vec![(0.0, 0.0); x.len() / plane];
         planes
@@ -226,9 +207,7 @@ impl BatchNormOp {
                     let place = c * plane..(c + 1) * plane;
                     let (x, y, dy) = (&x[place.clone()], &y[place.clone()], &dy[place]);
                     let mean = T::from_f64(normalisers[c].0);
-                    let sum = lane_sum(plane, |i| through(y[i], dy[i]));
-                    let product = lane_sum(plane, |i| through(y[i], dy[i]) * (x[i] - mean));
-                    *out = (sum.to_f64(), product.to_f64());
+                    *out = plane_sums(x, y, dy, mean, self.relu);
                 }
             });
         let mut sums = vec![(0.0, 0.0); self.channels];
@@ -241,8 +220,9 @@ impl BatchNormOp {
         let count = x.len() as f64 / self.channels as f64;
         // In training: dx = γ/σ · (dy − mean(dy) − (x − μ)/σ² · mean(dy·(x − μ))).
         let training = self.fixed.is_none();
-        let mut dx = vec![T::ZERO; x.len()];
-        dx.par_chunks_exact_mut(image)
+        let mut dx = Unwritten::new(x.len());
+        dx.places()
+            .par_chunks_exact_mut(image)
             .zip(x.par_chunks_exact(image))
             .zip(y.par_chunks_exact(image).zip(dy.par_chunks_exact(image)))
             .for_each(|((dx, x), (y, dy))| {
@@ -250,18 +230,21 @@ impl BatchNormOp {
                     let place = c * plane..(c + 1) * plane;
                     let (x, y, dy) = (&x[place.clone()], &y[place.clone()], &dy[place.clone()]);
                     let (mean, inverse) = normalisers[c];
-                    let scale = T::from_f64(gamma[c].to_f64() * inverse);
                     let (offset, slope) = match training {
                         true => (sums[c].0 / count, sums[c].1 * inverse * inverse / count),
                         false => (0.0, 0.0),
                     };
-                    let (mean, offset, slope) =
-                        (T::from_f64(mean), T::from_f64(offset), T::from_f64(slope));
-                    for (i, dx) in dx[place].iter_mut().enumerate() {
-                        *dx = scale * (through(y[i], dy[i]) - offset - (x[i] - mean) * slope);
-                    }
+                    let line = Line {
+                        scale: T::from_f64(gamma[c].to_f64() * inverse),
+                        mean: T::from_f64(mean),
+                        offset: T::from_f64(offset),
+                        slope: T::from_f64(slope),
+                    };
+                    plane_gradient(&mut dx[place], x, y, dy, line, self.relu);
                 }
             });
+        // SAFETY: whole images of whole planes, all written.
+        let dx = unsafe { dx.written() };
         let dgamma = sums
             .iter()
             .zip(&normalisers)
@@ -269,6 +252,72 @@ impl BatchNormOp {
             .collect();
         let dbeta = sums.iter().map(|s| T::from_f64(s.0)).collect();
         Ok((dx, dgamma, dbeta))
+    }
+}
+
+/// The gradient of a plane: `scale·(dy − offset − (x − mean)·slope)`.
+#[derive(Clone, Copy)]
+struct Line<T> {
+    scale: T,
+    mean: T,
+    offset: T,
+    slope: T,
+}
+
+/// The upstream gradient, through the ReLU where it let the value pass.
+#[inline(always)]
+fn through<T: Element>(y: T, dy: T, relu: bool) -> T {
+    if relu && y <= T::ZERO { T::ZERO } else { dy }
+}
+
+vectorised! {
+    /// Mean of a plane and the sum of its squared deviations from it.
+    fn plane_statistics<T: Element>(x: &[T]) -> (f64, f64) {
+        let n = x.len() as f64;
+        let [sum] = lane_sums([x], |[x]| [x]);
+        let center = T::from_f64(sum.to_f64() / n);
+        let [rest, squares] = lane_sums([x], |[x]| [x - center, (x - center) * (x - center)]);
+        // `center` is the mean rounded: correct the mean, keep the squares about it.
+        let rest = rest.to_f64() / n;
+        (center.to_f64() + rest, squares.to_f64() - n * rest * rest)
+    }
+
+    fn normalise<T: Element>(y: &mut [T], x: &[T], mean: T, scale: T, shift: T, relu: bool) {
+        if relu {
+            for (y, &x) in y.iter_mut().zip(x) {
+                let value = (x - mean) * scale + shift;
+                // Not `max`: a NaN must stay one.
+                *y = if value <= T::ZERO { T::ZERO } else { value };
+            }
+        } else {
+            for (y, &x) in y.iter_mut().zip(x) {
+                *y = (x - mean) * scale + shift;
+            }
+        }
+    }
+
+    /// Σ dy and Σ dy·(x − mean) of a plane.
+    fn plane_sums<T: Element>(x: &[T], y: &[T], dy: &[T], mean: T, relu: bool) -> (f64, f64) {
+        let [sum, product] = lane_sums([x, y, dy], |[x, y, dy]| {
+            let upstream = through(y, dy, relu);
+            [upstream, upstream * (x - mean)]
+        });
+        (sum.to_f64(), product.to_f64())
+    }
+
+    fn plane_gradient<T: Element>(
+        dx: &mut [T],
+        x: &[T],
+        y: &[T],
+        dy: &[T],
+        line: Line<T>,
+        relu: bool,
+    ) {
+        let (x, y, dy) = (&x[..dx.len()], &y[..dx.len()], &dy[..dx.len()]);
+        for (i, dx) in dx.iter_mut().enumerate() {
+            let upstream = through(y[i], dy[i], relu);
+            *dx = line.scale * (upstream - line.offset - (x[i] - line.mean) * line.slope);
+        }
     }
 }
 

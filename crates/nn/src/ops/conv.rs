@@ -13,7 +13,8 @@ use rayon::prelude::*;
 
 use super::dims4;
 use crate::element::{
-    Element, Matrix, dispatch, images_per_task, product, read, sum_partials, values, with_scratch,
+    Element, Matrix, Unwritten, dispatch, images_per_task, product, read, sum_partials, values,
+    with_scratch,
 };
 use crate::error::shape_error;
 use crate::{Error, Result};
@@ -230,9 +231,10 @@ impl Geometry {
 
     fn forward<T: Element>(&self, x: &[T], weight: &[T]) -> Vec<T> {
         let out_len = self.out * self.pixels();
-        let mut y = vec![T::ZERO; self.batch * out_len];
+        let mut y = Unwritten::new(self.batch * out_len);
         let weight = Matrix::new(weight, self.out, self.rows());
-        y.par_chunks_exact_mut(out_len)
+        y.places()
+            .par_chunks_exact_mut(out_len)
             .zip(x.par_chunks_exact(self.image()))
             .for_each(|(y, x)| {
                 if self.direct() {
@@ -250,7 +252,8 @@ impl Geometry {
                     );
                 });
             });
-        y
+        // SAFETY: one image after the other, all written as products.
+        unsafe { y.written() }
     }
 
     /// Gradients of input and weight; of the input only where it is wanted.
@@ -265,10 +268,14 @@ impl Geometry {
         let per_task = images_per_task(self.batch, weights);
         let tasks = self.batch.div_ceil(per_task);
         let mut partials = vec![T::ZERO; tasks * weights];
-        let mut dx = vec![T::ZERO; if wants_dx { x.len() } else { 0 }];
+        let mut dx = Unwritten::new(if wants_dx { x.len() } else { 0 });
         let weight = Matrix::new(weight, self.out, self.rows());
         let mut dx_parts: Vec<Option<&mut [T]>> = match wants_dx {
-            true => dx.chunks_mut(per_task * self.image()).map(Some).collect(),
+            true => dx
+                .places()
+                .chunks_mut(per_task * self.image())
+                .map(Some)
+                .collect(),
             false => (0..tasks).map(|_| None).collect(),
         };
         let out_len = self.out * self.pixels();
@@ -285,6 +292,8 @@ impl Geometry {
                     self.backward_image(x, weight, dy, dw, dx, i > 0);
                 }
             });
+        // SAFETY: every image's gradient has been written where it is wanted, else it is empty.
+        let dx = unsafe { dx.written() };
         (wants_dx.then_some(dx), sum_partials(&partials, weights))
     }
 
