@@ -1,5 +1,5 @@
 //! Trains the small texture network on the embedded set with several heads and prints error and
-//! seconds: `cargo run --release -p isqrt-train --example e10 -- DIR [HEAD...]`.
+//! seconds: `cargo run --release -p isqrt-train --example e10 -- DIR [HEAD[=RATE]...]`.
 #![allow(clippy::print_stdout)]
 
 use std::path::Path;
@@ -28,23 +28,34 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ("mpn", RepresentationSpec::new("mpn"), 0.3),
     ];
     for (name, head, lr) in heads {
-        if !wanted.is_empty() && !wanted.iter().any(|w| w == name) {
-            continue;
+        let rates: Vec<f64> = match wanted.is_empty() {
+            true => vec![lr],
+            false => wanted.iter().filter_map(|w| rate(w, name, lr)).collect(),
+        };
+        for lr in rates {
+            let config: TrainConfig = serde_json::from_value(serde_json::json!({
+                "model": { "backbone": "e10net", "representation": &head, "classes": 10 },
+                "epochs": 25, "batch": 64, "lr": lr, "weight_decay": 5e-4, "seed": 1
+            }))?;
+            let result = train(
+                &config,
+                Arc::clone(&data.train),
+                Arc::clone(&data.test),
+                &mut Silent,
+            )?;
+            println!(
+                "{name:4} rate {lr:<5} error {:6.2} %  {:6.2} s",
+                result.top1_error, result.seconds
+            );
         }
-        let config: TrainConfig = serde_json::from_value(serde_json::json!({
-            "model": { "backbone": "e10net", "representation": head, "classes": 10 },
-            "epochs": 25, "batch": 64, "lr": lr, "weight_decay": 5e-4, "seed": 1
-        }))?;
-        let result = train(
-            &config,
-            Arc::clone(&data.train),
-            Arc::clone(&data.test),
-            &mut Silent,
-        )?;
-        println!(
-            "{name:4} error {:6.2} %  {:6.2} s",
-            result.top1_error, result.seconds
-        );
     }
     Ok(())
+}
+
+/// The rate that `NAME` or `NAME=RATE` asks for.
+fn rate(wanted: &str, name: &str, usual: f64) -> Option<f64> {
+    match wanted.split_once('=') {
+        None => (wanted == name).then_some(usual),
+        Some((head, rate)) => (head == name).then(|| rate.parse().ok()).flatten(),
+    }
 }
