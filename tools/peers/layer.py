@@ -115,7 +115,7 @@ def torch_times(x, n, index, seconds):
 def ours(binary, threads, batch, dim, positions, schedule, seconds):
     command = [binary, "bench", "layer", "--json", "--threads", str(threads)]
     command += ["--batch", str(batch), "--dim", str(dim), "--positions", str(positions)]
-    command += ["--seconds", str(seconds), *schedule]
+    command += ["--budget", str(2 * seconds), *schedule]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     for line in lines.splitlines():
         row = json.loads(line)

@@ -3,6 +3,7 @@
 //! Results go to standard output (one JSON object a line with `--json`), progress and errors to
 //! standard error. Exit code 1 with one line `error: ...` when something fails, 2 for wrong usage.
 
+mod allocator;
 mod commands;
 mod output;
 mod plot;
@@ -54,19 +55,31 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    allocator::keep_memory();
     let cli = Cli::parse();
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         // The reader of our output has gone, as `head` does: nothing is wrong.
         Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            let text = format!("{error:#}");
-            let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
             // Standard error may be closed too; then there is nobody to tell.
-            let _ = writeln!(std::io::stderr(), "error: {line}");
+            let _ = writeln!(std::io::stderr(), "error: {}", one_line(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// The error and its causes on one line, leaving out causes that the text already tells.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 fn run(cli: &Cli) -> anyhow::Result<()> {

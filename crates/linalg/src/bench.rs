@@ -2,7 +2,7 @@
 //! and schedules, decompositions. Medians of interleaved repetitions; nothing is printed here.
 
 use crate::config::{CovPool, Root, Side};
-use crate::eig::{MpnCov, sequential};
+use crate::eig::MpnCov;
 use crate::reference::{self, Number};
 use crate::{Error, Kernel, Result, Schedule};
 use candle_core::{DType, Device, Tensor, Var};
@@ -170,21 +170,19 @@ pub fn layer(case: &LayerCase, budget: Duration) -> Result<Vec<LayerTiming>> {
     let plain: Vec<Mat<f32>> = images(&x)?;
     let upstream = Mat::from_fn(case.d, case.d, |i, j| if i <= j { 1.0 } else { 0.0 });
     let peak = peak_gflops(case.pool.kernel)?;
-    let times = sequential(|| {
-        interleaved(
-            &mut [&mut || time_pool(&x, |x| case.pool.forward(x)), &mut || {
-                let parts: Vec<(f64, f64)> = plain
-                    .par_iter()
-                    .map(|x| reference::timed_layer(root, x, &upstream))
-                    .collect::<Result<_>>()?;
-                // Images run side by side: a batch takes the sum over the threads.
-                let share = rayon::current_num_threads().min(case.batch) as f64;
-                let total = parts.iter().fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1));
-                Ok((total.0 / share, total.1 / share))
-            }],
-            budget,
-        )
-    })?;
+    let times = interleaved(
+        &mut [&mut || time_pool(&x, |x| case.pool.forward(x)), &mut || {
+            let parts: Vec<(f64, f64)> = plain
+                .par_iter()
+                .map(|x| reference::timed_layer(root, x, &upstream))
+                .collect::<Result<_>>()?;
+            // Images run side by side: a batch takes the sum over the threads.
+            let share = rayon::current_num_threads().min(case.batch) as f64;
+            let total = parts.iter().fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1));
+            Ok((total.0 / share, total.1 / share))
+        }],
+        budget,
+    )?;
     let facts = case.pool.describe(case.d, case.positions)?;
     let ours = facts.forward_multiply_adds + facts.backward_multiply_adds;
     let steps = root.schedule.coefficients()?;
@@ -260,12 +258,10 @@ pub fn iterations(
             ((i * 31 + j * 17) % 23) as f64 / 11.0 - 1.0
         }
     });
-    let exact: Vec<(Mat<f64>, Mat<f64>)> = sequential(|| {
-        exact_images
-            .par_iter()
-            .map(|x| reference::exact(x, &upstream))
-            .collect::<Result<_>>()
-    })?;
+    let exact: Vec<(Mat<f64>, Mat<f64>)> = exact_images
+        .par_iter()
+        .map(|x| reference::exact(x, &upstream))
+        .collect::<Result<_>>()?;
     let seeded: Vec<f32> = reference::triangle(&upstream)
         .iter()
         .map(|&g| g as f32)
@@ -308,21 +304,19 @@ pub fn iterations(
             backward_ms: time.1,
         });
     }
-    sequential(|| {
-        let pool = MpnCov::default();
-        let (root_error, gradient_error) = errors(&|x| pool.forward(x))?;
-        let time = interleaved(&mut [&mut || time_pool(&x, |x| pool.forward(x))], share)?[0];
-        rows.push(IterationRow {
-            schedule: "exact (EIG)".into(),
-            n: 0,
-            products: 0,
-            root_error,
-            gradient_error,
-            forward_ms: time.0,
-            backward_ms: time.1,
-        });
-        Ok(rows)
-    })
+    let pool = MpnCov::default();
+    let (root_error, gradient_error) = errors(&|x| pool.forward(x))?;
+    let time = interleaved(&mut [&mut || time_pool(&x, |x| pool.forward(x))], share)?[0];
+    rows.push(IterationRow {
+        schedule: "exact (EIG)".into(),
+        n: 0,
+        products: 0,
+        root_error,
+        gradient_error,
+        forward_ms: time.0,
+        backward_ms: time.1,
+    });
+    Ok(rows)
 }
 
 /// The schedules that `isqrt iterations` compares.
@@ -385,36 +379,31 @@ pub fn decompositions(
                 .try_for_each(|(index, a)| work(index, a))?;
             Ok((start.elapsed().as_secs_f64(), 0.0))
         };
-        let times = sequential(|| {
-            interleaved(
-                &mut [
-                    &mut || {
-                        timed(&|index, a| {
-                            let eigen = a.self_adjoint_eigen(faer::Side::Lower);
-                            std::hint::black_box(
-                                eigen.map_err(|_| failed(index, "eigendecomposition"))?,
-                            );
-                            Ok(())
-                        })
-                    },
-                    &mut || {
-                        timed(&|index, a| {
-                            let svd = a.svd();
-                            std::hint::black_box(
-                                svd.map_err(|_| failed(index, "singular value decomposition"))?,
-                            );
-                            Ok(())
-                        })
-                    },
-                    &mut || {
-                        let start = Instant::now();
-                        std::hint::black_box(layer.forward(&features)?);
-                        Ok((start.elapsed().as_secs_f64(), 0.0))
-                    },
-                ],
-                share,
-            )
-        })?;
+        let times = interleaved(
+            &mut [
+                &mut || {
+                    timed(&|index, a| {
+                        let found = reference::eigen(a);
+                        std::hint::black_box(found.ok_or(failed(index, "eigendecomposition"))?);
+                        Ok(())
+                    })
+                },
+                &mut || {
+                    timed(&|index, a| {
+                        let found = reference::singular(a);
+                        let what = "singular value decomposition";
+                        std::hint::black_box(found.ok_or(failed(index, what))?);
+                        Ok(())
+                    })
+                },
+                &mut || {
+                    let start = Instant::now();
+                    std::hint::black_box(layer.forward(&features)?);
+                    Ok((start.elapsed().as_secs_f64(), 0.0))
+                },
+            ],
+            share,
+        )?;
         for (method, (ms, _)) in ["eig", "svd", "isqrt N=5"].into_iter().zip(times) {
             let method = method.to_owned();
             rows.push(DecompositionRow {
@@ -426,17 +415,4 @@ pub fn decompositions(
         }
     }
     Ok(rows)
-}
-
-/// Forward and backward time of MPN-COV by eigendecomposition on the same batch.
-///
-/// # Errors
-/// As [`MpnCov::forward`].
-pub fn mpn_layer(batch: usize, d: usize, positions: usize, budget: Duration) -> Result<(f64, f64)> {
-    let x = Var::from_tensor(&synthetic_features(batch, d, positions)?)?;
-    let pool = MpnCov::default();
-    sequential(|| {
-        let times = interleaved(&mut [&mut || time_pool(&x, |x| pool.forward(x))], budget)?;
-        Ok(times[0])
-    })
 }

@@ -3,9 +3,12 @@
 
 use crate::config::{PreNormalization, Root};
 use crate::{Error, Result};
+use faer::diag::Diag;
+use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::matmul::matmul;
+use faer::linalg::{evd, svd};
 use faer::traits::RealField;
-use faer::{Accum, Mat, Par, Side};
+use faer::{Accum, Mat, Par};
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
 use std::time::Instant;
 
@@ -263,14 +266,10 @@ pub fn exact(x: &Mat<f64>, upstream: &Mat<f64>) -> Result<(Mat<f64>, Mat<f64>)> 
     let x = centred(x);
     let covariance = product(&x, &transposed(&x));
     let n = covariance.nrows();
-    let eigen = covariance
-        .self_adjoint_eigen(Side::Lower)
-        .map_err(|_| Error::Decomposition {
-            index: 0,
-            what: "eigendecomposition",
-        })?;
-    let u = eigen.U().to_owned();
-    let values = eigen.S().column_vector();
+    let (values, u) = eigen(&covariance).ok_or(Error::Decomposition {
+        index: 0,
+        what: "eigendecomposition",
+    })?;
     let most = values.iter().fold(0.0_f64, |a, &b| a.max(b));
     let floor = most * n as f64 * f64::EPSILON;
     let roots: Vec<f64> = values
@@ -289,6 +288,54 @@ pub fn exact(x: &Mat<f64>, upstream: &Mat<f64>) -> Result<(Mat<f64>, Mat<f64>)> 
     }
     let gradient = product(&product(&u, &g), &transposed(&u));
     Ok((root, features_gradient(&gradient, &x)))
+}
+
+/// Eigenvalues in rising order and eigenvectors of a symmetric matrix, on one thread; `None` if
+/// the iteration does not converge.
+pub fn eigen<T: Number>(a: &Mat<T>) -> Option<(Vec<T>, Mat<T>)> {
+    let n = a.nrows();
+    let (mut values, mut vectors) = (Diag::<T>::zeros(n), Mat::zeros(n, n));
+    let scratch = evd::self_adjoint_evd_scratch::<T>(
+        n,
+        evd::ComputeEigenvectors::Yes,
+        Par::Seq,
+        Default::default(),
+    );
+    evd::self_adjoint_evd(
+        a.as_ref(),
+        values.as_mut(),
+        Some(vectors.as_mut()),
+        Par::Seq,
+        MemStack::new(&mut MemBuffer::new(scratch)),
+        Default::default(),
+    )
+    .ok()?;
+    Some((values.column_vector().iter().copied().collect(), vectors))
+}
+
+/// Singular values in falling order and both factors of a square matrix, on one thread; `None`
+/// if the iteration does not converge.
+pub fn singular<T: Number>(a: &Mat<T>) -> Option<(Vec<T>, Mat<T>, Mat<T>)> {
+    let n = a.nrows();
+    let mut values = Diag::<T>::zeros(n);
+    let (mut left, mut right) = (Mat::zeros(n, n), Mat::zeros(n, n));
+    let all = svd::ComputeSvdVectors::Full;
+    let scratch = svd::svd_scratch::<T>(n, n, all, all, Par::Seq, Default::default());
+    svd::svd(
+        a.as_ref(),
+        values.as_mut(),
+        Some(left.as_mut()),
+        Some(right.as_mut()),
+        Par::Seq,
+        MemStack::new(&mut MemBuffer::new(scratch)),
+        Default::default(),
+    )
+    .ok()?;
+    Some((
+        values.column_vector().iter().copied().collect(),
+        left,
+        right,
+    ))
 }
 
 /// Reads the upper triangle of a matrix, row by row.

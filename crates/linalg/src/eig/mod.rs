@@ -5,10 +5,10 @@
 //! without pre-normalisation. This is the baseline that iSQRT-COV replaces.
 
 use crate::config::Output;
-use crate::reference::{Number, centred, from_triangle, product, triangle};
+use crate::reference::{Number, centred, eigen, from_triangle, product, triangle};
 use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor};
-use faer::{Mat, MatRef, Par, Side};
+use faer::{Mat, MatRef};
 use rayon::prelude::*;
 use std::sync::Mutex;
 
@@ -83,22 +83,15 @@ struct Op<T> {
 /// Eigendecomposition of a symmetric matrix, on one thread; eigenvalues that are zero up to
 /// rounding are set to it.
 fn spectrum<T: Number>(covariance: &Mat<T>, epsilon: f64, index: usize) -> Result<Spectrum<T>> {
-    let eigen = covariance
-        .self_adjoint_eigen(Side::Lower)
-        .map_err(|_| Error::Decomposition {
-            index,
-            what: "eigendecomposition",
-        })?;
-    let raw: Vec<f64> = eigen
-        .S()
-        .column_vector()
-        .iter()
-        .map(|v| v.widened())
-        .collect();
+    let (raw, vectors) = eigen(covariance).ok_or(Error::Decomposition {
+        index,
+        what: "eigendecomposition",
+    })?;
+    let raw: Vec<f64> = raw.into_iter().map(T::widened).collect();
     let most = raw.iter().fold(0.0_f64, |a, &b| a.max(b));
     let floor = most * raw.len() as f64 * epsilon;
     Ok(Spectrum {
-        vectors: eigen.U().to_owned(),
+        vectors,
         values: raw
             .into_iter()
             .map(|v| if v > floor { v } else { 0.0 })
@@ -258,15 +251,6 @@ impl<T: Number + crate::layer::Layered> CustomOp1 for Op<T> {
             arg.device(),
         )?))
     }
-}
-
-/// Runs `work` with faer on one thread, as inside a batch that is parallel already.
-pub(crate) fn sequential<R>(work: impl FnOnce() -> R) -> R {
-    let before = faer::get_global_parallelism();
-    faer::set_global_parallelism(Par::Seq);
-    let result = work();
-    faer::set_global_parallelism(before);
-    result
 }
 
 #[cfg(test)]
