@@ -542,12 +542,12 @@ fn guess(work: &Work, images: usize) -> f64 {
             } else {
                 1.0
             };
-            0.1 + layer.repeats as f64 * slow * layer_flops(layer.batch, layer.dim) / 5e10
+            0.1 + layer.repeats as f64 * slow * layer_flops(layer.batch, layer.dim) / 2e11
         }
         Work::RootError { layer, .. } => 0.1 + layer_flops(8, layer.dim) / 5e9,
         Work::DecompositionTime {
             decomposition: d, ..
-        } => 0.1 + d.repeats as f64 * layer_flops(d.batch + 1, d.dim) / 1e10,
+        } => 0.1 + d.repeats as f64 * layer_flops(d.batch + 1, d.dim) / 5e10,
     }
 }
 
