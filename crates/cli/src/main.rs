@@ -89,6 +89,9 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         .without_time()
         .init();
     if let Some(threads) = cli.common.threads {
+        // candle has a pool of its own for elementwise work, which only this variable sizes.
+        // SAFETY: no other thread has been started yet.
+        unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
         rayon::ThreadPoolBuilder::new()
             .num_threads(usize::from(threads))
             .build_global()?;

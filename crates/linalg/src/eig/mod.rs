@@ -105,6 +105,9 @@ fn divided_difference(a: f64, b: f64, power: f64) -> f64 {
     if high == 0.0 {
         return 0.0;
     }
+    if power == 0.5 {
+        return 1.0 / (low.sqrt() + high.sqrt());
+    }
     let r = low / high;
     // With r = 1 - δ: (1 - r^p) / (1 - r), by ln_1p and exp_m1 without cancellation.
     let ratio = if r == 0.0 {
@@ -186,7 +189,11 @@ impl<T: Number + crate::layer::Layered> Op<T> {
 }
 
 fn powered(value: f64, power: f64) -> f64 {
-    if value == 0.0 { 0.0 } else { value.powf(power) }
+    match power {
+        0.5 => value.sqrt(),
+        _ if value == 0.0 => 0.0,
+        _ => value.powf(power),
+    }
 }
 
 fn row_major<T: Number>(a: &Mat<T>) -> Vec<T> {
