@@ -307,6 +307,13 @@ fn bad_input_is_named() {
     };
     let wild = (x * 1e6).unwrap();
     assert!(message(&wild, &CovPool::with_root(root)).contains("square root of batch element 0"));
+    // With several bad elements the first is named, whichever thread is done first.
+    let several = Tensor::full(f32::NAN, (64, 4, 5), &Device::Cpu).unwrap();
+    for _ in 0..20 {
+        assert!(message(&several, &CovPool::isqrt(5)).contains("batch element 0"));
+        let message = MpnCov::default().forward(&several).unwrap_err().to_string();
+        assert!(message.contains("batch element 0"), "{message}");
+    }
     let huge = (features((2, 4, 5), 1, DType::F32) * 1e25).unwrap();
     assert!(message(&huge, &CovPool::plain()).contains("batch element 0"));
 }

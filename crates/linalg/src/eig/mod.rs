@@ -214,11 +214,13 @@ impl<T: Number + crate::layer::Layered> CustomOp1 for Op<T> {
         layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let features = crate::layer::values::<T>(storage, layout)?;
-        let images: Vec<(Vec<T>, Spectrum<T>)> = features
+        let images: Vec<Result<(Vec<T>, Spectrum<T>)>> = features
             .par_chunks_exact(self.d * self.positions)
             .enumerate()
             .map(|(index, image)| self.forward_image(index, image))
-            .collect::<Result<_>>()?;
+            .collect();
+        // In order, so that the first bad image of the batch is the one that is named.
+        let images: Vec<_> = images.into_iter().collect::<Result<_>>()?;
         let (out, spectra): (Vec<Vec<T>>, Vec<_>) = images.into_iter().unzip();
         *self
             .spectra

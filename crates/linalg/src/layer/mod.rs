@@ -223,11 +223,13 @@ impl<T: Layered> Op<T> {
             self.batch / threads * threads
         };
         let (front, back) = out.split_at_mut(together * out_size);
-        let mut results: Vec<O> = front
+        let results: Vec<Result<O>> = front
             .par_chunks_mut(out_size.max(1))
             .enumerate()
             .map(|(index, out)| work(image(index, false), out))
-            .collect::<Result<_>>()?;
+            .collect();
+        // In order, so that the first bad image of the batch is the one that is named.
+        let mut results: Vec<O> = results.into_iter().collect::<Result<_>>()?;
         for (at, out) in back.chunks_mut(out_size.max(1)).enumerate() {
             results.push(work(image(together + at, true), out)?);
         }
