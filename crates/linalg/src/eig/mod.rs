@@ -10,7 +10,7 @@ use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor};
 use faer::{Mat, MatRef};
 use rayon::prelude::*;
-use std::sync::Mutex;
+use std::sync::OnceLock;
 
 /// Matrix power normalised covariance pooling by eigendecomposition.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -77,7 +77,7 @@ struct Op<T> {
     batch: usize,
     d: usize,
     positions: usize,
-    spectra: Mutex<Vec<Spectrum<T>>>,
+    spectra: OnceLock<Vec<Spectrum<T>>>,
 }
 
 /// Eigendecomposition of a symmetric matrix, on one thread; eigenvalues that are zero up to
@@ -128,7 +128,7 @@ impl<T: Number + crate::layer::Layered> Op<T> {
             batch,
             d,
             positions,
-            spectra: Mutex::new(Vec::new()),
+            spectra: OnceLock::new(),
         }
     }
 
@@ -222,10 +222,7 @@ impl<T: Number + crate::layer::Layered> CustomOp1 for Op<T> {
         // In order, so that the first bad image of the batch is the one that is named.
         let images: Vec<_> = images.into_iter().collect::<Result<_>>()?;
         let (out, spectra): (Vec<Vec<T>>, Vec<_>) = images.into_iter().unzip();
-        *self
-            .spectra
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner()) = spectra;
+        let _ = self.spectra.set(spectra);
         let shape = crate::layer::out_shape(self.pool.output, self.batch, self.d);
         Ok((T::storage(out.concat()), shape))
     }
@@ -244,10 +241,7 @@ impl<T: Number + crate::layer::Layered> CustomOp1 for Op<T> {
         };
         let x = crate::layer::values::<T>(x, x_layout)?;
         let g = crate::layer::values::<T>(g, g_layout)?;
-        let spectra = self
-            .spectra
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        let spectra = self.spectra.get().map_or(&[][..], Vec::as_slice);
         let out: Vec<Vec<T>> = x
             .par_chunks_exact(self.d * self.positions)
             .zip(spectra.par_iter())

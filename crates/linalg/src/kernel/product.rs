@@ -212,7 +212,7 @@ unsafe fn transposed<V: Vector, const MR: usize, const NV: usize>(
             let mut b = [V::splat(V::T::default()); NV];
             for v in 0..NV {
                 b[v] = V::load(right[v]);
-                right[v] = right[v].add(V::T::WIDTH);
+                right[v] = right[v].wrapping_add(V::T::WIDTH);
             }
             for r in 0..MR {
                 let a = V::splat(*left.add(r));
@@ -220,7 +220,7 @@ unsafe fn transposed<V: Vector, const MR: usize, const NV: usize>(
                     acc[r][v] = acc[r][v].fma(a, b[v]);
                 }
             }
-            left = left.add(V::T::WIDTH);
+            left = left.wrapping_add(V::T::WIDTH);
         }
     }
     acc
@@ -245,7 +245,7 @@ unsafe fn plain<V: Vector, const MR: usize, const NV: usize>(
                 let mut b = [V::splat(V::T::default()); NV];
                 for v in 0..NV {
                     b[v] = V::load(right[v]);
-                    right[v] = right[v].add(V::T::WIDTH);
+                    right[v] = right[v].wrapping_add(V::T::WIDTH);
                 }
                 for r in 0..MR {
                     let a = V::splat(*left.add(r * V::T::WIDTH + column));

@@ -558,7 +558,7 @@ impl<T: Element> Image<'_, T> {
         let out_scale = self.out_scale(exponent);
         let last = 2.0 * out_scale * 2.0_f64.powi(-exponent) * self.factor();
         let dot = dot / out_scale;
-        with_workspace(self.backward_len(), |start| {
+        with_workspace(self.backward_len(kept.is_some()), |start| {
             let mut arena = Arena { next: start };
             let (d, n) = (self.plan.d, self.plan.n);
             let Some(iteration) = &self.plan.iteration else {
@@ -576,11 +576,9 @@ impl<T: Element> Image<'_, T> {
             // The iterates, kept or run again.
             let mut values = arena.matrices(1, n);
             values = match kept {
-                Some(_) => {
+                Some(start) => {
                     let scratch = values[0];
-                    let mut stored = Arena {
-                        next: kept.unwrap_or(std::ptr::null_mut()),
-                    };
+                    let mut stored = Arena { next: start };
                     let places = stored.matrices(iteration.kept.len(), n);
                     (0..iteration.program.registers)
                         .map(|register| {
@@ -757,18 +755,14 @@ impl<T: Element> Image<'_, T> {
     }
 
     /// Workspace of a backward pass, in elements; running the forward pass again needs no more.
-    fn backward_len(&self) -> usize {
+    fn backward_len(&self, kept: bool) -> usize {
         let (d, m, n) = (self.plan.d, self.plan.positions, self.plan.n);
         let square = Matrix::<T>::len(n, n);
         let chunk = Matrix::<T>::len(d, m.min(CHUNK));
         match &self.plan.iteration {
             None => square + chunk,
             Some(iteration) => {
-                let registers = if iteration.keeps {
-                    1
-                } else {
-                    iteration.program.registers
-                };
+                let registers = if kept { 1 } else { iteration.program.registers };
                 let matrices = registers + iteration.slots.1 + 3;
                 let features = if iteration.gram {
                     Matrix::<T>::len(d, d) + 2 * Matrix::<T>::len(d, m)

@@ -12,7 +12,7 @@ use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor};
 use image::{Image, Summary};
 use plan::Plan;
 use rayon::prelude::*;
-use std::sync::Mutex;
+use std::sync::OnceLock;
 
 impl CovPool {
     /// Pools feature maps, differentiably (Li et al. 2018, section 3).
@@ -51,10 +51,7 @@ impl CovPool {
             isa,
             batch,
             tracked: x.track_op(),
-            state: Mutex::new(State {
-                summaries: Vec::new(),
-                kept: None,
-            }),
+            state: OnceLock::new(),
         };
         // Without a gradient to come, the op is dropped here and its memory is free again.
         Ok(x.contiguous()?.apply_op1(op)?)
@@ -179,7 +176,7 @@ struct Op<T: 'static> {
     isa: &'static Isa<T>,
     batch: usize,
     tracked: bool,
-    state: Mutex<State<T>>,
+    state: OnceLock<State<T>>,
 }
 
 /// A pointer that may cross threads; each image uses its own part.
@@ -245,13 +242,16 @@ impl<T: Layered> Op<T> {
             let index = image.index;
             image.forward(out, start.map(|start| start.part(index, length)))
         })?;
-        *self.lock() = State { summaries, kept };
+        // candle runs an op value once; read-only from here on, so no lock is held across threads.
+        let _ = self.state.set(State { summaries, kept });
         Ok(out)
     }
 
     fn backward(&self, features: &[T], output: &[T], gradient: &[T]) -> Result<Vec<T>> {
         let mut out = vec![T::default(); features.len()];
-        let state = self.lock();
+        let Some(state) = self.state.get() else {
+            return Ok(out);
+        };
         let length = self.plan.kept_len::<T>();
         let start = state.kept.as_ref().map(|kept| Shared(kept.pointer::<T>()));
         let summaries = &state.summaries;
@@ -269,12 +269,6 @@ impl<T: Layered> Op<T> {
             )
         })?;
         Ok(out)
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, State<T>> {
-        self.state
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
