@@ -230,3 +230,35 @@ fn single_precision_stays_within_1e_5_on_every_kernel() {
         }
     }
 }
+
+#[test]
+fn plain_covariance_equals_the_reference_in_chunks_of_positions() {
+    for (d, m) in [(5, 9), (20, 513), (33, 1100), (16, 1024)] {
+        let x = features(5, d, m);
+        for output in [Output::Triangle, Output::Full] {
+            let g = values(6, output.len(d));
+            let upstream = match output {
+                Output::Triangle => reference::from_triangle(d, &g),
+                Output::Full => matrix(d, d, &g),
+            };
+            let (y, dx) = reference::covariance(&matrix(d, m, &x), &upstream);
+            let y = match output {
+                Output::Triangle => reference::triangle(&y),
+                Output::Full => flat(&y),
+            };
+            for kernel in kernels() {
+                let pool = CovPool {
+                    output,
+                    kernel,
+                    ..CovPool::plain()
+                };
+                let found = run(&pool, candle_core::DType::F64, &[1, d, m], &x, &g);
+                let errors = (relative(&found.0, &y), relative(&found.1, &flat(&dx)));
+                assert!(
+                    errors.0 < 1e-12 && errors.1 < 1e-12,
+                    "{d}x{m} {pool:?}: {errors:?}"
+                );
+            }
+        }
+    }
+}

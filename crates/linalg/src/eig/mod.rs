@@ -132,10 +132,6 @@ impl<T: Number + crate::layer::Layered> Op<T> {
         }
     }
 
-    fn epsilon() -> f64 {
-        T::EPSILON
-    }
-
     fn image(&self, features: &[T]) -> Mat<T> {
         MatRef::from_row_major_slice(features, self.d, self.positions).to_owned()
     }
@@ -149,7 +145,7 @@ impl<T: Number + crate::layer::Layered> Op<T> {
         }
         let x = centred(&self.image(features));
         let covariance = product(&x, &x.transpose().to_owned());
-        let spectrum = spectrum(&covariance, Self::epsilon(), index)?;
+        let spectrum = spectrum(&covariance, T::EPSILON, index)?;
         let u = &spectrum.vectors;
         let powered = Mat::from_fn(self.d, self.d, |i, j| {
             u[(i, j)] * T::nearest(powered(spectrum.values[j], self.pool.power))

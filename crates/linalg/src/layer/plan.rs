@@ -46,15 +46,16 @@ pub(super) struct Plan {
     pub tiles_d_positions: Vec<Tile>,
 }
 
-/// Multiply-adds of forward and backward for an image, symmetric products counted half.
-fn cost(d: f64, m: f64, program: &Program, gram: bool) -> f64 {
+/// Multiply-adds of forward and of backward for an image, symmetric products counted half.
+fn cost(d: f64, m: f64, program: &Program, gram: bool) -> (f64, f64) {
     let products = program.products() as f64;
     if gram {
-        let forward = 0.5 * m * m * d + 0.5 * products * m.powi(3) + m * m * d + 0.5 * d * d * m;
-        let backward = d * d * m + 0.5 * m * m * d + products * m.powi(3) + 2.0 * d * m * m;
-        forward + backward
+        let forward = 1.5 * m * m * d + 0.5 * products * m.powi(3) + 0.5 * d * d * m;
+        let backward = d * d * m + 2.5 * m * m * d + products * m.powi(3);
+        (forward, backward)
     } else {
-        0.5 * d * d * m + 1.5 * products * d.powi(3) + d * d * m
+        let forward = 0.5 * d * d * m + 0.5 * products * d.powi(3);
+        (forward, products * d.powi(3) + d * d * m)
     }
 }
 
@@ -76,7 +77,9 @@ impl Plan {
                     Side::Gram => true,
                     Side::Covariance => false,
                     Side::Auto => {
-                        cost(df, mf, &on_gram, true) < cost(df, mf, &on_covariance, false)
+                        let total = |(forward, backward)| forward + backward;
+                        total(cost(df, mf, &on_gram, true))
+                            < total(cost(df, mf, &on_covariance, false))
                     }
                 };
                 let program = if gram { on_gram } else { on_covariance };
@@ -129,16 +132,7 @@ impl Plan {
         let (d, m) = (self.d as f64, self.positions as f64);
         match &self.iteration {
             None => (0.5 * d * d * m, d * d * m),
-            Some(i) => {
-                let total = cost(d, m, &i.program, i.gram);
-                let products = i.program.products() as f64;
-                let forward = if i.gram {
-                    1.5 * m * m * d + 0.5 * products * m.powi(3) + 0.5 * d * d * m
-                } else {
-                    0.5 * d * d * m + 0.5 * products * d.powi(3)
-                };
-                (forward, total - forward)
-            }
+            Some(i) => cost(d, m, &i.program, i.gram),
         }
     }
 }
