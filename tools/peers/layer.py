@@ -4,6 +4,7 @@
 The PyTorch side is written from the paper's formulas as the authors' release evaluates them:
 covariance through the centring matrix, trace normalisation, coupled Newton-Schulz with stored
 iterates, the hand-written reverse-mode backward of 8 + 10 (N - 2) products, triangle by index.
+That backward is compared with PyTorch's own differentiation before anything is timed.
 
     python3 tools/peers/layer.py --isqrt target/release/isqrt --threads 1 --batch 32
 
@@ -25,7 +26,7 @@ class Covariance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         b, d, m = x.shape
-        centring = (torch.eye(m) - 1.0 / m) / m
+        centring = (torch.eye(m, dtype=x.dtype) - 1.0 / m) / m
         centring = centring.expand(b, m, m).contiguous()
         ctx.save_for_backward(x, centring)
         return x.bmm(centring).bmm(x.transpose(1, 2))
@@ -40,7 +41,7 @@ class Root(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sigma, n):
         b, d, _ = sigma.shape
-        eye3 = 3.0 * torch.eye(d).expand(b, d, d)
+        eye3 = 3.0 * torch.eye(d, dtype=sigma.dtype).expand(b, d, d)
         trace = sigma.diagonal(dim1=1, dim2=2).sum(1)
         a = sigma / trace.view(b, 1, 1)
         ys, zs = [], []
@@ -67,7 +68,7 @@ class Root(torch.autograd.Function):
         sigma, a, last, trace, *rest = ctx.saved_tensors
         ys, zs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         b, d, _ = sigma.shape
-        eye3 = 3.0 * torch.eye(d).expand(b, d, d)
+        eye3 = 3.0 * torch.eye(d, dtype=sigma.dtype).expand(b, d, d)
         t = trace.view(b, 1, 1)
         post = grad * t.sqrt()
         aux = (grad * last).sum((1, 2)) / (2 * trace.sqrt())
@@ -88,13 +89,38 @@ class Root(torch.autograd.Function):
             ga = 0.5 * (gy.bmm(eye3 - a) - gz - a.bmm(gy))
         gs = ga / t
         scale = aux - (ga * sigma).sum((1, 2)) / (trace * trace)
-        return gs + scale.view(b, 1, 1) * torch.eye(d), None
+        return gs + scale.view(b, 1, 1) * torch.eye(d, dtype=sigma.dtype), None
 
 
 def layer(x, n, index):
     c = Root.apply(Covariance.apply(x), n)
     b, d, _ = c.shape
     return c.reshape(b, d * d)[:, index]
+
+
+def check_backward():
+    """The hand-written backward against PyTorch's own, in double precision."""
+    d, m = 6, 9
+    index = torch.triu_indices(d, d)
+    index = index[0] * d + index[1]
+    for n in (1, 2, 3, 5, 7):
+        x = torch.randn(2, d, m, dtype=torch.float64, requires_grad=True)
+        g = torch.randn(2, d * (d + 1) // 2, dtype=torch.float64)
+        centred = (x - x.mean(2, keepdim=True)) / m**0.5
+        sigma = centred.bmm(centred.transpose(1, 2))
+        trace = sigma.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)
+        eye = torch.eye(d, dtype=torch.float64)
+        y, z = sigma / trace, eye.expand(2, d, d)
+        for _ in range(n):
+            t = 0.5 * (3 * eye - z.bmm(y))
+            y, z = y.bmm(t), t.bmm(z)
+        known = (y * trace.sqrt()).reshape(2, d * d)[:, index]
+        found = layer(x, n, index)
+        (known_x,) = torch.autograd.grad(known, x, g)
+        (found_x,) = torch.autograd.grad(found, x, g)
+        for a, b in ((found, known), (found_x, known_x)):
+            if (a - b).norm() > 1e-10 * b.norm():
+                raise SystemExit(f"the PyTorch side is wrong at N = {n}: {a - b}")
 
 
 def torch_times(x, n, index, seconds):
@@ -141,12 +167,18 @@ def main():
     index = torch.triu_indices(dim, dim)
     index = index[0] * dim + index[1]
     print(f"torch {torch.__version__}, {args.threads} threads, d = {dim}, ms a batch, f32")
-    minimax = ["--schedule", "cubic", "--lower", "0.1", "--iterations", "3"]
+    minimax = [
+        ("cubic minimax, 3 steps, against N=5", "cubic", "0.1", "3"),
+        ("nonic minimax, 1 step, against N=5", "nonic", "0.1", "1"),
+    ]
+    check_backward()
     for positions in args.positions:
         for batch in args.batch:
             x = torch.randn(batch, dim, positions)
             cases = [(f"N={n}", n, ["--iterations", str(n)]) for n in args.iterations]
-            cases.append(("cubic minimax, 3 steps, against N=5", 5, minimax))
+            for name, schedule, lower, steps in minimax:
+                options = ["--schedule", schedule, "--lower", lower, "--iterations", steps]
+                cases.append((name, 5, options))
             for name, n, schedule in cases:
                 a, b = [], []
                 for _ in range(args.rounds):

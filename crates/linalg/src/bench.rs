@@ -325,7 +325,13 @@ pub fn usual_schedules() -> Vec<Schedule> {
     let cubic = (2..=5).map(|steps| Schedule::Cubic { steps, lower: 0.1 });
     let fine = (3..=5).map(|steps| Schedule::Cubic { steps, lower: 0.03 });
     let quintic = (2..=3).map(|steps| Schedule::Quintic { steps, lower: 0.1 });
-    newton.chain(cubic).chain(fine).chain(quintic).collect()
+    let nonic = (1..=2).map(|steps| Schedule::Nonic { steps, lower: 0.1 });
+    newton
+        .chain(cubic)
+        .chain(fine)
+        .chain(quintic)
+        .chain(nonic)
+        .collect()
 }
 
 /// Time of a decomposition, or of our layer's forward pass, on `n x n` covariance matrices.

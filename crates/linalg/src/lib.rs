@@ -29,4 +29,4 @@ mod schedule;
 pub use config::{CovPool, Kernel, Memory, Output, PreNormalization, Root, Side};
 pub use error::{Error, Result};
 pub use layer::Description;
-pub use schedule::Schedule;
+pub use schedule::{Polynomial, Schedule};

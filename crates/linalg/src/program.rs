@@ -4,6 +4,8 @@
 //! tangent of a program (its Fréchet derivative, which is also its adjoint) follows step by step:
 //! `d(L·R) = dL·R + L·dR`, and the epilogue is linear.
 
+use crate::schedule::{Polynomial, degree};
+
 /// A register: a matrix of the iteration. Register 0 is the input `K`.
 pub(crate) type Register = usize;
 
@@ -82,11 +84,23 @@ impl Builder {
     }
 }
 
+/// `T₁T₀` of two cubic steps as a quartic in the first step's `M`.
+fn two_at_once(first: &Polynomial, second: &Polynomial) -> Polynomial {
+    let ([a0, b0, ..], [a1, b1, ..]) = (*first, *second);
+    [
+        a0 * a1,
+        a0.powi(3) * b1 + b0 * a1,
+        3.0 * a0 * a0 * b0 * b1,
+        3.0 * a0 * b0 * b0 * b1,
+        b0.powi(3) * b1,
+    ]
+}
+
 impl Program {
-    /// The coupled iteration `Y ← Y T, Z ← T Z`, `T = aI + bM + cM²`, `M = ZY`, from `Y = K`,
+    /// The coupled iteration `Y ← Y T, Z ← T Z`, `T` a polynomial in `M = ZY`, from `Y = K`,
     /// `Z = I`. Two cubic steps are taken at once: their product `T₁T₀` is a quartic in `M` that
-    /// takes two products (`docs/method.md`, "Two steps at once").
-    pub(crate) fn new(coefficients: &[[f64; 3]], wanted: Wanted) -> Self {
+    /// takes two products, as any quartic does (`docs/method.md`, "Two steps at once").
+    pub(crate) fn new(coefficients: &[Polynomial], wanted: Wanted) -> Self {
         let mut b = Builder {
             steps: Vec::new(),
             registers: 1,
@@ -95,25 +109,27 @@ impl Program {
         let (mut y, mut z): (Register, Option<Register>) = (0, None);
         let mut at = 0;
         while at < coefficients.len() {
-            let [a0, b0, quadratic] = coefficients[at];
-            let pair = coefficients
-                .get(at + 1)
-                .filter(|next| quadratic == 0.0 && next[2] == 0.0)
-                .map(|next| (next[0], next[1]));
-            at += if pair.is_some() { 2 } else { 1 };
+            let first = coefficients[at];
+            let second = coefficients.get(at + 1).filter(|next| degree(next) <= 1);
+            let (factor, taken) = match second {
+                Some(next) if degree(&first) <= 1 => (two_at_once(&first, next), 2),
+                _ => (first, 1),
+            };
+            at += taken;
             let last = at == coefficients.len();
+            let [c0, c1, c2, c3, c4] = factor;
 
             // A single cubic first step: T is linear in K, and Y = K T one product.
-            if pair.is_none() && quadratic == 0.0 && z.is_none() {
+            if degree(&factor) <= 1 && z.is_none() {
                 let mut outs = Vec::new();
                 if !(last && wanted == Wanted::InverseRoot) {
-                    let root = b.scaled(b0, vec![(a0, 0)], 0.0);
+                    let root = b.scaled(c1, vec![(c0, 0)], 0.0);
                     y = root.register;
                     outs.push(root);
                 }
                 let product = (!outs.is_empty()).then_some((0, 0));
                 if !(last && wanted == Wanted::Root) {
-                    let t = b.linear(vec![(b0, 0)], a0);
+                    let t = b.linear(vec![(c1, 0)], c0);
                     z = Some(t.register);
                     outs.push(t);
                 }
@@ -122,12 +138,21 @@ impl Program {
             }
 
             // The factor T (or T₁T₀) as a register.
-            let factor = if let Some((a1, b1)) = pair {
+            let factor = if degree(&factor) <= 1 {
+                let t = b.scaled(c1, vec![], c0);
+                let register = t.register;
+                // `z` is Some here: the first cubic step was handled above.
+                b.push(z.unwrap_or(0), y, vec![t]);
+                register
+            } else if degree(&factor) == 2 {
+                let m = z.map_or(y, |z| b.multiply(z, y));
+                let t = b.scaled(c2, vec![(c1, m)], c0);
+                let register = t.register;
+                b.push(m, m, vec![t]);
+                register
+            } else {
                 let m = z.map_or(y, |z| b.multiply(z, y));
                 let square = b.scaled(1.0, vec![], 0.0);
-                let (c0, c1) = (a0 * a1, a0.powi(3) * b1 + b0 * a1);
-                let (c2, c3) = (3.0 * a0 * a0 * b0 * b1, 3.0 * a0 * b0 * b0 * b1);
-                let c4 = b0.powi(3) * b1;
                 let w = b.scaled(c4, vec![(c3, m)], 0.0);
                 let (square_register, w_register) = (square.register, w.register);
                 b.push(m, m, vec![square, w]);
@@ -135,18 +160,6 @@ impl Program {
                 let p_register = p.register;
                 b.push(square_register, w_register, vec![p]);
                 p_register
-            } else if quadratic == 0.0 {
-                let t = b.scaled(b0, vec![], a0);
-                let register = t.register;
-                // `z` is Some here: the first cubic step was handled above.
-                b.push(z.unwrap_or(0), y, vec![t]);
-                register
-            } else {
-                let m = z.map_or(y, |z| b.multiply(z, y));
-                let t = b.scaled(quadratic, vec![(b0, m)], a0);
-                let register = t.register;
-                b.push(m, m, vec![t]);
-                register
             };
             let before = z;
             if !(last && wanted == Wanted::Root) {
@@ -257,7 +270,7 @@ impl Program {
 mod tests {
     use super::*;
 
-    const NS: [f64; 3] = [1.5, -0.5, 0.0];
+    const NS: Polynomial = [1.5, -0.5, 0.0, 0.0, 0.0];
 
     /// Runs the program on a scalar.
     fn evaluate(program: &Program, x: f64) -> f64 {
@@ -277,7 +290,8 @@ mod tests {
 
     #[test]
     fn programs_equal_the_coupled_iteration() {
-        let quintic = [1.875, -1.25, 0.375];
+        let quintic = [1.875, -1.25, 0.375, 0.0, 0.0];
+        let nonic = [315.0, -420.0, 378.0, -180.0, 35.0].map(|c| c / 128.0);
         let schedules = [
             vec![NS; 1],
             vec![NS; 2],
@@ -289,13 +303,16 @@ mod tests {
             vec![quintic; 3],
             vec![NS, quintic, NS, NS],
             vec![quintic, NS],
+            vec![nonic; 1],
+            vec![nonic; 2],
+            vec![NS, nonic, NS, NS],
         ];
         for coefficients in schedules {
             for x in [0.0, 1e-3, 0.2, 0.9, 1.0] {
                 let (mut y, mut z) = (x, 1.0);
-                for [a, b, c] in &coefficients {
-                    let m = z * y;
-                    let t = a + b * m + c * m * m;
+                for step in &coefficients {
+                    let m: f64 = z * y;
+                    let t: f64 = (0..).zip(step).map(|(power, c)| c * m.powi(power)).sum();
                     (y, z) = (y * t, t * z);
                 }
                 let root = evaluate(&Program::new(&coefficients, Wanted::Root), x);

@@ -2,6 +2,7 @@
 //! root by eigendecomposition. Slow and simple; tests and `isqrt bench` compare against it.
 
 use crate::config::{PreNormalization, Root};
+use crate::schedule::{Polynomial, degree};
 use crate::{Error, Result};
 use faer::diag::Diag;
 use faer::dyn_stack::{MemBuffer, MemStack};
@@ -126,9 +127,11 @@ fn features_gradient<T: Number>(covariance: &Mat<T>, x: &Mat<T>) -> Mat<T> {
 }
 
 /// Products of [`layer`] forward and backward, and matrices that it keeps in between.
-pub fn cost(coefficients: &[[f64; 3]]) -> (usize, usize) {
-    let quintic = coefficients.iter().filter(|c| c[2] != 0.0).count();
-    (9 * coefficients.len() + 3 * quintic, 4 * coefficients.len())
+pub fn cost(coefficients: &[Polynomial]) -> (usize, usize) {
+    // A power of M beyond the first: one product forward, two backward, a matrix kept.
+    let powers: usize = coefficients.iter().map(|c| degree(c).max(1) - 1).sum();
+    let steps = coefficients.len();
+    (9 * steps + 3 * powers, 4 * steps + powers)
 }
 
 /// The layer and its gradient by reverse-mode differentiation, every product in full.
@@ -198,15 +201,17 @@ fn run<T: Number>(
     let mut y = a.clone();
     let mut z = Mat::identity(n, n);
     let mut tape = Vec::new();
-    for &[c0, c1, c2] in &coefficients {
-        let p = product(&z, &y);
-        let mut t = scaled(T::nearest(c1), &p);
-        if c2 != 0.0 {
-            t = sum(one, &t, T::nearest(c2), &product(&p, &p));
+    for c in &coefficients {
+        let mut powers = vec![product(&z, &y)];
+        let mut t = scaled(T::nearest(c[1]), &powers[0]);
+        for &c in &c[2..=degree(c).max(1)] {
+            let next = product(&powers[powers.len() - 1], &powers[0]);
+            t = sum(one, &t, T::nearest(c), &next);
+            powers.push(next);
         }
-        let t = add_diagonal(t, T::nearest(c0));
+        let t = add_diagonal(t, T::nearest(c[0]));
         let next = (product(&y, &t), product(&t, &z));
-        tape.push((y, z, p, t));
+        tape.push((y, z, powers, t));
         (y, z) = next;
     }
     let scale = if root.post_compensation {
@@ -221,7 +226,7 @@ fn run<T: Number>(
     // Backward.
     let mut gy = scaled(scale, upstream);
     let mut gz = Mat::zeros(n, n);
-    for ((y, z, p, t), &[_, c1, c2]) in tape.into_iter().zip(&coefficients).rev() {
+    for ((y, z, powers, t), c) in tape.into_iter().zip(&coefficients).rev() {
         let gt = sum(
             one,
             &product(&transposed(&y), &gy),
@@ -230,11 +235,14 @@ fn run<T: Number>(
         );
         let tt = transposed(&t);
         let (next_y, next_z) = (product(&gy, &tt), product(&tt, &gz));
-        let mut gp = scaled(T::nearest(c1), &gt);
-        if c2 != 0.0 {
-            let pt = transposed(&p);
-            gp = sum(one, &gp, T::nearest(c2), &product(&gt, &pt));
-            gp = sum(one, &gp, T::nearest(c2), &product(&pt, &gt));
+        let mut gp = scaled(T::nearest(c[1]), &gt);
+        // d(Pⁱ) = dPⁱ⁻¹ P + Pⁱ⁻¹ dP, so its adjoint follows from that of Pⁱ⁻¹.
+        let pt = transposed(&powers[0]);
+        let mut through = gt.clone();
+        for i in 2..=degree(c) {
+            let first = product(&pt, &through);
+            through = sum(one, &first, one, &product(&gt, &transposed(&powers[i - 2])));
+            gp = sum(one, &gp, T::nearest(c[i]), &through);
         }
         gy = sum(one, &next_y, one, &product(&transposed(&z), &gp));
         gz = sum(one, &next_z, one, &product(&gp, &transposed(&y)));

@@ -100,6 +100,12 @@ fn roots() -> Vec<Root> {
         },
         ..Root::default()
     });
+    for steps in [1, 2] {
+        roots.push(Root {
+            schedule: Schedule::Nonic { steps, lower: 0.1 },
+            ..Root::default()
+        });
+    }
     let mixed = vec![
         [1.5, -0.5, 0.0],
         [1.875, -1.25, 0.375],
@@ -198,9 +204,16 @@ fn equals_the_reverse_mode_reference() {
 fn single_precision_stays_within_1e_5_on_every_kernel() {
     for (d, m) in [(64, 49), (49, 64), (256, 196), (100, 30)] {
         let x = features(3, d, m);
-        for iterations in [1, 3, 5, 7] {
+        let newton = [1, 3, 5, 7].map(|iterations| Schedule::NewtonSchulz { iterations });
+        let lower = 0.1;
+        let minimax = [
+            Schedule::Cubic { steps: 3, lower },
+            Schedule::Quintic { steps: 2, lower },
+            Schedule::Nonic { steps: 1, lower },
+        ];
+        for schedule in newton.into_iter().chain(minimax) {
             let root = Root {
-                schedule: Schedule::NewtonSchulz { iterations },
+                schedule: schedule.clone(),
                 ..Root::default()
             };
             let g = values(4, d * (d + 1) / 2);
@@ -223,9 +236,51 @@ fn single_precision_stays_within_1e_5_on_every_kernel() {
                     );
                     assert!(
                         errors.0 < 1e-5 && errors.1 < 1e-5,
-                        "{d}x{m} N={iterations} {kernel:?} {side:?}: {errors:?}"
+                        "{d}x{m} {schedule:?} {kernel:?} {side:?}: {errors:?}"
                     );
                 }
+            }
+        }
+    }
+}
+
+/// More images than threads, rows and columns that fill no tile.
+#[test]
+fn a_batch_of_odd_maps_in_single_precision_equals_the_reference() {
+    let (batch, d, m) = (7, 37, 29);
+    for output in [Output::Triangle, Output::Full] {
+        for side in [Side::Covariance, Side::Gram] {
+            let root = Root {
+                side,
+                ..Root::default()
+            };
+            let (mut x, mut g, mut y, mut dx) = (vec![], vec![], vec![], vec![]);
+            for image in 0..batch {
+                let one = features(10 + image, d, m);
+                let upstream = values(20 + image, output.len(d));
+                let known = match output {
+                    Output::Triangle => reference::from_triangle(d, &upstream),
+                    Output::Full => matrix(d, d, &upstream),
+                };
+                let known = reference::layer(&root, &matrix(d, m, &one), &known).unwrap();
+                y.extend(match output {
+                    Output::Triangle => reference::triangle(&known.0),
+                    Output::Full => flat(&known.0),
+                });
+                dx.extend(flat(&known.1));
+                x.extend(one);
+                g.extend(upstream);
+            }
+            for kernel in kernels() {
+                let pool = CovPool {
+                    root: Some(root.clone()),
+                    output,
+                    kernel,
+                };
+                let shape = [batch as usize, d, m];
+                let found = run(&pool, candle_core::DType::F32, &shape, &x, &g);
+                let errors = (relative(&found.0, &y), relative(&found.1, &dx));
+                assert!(errors.0 < 1e-5 && errors.1 < 1e-5, "{pool:?}: {errors:?}");
             }
         }
     }

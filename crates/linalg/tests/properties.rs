@@ -62,6 +62,14 @@ fn finite_differences_confirm_every_option() {
             steps: 2,
             lower: 0.1,
         },
+        Schedule::Nonic {
+            steps: 1,
+            lower: 0.1,
+        },
+        Schedule::Nonic {
+            steps: 2,
+            lower: 0.1,
+        },
     ];
     let norms = [
         PreNormalization::Trace,
@@ -138,6 +146,10 @@ fn enough_steps_give_the_exact_root_and_gradient() {
         },
         Schedule::Quintic {
             steps: 8,
+            lower: 0.05,
+        },
+        Schedule::Nonic {
+            steps: 5,
             lower: 0.05,
         },
     ] {

@@ -71,6 +71,7 @@ enum ScheduleArg {
     NewtonSchulz,
     Cubic,
     Quintic,
+    Nonic,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -95,6 +96,7 @@ impl LayerBench {
             ScheduleArg::NewtonSchulz => Schedule::NewtonSchulz { iterations: steps },
             ScheduleArg::Cubic => Schedule::Cubic { steps, lower },
             ScheduleArg::Quintic => Schedule::Quintic { steps, lower },
+            ScheduleArg::Nonic => Schedule::Nonic { steps, lower },
         };
         let side = match self.side {
             SideArg::Auto => Side::Auto,

@@ -54,6 +54,7 @@ pub(super) fn schedule(head: &Head) -> Result<Schedule> {
         (Some(iterations), None) => Ok(Schedule::NewtonSchulz { iterations }),
         (None, Some(Minimax::Cubic)) => Ok(Schedule::Cubic { steps, lower }),
         (None, Some(Minimax::Quintic)) => Ok(Schedule::Quintic { steps, lower }),
+        (None, Some(Minimax::Nonic)) => Ok(Schedule::Nonic { steps, lower }),
         _ => Err(failed(
             "head `isqrt` needs either `iterations` or `schedule`",
         )),

@@ -238,6 +238,8 @@ pub enum Minimax {
     Cubic,
     /// `T = aI + bM + cM^2`.
     Quintic,
+    /// `T` up to `M^4`.
+    Nonic,
 }
 
 /// What is done with a row.

@@ -145,6 +145,13 @@ impl<T: Number + crate::layer::Layered> Op<T> {
         }
         let x = centred(&self.image(features));
         let covariance = product(&x, &x.transpose().to_owned());
+        let diagonal = (0..self.d).map(|i| covariance[(i, i)].widened());
+        if !diagonal.sum::<f64>().is_finite() {
+            return Err(Error::NonFinite {
+                index,
+                what: "the covariance (it overflows)",
+            });
+        }
         let spectrum = spectrum(&covariance, T::EPSILON, index)?;
         let u = &spectrum.vectors;
         let powered = Mat::from_fn(self.d, self.d, |i, j| {

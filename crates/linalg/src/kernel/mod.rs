@@ -20,7 +20,7 @@ pub(crate) struct Isa<T: 'static> {
     upstream: unsafe fn(&Upstream<'_, T>),
     combine: unsafe fn(&Combine<'_, T>),
     dot: unsafe fn(usize, Matrix<T>, Matrix<T>) -> f64,
-    row_statistics: unsafe fn(&[T]) -> (f64, T),
+    row_statistics: unsafe fn(&[T]) -> (f64, f64),
     all_finite: unsafe fn(&[T]) -> bool,
     flat_dot: unsafe fn(&[T], &[T]) -> f64,
     multiply_adds: unsafe fn(usize) -> f64,
@@ -58,7 +58,7 @@ impl<T: Element> Isa<T> {
     pub(crate) unsafe fn dot(&self, n: usize, a: Matrix<T>, b: Matrix<T>) -> f64 {
         unsafe { (self.dot)(n, a, b) }
     }
-    pub(crate) fn row_statistics(&self, row: &[T]) -> (f64, T) {
+    pub(crate) fn row_statistics(&self, row: &[T]) -> (f64, f64) {
         unsafe { (self.row_statistics)(row) }
     }
     pub(crate) fn all_finite(&self, values: &[T]) -> bool {
@@ -148,7 +148,7 @@ macro_rules! isa {
                 unsafe { pack::dot::<V>(n, a, b) }
             }
             $(#[$feature])?
-            unsafe fn row_statistics(row: &[T]) -> (f64, T) {
+            unsafe fn row_statistics(row: &[T]) -> (f64, f64) {
                 pack::row_statistics(row)
             }
             $(#[$feature])?
@@ -178,8 +178,8 @@ isa!(avx512_f64, "avx512", __m512d, f64, 16, (8, 2),
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
     { 8 x 2 => 2, 8 x 1 => 1, 4 x 2 => 2, 4 x 1 => 1 });
 #[cfg(target_arch = "x86_64")]
-isa!(avx2_f32, "avx2", __m256, f32, 12, (4, 1), #[target_feature(enable = "avx2,fma")]
-    { 4 x 1 => 2 });
+isa!(avx2_f32, "avx2", __m256, f32, 12, (6, 1), #[target_feature(enable = "avx2,fma")]
+    { 6 x 1 => 2, 4 x 1 => 2 });
 #[cfg(target_arch = "x86_64")]
 isa!(avx2_f64, "avx2", __m256d, f64, 12, (4, 1), #[target_feature(enable = "avx2,fma")]
     { 4 x 1 => 2 });

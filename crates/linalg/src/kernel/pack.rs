@@ -198,30 +198,34 @@ pub(crate) unsafe fn dot<V: Vector>(n: usize, a: Matrix<V::T>, b: Matrix<V::T>) 
     total
 }
 
-/// Mean (in f64, so its sum cannot overflow for f32) and largest magnitude of a row.
+/// Mean (in f64, so its sum cannot overflow for f32) of a row and the largest distance from it.
 ///
 /// Differences from the first value are summed, so that the mean of equal values is exact. The
 /// mean is not finite exactly if a value of the row is not.
 #[inline(always)]
-pub(crate) fn row_statistics<T: Element>(row: &[T]) -> (f64, T) {
-    let base = row.first().map_or(0.0, |x| x.wide());
+pub(crate) fn row_statistics<T: Element>(row: &[T]) -> (f64, f64) {
+    let first = row.first().copied().unwrap_or_default();
+    let base = first.wide();
     let mut sums = [0.0; 16];
-    let mut largest = [T::default(); 16];
+    let (mut least, mut most) = ([first; 16], [first; 16]);
     let chunks = row.chunks_exact(16);
     let rest = chunks.remainder();
     let mut sum: f64 = rest.iter().map(|x| x.wide() - base).sum();
-    let mut most = rest
-        .iter()
-        .fold(T::default(), |most, x| most.larger(x.magnitude()));
+    for (lane, &x) in rest.iter().enumerate() {
+        (least[lane], most[lane]) = (least[lane].smaller(x), most[lane].larger(x));
+    }
     for chunk in chunks {
         for lane in 0..16 {
             sums[lane] += chunk[lane].wide() - base;
-            largest[lane] = largest[lane].larger(chunk[lane].magnitude());
+            least[lane] = least[lane].smaller(chunk[lane]);
+            most[lane] = most[lane].larger(chunk[lane]);
         }
     }
     sum += sums.iter().sum::<f64>();
-    most = largest.iter().fold(most, |most, &x| most.larger(x));
-    (base + sum / row.len().max(1) as f64, most)
+    let mean = base + sum / row.len().max(1) as f64;
+    let least = least.iter().fold(first, |a, &b| a.smaller(b)).wide();
+    let most = most.iter().fold(first, |a, &b| a.larger(b)).wide();
+    (mean, (most - mean).max(mean - least))
 }
 
 /// Whether every value is finite.
@@ -240,21 +244,17 @@ pub(crate) fn all_finite<T: Element>(values: &[T]) -> bool {
     rest && sums.iter().all(|x| x.wide() == 0.0)
 }
 
-/// `sum of a_i b_i` in chunks, the partial sums in f64.
+/// `sum of a_i b_i` in f64, where products of f32 neither overflow nor vanish.
 #[inline(always)]
 pub(crate) fn flat_dot<T: Element>(a: &[T], b: &[T]) -> f64 {
-    let mut total = 0.0;
-    for (a, b) in a.chunks(2048).zip(b.chunks(2048)) {
-        let mut sums = [T::default(); 64];
-        let (a, b) = (a.chunks_exact(64), b.chunks_exact(64));
-        let rest = a.remainder().iter().zip(b.remainder());
-        total += rest.map(|(a, b)| a.wide() * b.wide()).sum::<f64>();
-        for (a, b) in a.zip(b) {
-            for lane in 0..64 {
-                sums[lane] += a[lane] * b[lane];
-            }
+    let mut sums = [0.0; 32];
+    let (a, b) = (a.chunks_exact(32), b.chunks_exact(32));
+    let rest = a.remainder().iter().zip(b.remainder());
+    let rest: f64 = rest.map(|(a, b)| a.wide() * b.wide()).sum();
+    for (a, b) in a.zip(b) {
+        for lane in 0..32 {
+            sums[lane] += a[lane].wide() * b[lane].wide();
         }
-        total += sums.iter().map(|x| x.wide()).sum::<f64>();
     }
-    total
+    rest + sums.iter().sum::<f64>()
 }

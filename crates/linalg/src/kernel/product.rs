@@ -44,6 +44,22 @@ impl<T: Element> Matrix<T> {
                 .add(column / T::WIDTH * self.stride + row * T::WIDTH + column % T::WIDTH)
         }
     }
+
+    /// Where vector `v` of a tile that begins at `row` and `panel` begins; its next row lies one
+    /// panel width further on.
+    ///
+    /// # Safety
+    /// The tile lies inside the matrix.
+    #[inline(always)]
+    unsafe fn block<V: Vector<T = T>>(self, row: usize, panel: usize, v: usize) -> *mut T {
+        let per_panel = T::WIDTH / V::LANES;
+        // SAFETY: as promised by the caller.
+        unsafe {
+            self.at.add(
+                (panel + v / per_panel) * self.stride + row * T::WIDTH + v % per_panel * V::LANES,
+            )
+        }
+    }
 }
 
 /// One summand `left . right` of a product.
@@ -104,6 +120,9 @@ impl<T: Element> Ahead<'_, T> {
     /// Fetches the share of tile `index` of `count`.
     #[inline(always)]
     pub(crate) fn fetch(&self, index: usize, count: usize) {
+        if self.blocks.is_empty() {
+            return;
+        }
         let share = (self.length / T::WIDTH).div_ceil(count.max(1));
         for &block in self.blocks {
             for line in index * share..((index + 1) * share).min(self.length / T::WIDTH) {
@@ -140,11 +159,25 @@ pub(crate) struct TileShape {
     pub panels: usize,
 }
 
-fn row_blocks(from: usize, to: usize, shape: TileShape, mut each: impl FnMut(usize, usize)) {
+/// Cuts the rows `from..to`, `from` being a multiple of `width`, into heights that the kernels
+/// have. No block reaches from one panel of rows into the next.
+fn row_blocks(
+    (from, to): (usize, usize),
+    width: usize,
+    shape: TileShape,
+    mut each: impl FnMut(usize, usize),
+) {
     let small = shape.rows.min(4);
+    let to = from + (to - from).next_multiple_of(small);
     let mut row = from;
     while row < to {
-        let rows = if to - row > small { shape.rows } else { small };
+        let left = (to - row).min(width - row % width);
+        let rows = match shape.rows {
+            // 16 rows as 6 + 6 + 4, 12 as 6 + 6, 8 as 4 + 4.
+            6 if left == 4 || left == 8 => 4,
+            rows if left > small => rows,
+            _ => small,
+        };
         each(row, rows);
         row += rows;
     }
@@ -155,7 +188,7 @@ pub(crate) fn full_tiles(rows: usize, columns: usize, width: usize, shape: TileS
     let panels = columns.div_ceil(width);
     let mut tiles = Vec::new();
     for panel in (0..panels).step_by(shape.panels) {
-        row_blocks(0, rows, shape, |row, height| {
+        row_blocks((0, rows), width, shape, |row, height| {
             tiles.push(Tile {
                 row: row as u32,
                 panel: panel as u32,
@@ -173,7 +206,7 @@ pub(crate) fn symmetric_tiles(n: usize, width: usize, shape: TileShape) -> Vec<T
     let mut tiles = Vec::new();
     for first in (0..full).step_by(shape.panels) {
         let end = full.min(first + shape.panels);
-        row_blocks(0, end * width, shape, |row, height| {
+        row_blocks((0, end * width), width, shape, |row, height| {
             let panel = first.max(row / width);
             tiles.push(Tile {
                 row: row as u32,
@@ -185,7 +218,7 @@ pub(crate) fn symmetric_tiles(n: usize, width: usize, shape: TileShape) -> Vec<T
     }
     if full * width < n {
         for panel in (0..=full).step_by(shape.panels) {
-            row_blocks(full * width, n, shape, |row, height| {
+            row_blocks((full * width, n), width, shape, |row, height| {
                 tiles.push(Tile {
                     row: row as u32,
                     panel: panel as u32,
@@ -296,7 +329,6 @@ pub(crate) unsafe fn tile<V: Vector, const MR: usize, const NV: usize>(
     partial: *mut V::T,
 ) {
     let width = V::T::WIDTH;
-    let per_panel = width / V::LANES;
     // SAFETY (whole function): the product's matrices have the rows and panels of this tile;
     // `partial` holds TILE elements.
     unsafe {
@@ -311,7 +343,7 @@ pub(crate) unsafe fn tile<V: Vector, const MR: usize, const NV: usize>(
         let term = &product.terms[at];
         let mut right = [term.right.at.cast_const(); NV];
         for (v, at) in right.iter_mut().enumerate() {
-            *at = at.add((panel + v / per_panel) * term.right.stride + v % per_panel * V::LANES);
+            *at = term.right.block::<V>(0, panel, v);
         }
         acc = if term.plain {
             let left = term.left.at.add(row * width);
@@ -337,11 +369,10 @@ pub(crate) unsafe fn tile<V: Vector, const MR: usize, const NV: usize>(
             }
             for &(weight, matrix) in out.terms {
                 let weight = V::splat(weight);
-                for r in 0..MR {
-                    for v in 0..NV {
-                        let column = panel * width + v * V::LANES;
-                        let other = V::load(matrix.element(row + r, column));
-                        values[r][v] = values[r][v].fma(weight, other);
+                for v in 0..NV {
+                    let other = matrix.block::<V>(row, panel, v);
+                    for r in 0..MR {
+                        values[r][v] = values[r][v].fma(weight, V::load(other.add(r * width)));
                     }
                 }
             }
@@ -350,22 +381,37 @@ pub(crate) unsafe fn tile<V: Vector, const MR: usize, const NV: usize>(
                     store_panels(product, out.diagonal, matrix, &values, row, panel);
                 }
                 Target::Triangle(at, d) => {
+                    let column = panel * width;
+                    if row + MR <= column && column + NV * V::LANES <= d {
+                        for r in 0..MR {
+                            let i = row + r;
+                            let start = at.add(i * (2 * d - i + 1) / 2 + column - i);
+                            for v in 0..NV {
+                                values[r][v].store(start.add(v * V::LANES));
+                            }
+                        }
+                        continue;
+                    }
                     let mut buffer = [[V::T::default(); 32]; MR];
                     spill(&values, &mut buffer);
-                    store_triangle(
-                        &buffer,
-                        NV * V::LANES,
-                        out.diagonal,
-                        at,
-                        d,
-                        row,
-                        panel * width,
-                    );
+                    store_triangle(&buffer, NV * V::LANES, out.diagonal, at, d, row, column);
                 }
                 Target::Rows(at, length) => {
+                    let column = panel * width;
+                    let inside =
+                        row + MR <= product.rows && column + NV * V::LANES <= product.columns;
+                    if inside && !product.symmetric {
+                        let start = at.add(row * length + column);
+                        for r in 0..MR {
+                            for v in 0..NV {
+                                values[r][v].store(start.add(r * length + v * V::LANES));
+                            }
+                        }
+                        continue;
+                    }
                     let mut buffer = [[V::T::default(); 32]; MR];
                     spill(&values, &mut buffer);
-                    let tile = (row, panel * width, NV * V::LANES);
+                    let tile = (row, column, NV * V::LANES);
                     store_rows(product, &buffer, tile, out.diagonal, at, length);
                 }
             }
@@ -396,24 +442,27 @@ unsafe fn store_panels<V: Vector, const MR: usize, const NV: usize>(
     panel: usize,
 ) {
     let width = V::T::WIDTH;
+    let row_panel = row / width;
     // SAFETY: as for the tile.
     unsafe {
+        let mirrored = matrix.at.add(row_panel * matrix.stride + row % width);
         for v in 0..NV {
-            let column = panel * width + v * V::LANES;
+            let to = matrix.block::<V>(row, panel, v);
             let mut rows = [V::splat(V::T::default()); MR];
             for r in 0..MR {
                 rows[r] = values[r][v];
-                rows[r].store(matrix.element(row + r, column));
+                rows[r].store(to.add(r * width));
             }
             // A diagonal block is computed whole, so it is not mirrored onto itself.
-            if product.symmetric && column / width != row / width {
-                V::store_transposed(&rows, matrix.element(column, row), width);
+            let column = panel * width + v * V::LANES;
+            if product.symmetric && column / width != row_panel {
+                V::store_transposed(&rows, mirrored.add(column * width), width);
             }
         }
-        for r in 0..MR {
-            let i = row + r;
-            let inside = i / width >= panel && (i / width - panel) * width < NV * V::LANES;
-            if i < product.rows && inside {
+        // No tile reaches from one panel of rows into the next.
+        let on_diagonal = row_panel >= panel && (row_panel - panel) * width < NV * V::LANES;
+        if on_diagonal && diagonal != V::T::default() {
+            for i in row..(row + MR).min(product.rows) {
                 *matrix.element(i, i) += diagonal;
             }
         }
@@ -483,6 +532,50 @@ unsafe fn store_rows<T: Element, const MR: usize>(
             for j in column..to {
                 if j / T::WIDTH != i / T::WIDTH {
                     *at.add(j * length + i) = line[j - column];
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_cover_their_half_once_and_stay_inside() {
+        for (width, rows, panels) in [(16, 8, 2), (8, 8, 2), (16, 6, 1), (8, 4, 1), (16, 2, 1)] {
+            let shape = TileShape { rows, panels };
+            for n in 1..120_usize {
+                let padded = (n.next_multiple_of(4), n.next_multiple_of(width));
+                let mut written = vec![0; padded.0 * padded.1];
+                let symmetric = symmetric_tiles(n, width, shape);
+                for (tiles, mirrored) in
+                    [(&symmetric, true), (&full_tiles(n, n, width, shape), false)]
+                {
+                    written.fill(0);
+                    for tile in tiles {
+                        let (top, left) = (tile.row as usize, tile.panel as usize * width);
+                        let bottom = top + tile.rows as usize;
+                        assert_eq!(top / width, (bottom - 1) / width, "{tile:?} of {n}");
+                        for i in top..bottom {
+                            for j in left..left + tile.panels as usize * width {
+                                written[i * padded.1 + j] += 1;
+                                if mirrored && i < n && j < n && i / width != j / width {
+                                    written[j * padded.1 + i] += 1;
+                                }
+                            }
+                        }
+                    }
+                    for i in 0..n {
+                        for j in 0..n {
+                            assert_eq!(
+                                written[i * padded.1 + j],
+                                1,
+                                "({i}, {j}) of {n}, {shape:?}"
+                            );
+                        }
+                    }
                 }
             }
         }

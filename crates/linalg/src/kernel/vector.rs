@@ -26,8 +26,12 @@ pub(crate) trait Element:
     const WIDTH: usize;
     fn of(value: f64) -> Self;
     fn wide(self) -> f64;
-    fn magnitude(self) -> Self;
-    /// The larger of two; NaN is smaller than everything.
+    /// The smaller of two; a NaN on the right is passed over.
+    #[inline(always)]
+    fn smaller(self, other: Self) -> Self {
+        if other < self { other } else { self }
+    }
+    /// The larger of two; a NaN on the right is passed over.
     #[inline(always)]
     fn larger(self, other: Self) -> Self {
         if other > self { other } else { self }
@@ -44,10 +48,6 @@ impl Element for f32 {
     fn wide(self) -> f64 {
         f64::from(self)
     }
-    #[inline(always)]
-    fn magnitude(self) -> Self {
-        self.abs()
-    }
 }
 
 impl Element for f64 {
@@ -59,10 +59,6 @@ impl Element for f64 {
     #[inline(always)]
     fn wide(self) -> f64 {
         self
-    }
-    #[inline(always)]
-    fn magnitude(self) -> Self {
-        self.abs()
     }
 }
 
@@ -248,6 +244,25 @@ mod x86 {
                         let at = to.add(j * stride + 4 * quad);
                         _mm_storeu_ps(at, _mm256_castps256_ps128(column));
                         _mm_storeu_ps(at.add(4 * stride), _mm256_extractf128_ps::<1>(column));
+                    }
+                }
+            }
+            // Two rows are left of six: pairs of them, eight bytes each.
+            if MR % 4 == 2 {
+                unsafe {
+                    let (r, at) = (&rows[MR - 2..], to.add(MR - 2));
+                    let pairs = [
+                        _mm256_unpacklo_ps(r[0], r[1]),
+                        _mm256_unpackhi_ps(r[0], r[1]),
+                    ];
+                    for (j, &pair) in pairs.iter().enumerate() {
+                        let low = _mm_castps_pd(_mm256_castps256_ps128(pair));
+                        let high = _mm_castps_pd(_mm256_extractf128_ps::<1>(pair));
+                        let at = |column: usize| at.add(column * stride).cast::<f64>();
+                        _mm_storel_pd(at(2 * j), low);
+                        _mm_storeh_pd(at(2 * j + 1), low);
+                        _mm_storel_pd(at(2 * j + 4), high);
+                        _mm_storeh_pd(at(2 * j + 5), high);
                     }
                 }
             }

@@ -70,17 +70,17 @@ impl<T: Element> Image<'_, T> {
         1.0 / (self.plan.positions as f64).sqrt()
     }
 
-    /// Means of the channels and the exponent of the scale.
+    /// Means of the channels and the exponent of the scale, from the largest centred feature.
     fn statistics(&self) -> Result<(Vec<T>, i32)> {
         let mut most = 0.0_f64;
         let mut means = Vec::with_capacity(self.plan.d);
         for row in self.features.chunks_exact(self.plan.positions) {
-            let (mean, largest) = self.isa.row_statistics(row);
+            let (mean, distance) = self.isa.row_statistics(row);
             if !mean.is_finite() {
                 return Err(self.non_finite("a feature"));
             }
             means.push(T::of(mean));
-            most = most.max(largest.wide());
+            most = most.max(distance);
         }
         // 2^±100 keeps the scale itself far from the ends of f32.
         let exponent = if most > 0.0 { most.log2().ceil() } else { 0.0 };

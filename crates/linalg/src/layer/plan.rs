@@ -96,8 +96,8 @@ impl Plan {
                     loose,
                     kept,
                     derived,
-                    // One step is cheaper to run again than to keep.
-                    keeps: root.memory == Memory::Keep && coefficients.len() > 1,
+                    // Less than two products are cheaper to run again than to keep.
+                    keeps: root.memory == Memory::Keep && program.products() > 1,
                     program,
                 })
             }

@@ -1,7 +1,7 @@
 //! iSQRT-COV: covariance pooling with a matrix square root by iteration.
 //!
 //! The steps are given in one of four ways: `iterations = 5` (Newton-Schulz, the default);
-//! `schedule = "cubic"` or `"quintic"` with `steps` and `lower`; `coefficients = [[a, b, c], ...]`.
+//! `schedule = "cubic"`, `"quintic"` or `"nonic"` with `steps` and `lower`; `coefficients = [[a, b, c], ...]`.
 
 use isqrt_linalg::{CovPool, Memory, Output, PreNormalization, Root, Schedule, Side};
 use isqrt_nn::Scope;
@@ -82,6 +82,7 @@ words!(Form => Output { Triangle, Full });
 enum Minimax {
     Cubic,
     Quintic,
+    Nonic,
 }
 
 impl Keys {
@@ -111,13 +112,16 @@ impl Keys {
             (None, Some(Minimax::Quintic), None, (Some(steps), Some(lower))) => {
                 Ok(Schedule::Quintic { steps, lower })
             }
+            (None, Some(Minimax::Nonic), None, (Some(steps), Some(lower))) => {
+                Ok(Schedule::Nonic { steps, lower })
+            }
             (None, None, Some(coefficients), (None, None)) => {
                 Ok(Schedule::Given(coefficients.clone()))
             }
             _ => Err(Error::Options {
                 name: ISQRT.name().to_owned(),
-                message: "give one of: iterations; schedule (cubic or quintic) with steps and \
-                          lower; coefficients"
+                message: "give one of: iterations; schedule (cubic, quintic or nonic) with steps \
+                          and lower; coefficients"
                     .to_owned(),
             }),
         }
