@@ -239,22 +239,36 @@ unsafe fn transposed<V: Vector, const MR: usize, const NV: usize>(
     mut right: [*const V::T; NV],
     inner: usize,
 ) -> [[V; NV]; MR] {
-    for _ in 0..inner {
-        // SAFETY: the caller's product describes `inner` rows of both operands.
-        unsafe {
-            let mut b = [V::splat(V::T::default()); NV];
-            for v in 0..NV {
-                b[v] = V::load(right[v]);
-                right[v] = right[v].wrapping_add(V::T::WIDTH);
-            }
-            for r in 0..MR {
-                let a = V::splat(*left.add(r));
-                for v in 0..NV {
-                    acc[r][v] = acc[r][v].fma(a, b[v]);
+    // Unrolled: after a loop of hundreds of turns the branch predictor remembers nothing else, and
+    // guesses the first branches of the epilogue wrong.
+    macro_rules! turns {
+        ($count:literal) => {
+            for turn in 0..$count {
+                // SAFETY: the caller's product describes `inner` rows of both operands.
+                unsafe {
+                    let mut b = [V::splat(V::T::default()); NV];
+                    for v in 0..NV {
+                        b[v] = V::load(right[v].wrapping_add(turn * V::T::WIDTH));
+                    }
+                    for r in 0..MR {
+                        let a = V::splat(*left.wrapping_add(turn * V::T::WIDTH + r));
+                        for v in 0..NV {
+                            acc[r][v] = acc[r][v].fma(a, b[v]);
+                        }
+                    }
                 }
             }
-            left = left.wrapping_add(V::T::WIDTH);
-        }
+            left = left.wrapping_add($count * V::T::WIDTH);
+            for v in 0..NV {
+                right[v] = right[v].wrapping_add($count * V::T::WIDTH);
+            }
+        };
+    }
+    for _ in 0..inner / 4 {
+        turns!(4);
+    }
+    for _ in 0..inner % 4 {
+        turns!(1);
     }
     acc
 }
