@@ -26,6 +26,12 @@ mod program;
 pub mod reference;
 mod schedule;
 
+/// Numbers and registers of an instruction set, for the kernels of `isqrt-nn`; not for users.
+#[doc(hidden)]
+pub mod simd {
+    pub use crate::kernel::vector::{Element, Quad, Vector};
+}
+
 pub use config::{CovPool, Kernel, Memory, Output, PreNormalization, Root, Side};
 pub use error::{Error, Result};
 pub use layer::Description;

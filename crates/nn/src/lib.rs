@@ -7,6 +7,7 @@
 //! Every sum over a batch is cut into pieces that depend on shapes alone, so results are the same
 //! bits for any number of threads.
 
+mod blocked;
 mod element;
 mod error;
 mod init;

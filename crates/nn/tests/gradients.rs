@@ -3,8 +3,8 @@
 
 use candle_core::{DType, Device, Tensor};
 use isqrt_nn::ops::{
-    BatchNorm, Conv, Window, add_relu, avg_pool2d, batch_norm, conv2d, cross_entropy,
-    global_avg_pool, linear, max_pool2d, relu,
+    BatchNorm, Conv, Window, add_relu, avg_pool2d, batch_norm, block, conv2d, cross_entropy,
+    global_avg_pool, linear, max_pool2d, relu, unblock,
 };
 use isqrt_nn::{Buffer, Mode};
 use isqrt_testkit::{Gradcheck, gradcheck, randn};
@@ -91,6 +91,32 @@ fn batch_norm_in_both_modes_with_and_without_relu() {
                     batch_norm(&t[0], &t[1], &t[2], &norm(channels, relu), mode)
                 });
             }
+        }
+    }
+}
+
+#[test]
+fn blocked_maps() {
+    let x = random(&[2, 16, 3, 5], 1);
+    check(std::slice::from_ref(&x), |t| block(&t[0]));
+    check(&[block(&x).unwrap()], |t| unblock(&t[0]));
+    for (i, (kernel, stride, padding)) in [(3, 1, 1), (1, 1, 0), (1, 2, 0), (3, 2, 1), (2, 3, 2)]
+        .into_iter()
+        .enumerate()
+    {
+        let inputs = [
+            block(&x).unwrap(),
+            random(&[8, 16, kernel, kernel], 20 + i as u64),
+        ];
+        check(&inputs, |t| conv2d(&t[0], &t[1], Conv { stride, padding }));
+    }
+    for relu in [false, true] {
+        for mode in [Mode::Train, Mode::Eval] {
+            let gamma = (random(&[16], 2) + 2.0).unwrap();
+            let inputs = [block(&x).unwrap(), gamma, random(&[16], 3)];
+            check(&inputs, |t| {
+                batch_norm(&t[0], &t[1], &t[2], &norm(16, relu), mode)
+            });
         }
     }
 }

@@ -3,8 +3,8 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use isqrt_nn::ops::{
-    BatchNorm, Conv, Window, avg_pool2d, batch_norm, conv2d, cross_entropy, global_avg_pool,
-    linear, max_pool2d, relu,
+    BatchNorm, Conv, Window, avg_pool2d, batch_norm, block, conv2d, cross_entropy, global_avg_pool,
+    linear, max_pool2d, relu, unblock,
 };
 use isqrt_nn::{Buffer, Decay, Init, Mode, Sgd, SgdConfig, Vars};
 use isqrt_testkit::{assert_close, randn};
@@ -89,6 +89,57 @@ fn batch_norm_normalises_and_keeps_unbiased_statistics() {
         .to_scalar::<f64>()
         .unwrap();
     assert!((power - 1e-4 / (1e-4 + 1e-5)).abs() < 0.02, "{power}");
+}
+
+#[test]
+fn batch_norm_of_blocked_maps_is_that_of_plain_ones() {
+    for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 2e-5)] {
+        // A large mean, so that careless sums would show.
+        let x = (randn(&[3, 32, 5, 7], 1, dtype).unwrap() * 0.5 + 40.0).unwrap();
+        let (gamma, beta) = (
+            randn(&[32], 2, dtype).unwrap(),
+            randn(&[32], 3, dtype).unwrap(),
+        );
+        let run = |blocked: bool| {
+            let full = |v: f64| Tensor::full(v, 32, &Device::Cpu).unwrap();
+            let buffer = |v| Buffer::new(full(v).to_dtype(dtype).unwrap());
+            let norm = BatchNorm {
+                running_mean: buffer(0.0),
+                running_var: buffer(1.0),
+                relu: true,
+                ..norm(dtype)
+            };
+            let y = if blocked {
+                let y = batch_norm(&block(&x).unwrap(), &gamma, &beta, &norm, Mode::Train);
+                unblock(&y.unwrap()).unwrap()
+            } else {
+                batch_norm(&x, &gamma, &beta, &norm, Mode::Train).unwrap()
+            };
+            (y, norm.running_mean.get(), norm.running_var.get())
+        };
+        let (known, found) = (run(false), run(true));
+        assert_close!(found.0, known.0, atol = tolerance);
+        assert_close!(found.1, known.1, atol = tolerance);
+        assert_close!(found.2, known.2, atol = tolerance);
+    }
+}
+
+#[test]
+fn blocks_of_channels_lie_beside_each_other() {
+    let x = Tensor::arange(0f32, 2.0 * 32.0 * 6.0, &Device::Cpu).unwrap();
+    let x = x.reshape((2, 32, 2, 3)).unwrap();
+    let y = block(&x).unwrap();
+    assert_eq!(y.dims(), [2, 2, 2, 3, 16]);
+    let at = |i: [usize; 5]| {
+        let y = i.iter().fold(y.clone(), |y, &i| y.get(i).unwrap());
+        y.to_scalar::<f32>().unwrap()
+    };
+    // Image 1, channel 16 + 3, row 1, column 2.
+    assert_eq!(at([1, 1, 1, 2, 3]), ((32 + 19) * 6 + 5) as f32);
+    assert_close!(unblock(&y).unwrap(), x, atol = 0.0);
+    let message = block(&x.narrow(1, 0, 20).unwrap()).unwrap_err().to_string();
+    assert!(message.contains("20 channels"), "{message}");
+    assert!(unblock(&x).is_err());
 }
 
 #[test]

@@ -6,7 +6,7 @@
 use std::fmt::Debug;
 
 /// A real number that the kernels compute with.
-pub(crate) trait Element:
+pub trait Element:
     candle_core::WithDType
     + Copy
     + Default
@@ -24,7 +24,9 @@ pub(crate) trait Element:
 {
     /// Columns of a panel: one cache line.
     const WIDTH: usize;
+    /// The nearest number.
     fn of(value: f64) -> Self;
+    /// The same number in f64.
     fn wide(self) -> f64;
     /// The smaller of two; a NaN on the right is passed over.
     #[inline(always)]
@@ -67,14 +69,20 @@ impl Element for f64 {
 /// # Safety
 /// The methods may be called only where the instruction set is present, and the pointers must be
 /// valid for `LANES` elements (for [`Vector::store_transposed`]: for the block it describes).
-pub(crate) trait Vector: Copy {
+pub trait Vector: Copy {
+    /// Its elements.
     type T: Element;
+    /// How many.
     const LANES: usize;
+    /// The same value in every lane.
     unsafe fn splat(value: Self::T) -> Self;
+    /// From memory, at any alignment.
     unsafe fn load(from: *const Self::T) -> Self;
+    /// To memory, at any alignment.
     unsafe fn store(self, to: *mut Self::T);
     /// `self + a * b`
     unsafe fn fma(self, a: Self, b: Self) -> Self;
+    /// `self * other`
     unsafe fn mul(self, other: Self) -> Self;
     /// Stores `rows` as columns: `to[lane * stride + r] = rows[r][lane]`.
     #[inline(always)]
@@ -100,7 +108,7 @@ pub(crate) trait Vector: Copy {
 /// Four elements as plain Rust: the portable path, which the compiler maps to SSE2 or NEON.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-pub(crate) struct Quad<T>([T; 4]);
+pub struct Quad<T>([T; 4]);
 
 impl<T: Element> Vector for Quad<T> {
     type T = T;

@@ -15,6 +15,7 @@ use candle_core::{
 use rayon::prelude::*;
 
 use super::dims4;
+use crate::blocked::{self, Lanes, norm};
 use crate::element::{Element, Unwritten, dispatch, lane_sums, read, values, vectorised};
 use crate::error::shape_error;
 use crate::{Buffer, Mode, Result};
@@ -37,7 +38,7 @@ pub struct BatchNorm {
 /// Batch normalisation of `x` with scale `gamma` and shift `beta`.
 ///
 /// # Shapes
-/// - `x`: `(batch, channels, height, width)`, and so the result
+/// - `x`: `(batch, channels, height, width)` or blocked ([`super::block`]), and so the result
 /// - `gamma`, `beta`: `(channels)`
 ///
 /// # Errors
@@ -50,7 +51,11 @@ pub fn batch_norm(
     norm: &BatchNorm,
     mode: Mode,
 ) -> Result<Tensor> {
-    let [batch, channels, height, width] = dims4("batch_norm", x)?;
+    let (lanes, [batch, panels, height, width]) = match x.rank() {
+        5 => (x.dim(4)?, blocked::dims("batch_norm", x)?),
+        _ => (1, dims4("batch_norm", x)?),
+    };
+    let channels = panels * lanes;
     if gamma.dims() != [channels] || beta.dims() != [channels] {
         return shape_error(
             "batch_norm",
@@ -82,6 +87,7 @@ pub fn batch_norm(
     let used = Arc::new(OnceLock::new());
     let op = BatchNormOp {
         channels,
+        lanes,
         plane: height * width,
         epsilon: norm.epsilon,
         relu: norm.relu,
@@ -108,6 +114,8 @@ struct Statistics {
 
 struct BatchNormOp {
     channels: usize,
+    /// Channels beside each other: 1, or a block.
+    lanes: usize,
     plane: usize,
     epsilon: f64,
     relu: bool,
@@ -122,13 +130,20 @@ impl BatchNormOp {
         self.channels * self.plane
     }
 
-    fn measure<T: Element>(&self, x: &[T]) -> Statistics {
+    fn measure<T: Lanes>(&self, x: &[T]) -> Statistics {
         let n = self.plane as f64;
         let mut planes = vec![(0.0, 0.0); x.len() / self.plane];
         planes
             .par_chunks_mut(self.channels)
             .zip(x.par_chunks_exact(self.image()))
             .for_each(|(planes, x)| {
+                if self.lanes > 1 {
+                    let panels = x.chunks_exact(self.plane * self.lanes);
+                    for (out, x) in planes.chunks_exact_mut(self.lanes).zip(panels) {
+                        out.copy_from_slice(&norm::statistics(x));
+                    }
+                    return;
+                }
                 for (out, x) in planes.iter_mut().zip(x.chunks_exact(self.plane)) {
                     *out = plane_statistics(x);
                 }
@@ -164,7 +179,7 @@ impl BatchNormOp {
             .collect())
     }
 
-    fn forward<T: Element>(&self, x: &[T], gamma: &[T], beta: &[T]) -> candle_core::Result<Vec<T>> {
+    fn forward<T: Lanes>(&self, x: &[T], gamma: &[T], beta: &[T]) -> candle_core::Result<Vec<T>> {
         self.used
             .get_or_init(|| self.fixed.clone().unwrap_or_else(|| self.measure(x)));
         let normalisers = self.normalisers()?;
@@ -173,6 +188,19 @@ impl BatchNormOp {
         images
             .zip(x.par_chunks_exact(self.image()))
             .for_each(|(y, x)| {
+                if self.lanes > 1 {
+                    let size = self.plane * self.lanes;
+                    let panels = y.chunks_exact_mut(size).zip(x.chunks_exact(size));
+                    for (panel, (y, x)) in panels.enumerate() {
+                        let line = |c: usize| {
+                            let c = panel * self.lanes + c;
+                            let (mean, inverse) = normalisers[c];
+                            (mean, gamma[c].to_f64() * inverse, beta[c].to_f64())
+                        };
+                        norm::normalise(y, x, line, self.relu);
+                    }
+                    return;
+                }
                 let planes = y
                     .chunks_exact_mut(self.plane)
                     .zip(x.chunks_exact(self.plane));
@@ -186,7 +214,7 @@ impl BatchNormOp {
         Ok(unsafe { y.written() })
     }
 
-    fn backward<T: Element>(
+    fn backward<T: Lanes>(
         &self,
         x: &[T],
         gamma: &[T],
@@ -203,6 +231,16 @@ impl BatchNormOp {
             .zip(x.par_chunks_exact(image))
             .zip(y.par_chunks_exact(image).zip(dy.par_chunks_exact(image)))
             .for_each(|((planes, x), (y, dy))| {
+                if self.lanes > 1 {
+                    let size = plane * self.lanes;
+                    for (panel, out) in planes.chunks_exact_mut(self.lanes).enumerate() {
+                        let place = panel * size..(panel + 1) * size;
+                        let (x, y, dy) = (&x[place.clone()], &y[place.clone()], &dy[place]);
+                        let mean = |c: usize| normalisers[panel * self.lanes + c].0;
+                        out.copy_from_slice(&norm::sums(x, y, dy, mean, self.relu));
+                    }
+                    return;
+                }
                 for (c, out) in planes.iter_mut().enumerate() {
                     let place = c * plane..(c + 1) * plane;
                     let (x, y, dy) = (&x[place.clone()], &y[place.clone()], &dy[place]);
@@ -220,27 +258,36 @@ impl BatchNormOp {
         let count = x.len() as f64 / self.channels as f64;
         // In training: dx = γ/σ · (dy − mean(dy) − (x − μ)/σ² · mean(dy·(x − μ))).
         let training = self.fixed.is_none();
+        let line = |c: usize| {
+            let (mean, inverse) = normalisers[c];
+            let (offset, slope) = match training {
+                true => (sums[c].0 / count, sums[c].1 * inverse * inverse / count),
+                false => (0.0, 0.0),
+            };
+            Line {
+                scale: T::from_f64(gamma[c].to_f64() * inverse),
+                mean: T::from_f64(mean),
+                offset: T::from_f64(offset),
+                slope: T::from_f64(slope),
+            }
+        };
         let mut dx = Unwritten::new(x.len());
         dx.places()
             .par_chunks_exact_mut(image)
             .zip(x.par_chunks_exact(image))
             .zip(y.par_chunks_exact(image).zip(dy.par_chunks_exact(image)))
             .for_each(|((dx, x), (y, dy))| {
-                for c in 0..self.channels {
-                    let place = c * plane..(c + 1) * plane;
+                let size = plane * self.lanes;
+                for first in (0..self.channels).step_by(self.lanes) {
+                    let place = first * plane..first * plane + size;
                     let (x, y, dy) = (&x[place.clone()], &y[place.clone()], &dy[place.clone()]);
-                    let (mean, inverse) = normalisers[c];
-                    let (offset, slope) = match training {
-                        true => (sums[c].0 / count, sums[c].1 * inverse * inverse / count),
-                        false => (0.0, 0.0),
-                    };
-                    let line = Line {
-                        scale: T::from_f64(gamma[c].to_f64() * inverse),
-                        mean: T::from_f64(mean),
-                        offset: T::from_f64(offset),
-                        slope: T::from_f64(slope),
-                    };
-                    plane_gradient(&mut dx[place], x, y, dy, line, self.relu);
+                    let dx = &mut dx[place];
+                    if self.lanes > 1 {
+                        let line = |c: usize| line(first + c);
+                        norm::gradient(dx, (x, y, dy), line, self.relu);
+                    } else {
+                        plane_gradient(dx, x, y, dy, line(first), self.relu);
+                    }
                 }
             });
         // SAFETY: whole images of whole planes, all written.
@@ -257,16 +304,16 @@ impl BatchNormOp {
 
 /// The gradient of a plane: `scale·(dy − offset − (x − mean)·slope)`.
 #[derive(Clone, Copy)]
-struct Line<T> {
-    scale: T,
-    mean: T,
-    offset: T,
-    slope: T,
+pub(crate) struct Line<T> {
+    pub scale: T,
+    pub mean: T,
+    pub offset: T,
+    pub slope: T,
 }
 
 /// The upstream gradient, through the ReLU where it let the value pass.
 #[inline(always)]
-fn through<T: Element>(y: T, dy: T, relu: bool) -> T {
+pub(crate) fn through<T: Element>(y: T, dy: T, relu: bool) -> T {
     if relu && y <= T::ZERO { T::ZERO } else { dy }
 }
 

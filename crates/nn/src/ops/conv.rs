@@ -40,13 +40,16 @@ impl Default for Conv {
 /// Convolution of `x` with `weight`.
 ///
 /// # Shapes
-/// - `x`: `(batch, in, height, width)`
+/// - `x`: `(batch, in, height, width)`, or blocked ([`super::block`]), and so the result
 /// - `weight`: `(out, in, kernel height, kernel width)`
 /// - returns `(batch, out, height', width')` with `height' = (height + 2·padding − kernel) / stride + 1`
 ///
 /// # Errors
 /// [`Error::Shape`] where these do not fit, [`Error::Option`] for a stride of 0.
 pub fn conv2d(x: &Tensor, weight: &Tensor, options: Conv) -> Result<Tensor> {
+    if x.rank() == 5 {
+        return crate::blocked::conv2d(x, weight, options);
+    }
     let geometry = Geometry::new(x, weight, options)?;
     Ok(x.contiguous()?
         .apply_op2(&weight.contiguous()?, ConvOp(geometry))?)

@@ -19,6 +19,9 @@ pub use linear::linear;
 pub use max_pool::max_pool2d;
 pub use relu::{add_relu, relu};
 
+pub use crate::blocked::{block, can_block, is_blocked, unblock};
+pub(crate) use batch_norm::{Line, through};
+
 use candle_core::Tensor;
 
 use crate::error::shape_error;
@@ -76,7 +79,7 @@ impl Window {
     }
 }
 
-fn dims4(op: &'static str, x: &Tensor) -> Result<[usize; 4]> {
+pub(crate) fn dims4(op: &'static str, x: &Tensor) -> Result<[usize; 4]> {
     match *x.dims() {
         [b, c, h, w] if b > 0 && c > 0 && h > 0 && w > 0 => Ok([b, c, h, w]),
         ref other => shape_error(
