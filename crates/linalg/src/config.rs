@@ -75,7 +75,7 @@ pub enum Side {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Memory {
     /// The iterates: at most `3(N-1)` matrices of the smaller side an image for Newton–Schulz and
-    /// cubic steps; quintic and nonic steps keep up to two more a step.
+    /// cubic steps, at most two more a step for quintic ones, `5N - 2` for nonic ones.
     #[default]
     Keep,
     /// Nothing; the backward pass runs the forward pass again.

@@ -95,7 +95,8 @@ fn batch_norm_normalises_and_keeps_unbiased_statistics() {
 fn batch_norm_of_blocked_maps_is_that_of_plain_ones() {
     for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 2e-5)] {
         // A large mean, so that careless sums would show.
-        let x = (randn(&[3, 32, 5, 7], 1, dtype).unwrap() * 0.5 + 40.0).unwrap();
+        let x = randn(&[3, 32, 5, 7], 1, dtype).unwrap();
+        let x = x.affine(0.5, 40.0).unwrap();
         let (gamma, beta) = (
             randn(&[32], 2, dtype).unwrap(),
             randn(&[32], 3, dtype).unwrap(),

@@ -32,7 +32,6 @@ impl CovPool {
     /// `docs/method.md` counts the products; at `d = 256`, `M = 196`, `N = 5` on the Gram side
     /// about 59 million multiply-adds forward and 113 million backward an image.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.validate()?;
         let (batch, d, positions) = feature_shape(x)?;
         match x.dtype() {
             DType::F32 => self.apply::<f32>(x, (batch, d, positions)),
@@ -62,7 +61,6 @@ impl CovPool {
     /// # Errors
     /// [`Error::Option`] and [`Error::Kernel`] as for [`CovPool::forward`].
     pub fn describe(&self, d: usize, positions: usize) -> Result<Description> {
-        self.validate()?;
         let isa = f32::isa(self.kernel)?;
         let plan = Plan::new(self, d, positions, isa)?;
         let (forward, backward) = plan.multiply_adds();

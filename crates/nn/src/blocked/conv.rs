@@ -391,12 +391,13 @@ fn pack<T: Lanes>(
             true => (index % outputs, index / outputs),
             false => (index / inputs, index % inputs),
         };
+        let (o_apart, c_apart) = if transposed { (w, 1) } else { (1, w) };
         for o in 0..w {
             let row = ((out * w + o) * inputs + panel) * w * taps;
-            for c in 0..w {
-                let place = if transposed { o * w + c } else { c * w + o };
-                for tap in 0..taps {
-                    blocks[tap * w * w + place] = weight[row + c * taps + tap];
+            let row = &weight[row..row + w * taps];
+            for (tap, block) in blocks.chunks_exact_mut(w * w).enumerate() {
+                for c in 0..w {
+                    block[o * o_apart + c * c_apart] = row[c * taps + tap];
                 }
             }
         }
@@ -409,19 +410,23 @@ fn pack<T: Lanes>(
 fn unpack<T: Lanes>(packed: &[T], (outputs, inputs, taps): (usize, usize, usize)) -> Vec<T> {
     let w = T::WIDTH;
     let mut weight = Unwritten::new(packed.len());
-    let rows = weight.places().par_chunks_exact_mut(inputs * w * taps);
     debug_assert_eq!(packed.len(), outputs * inputs * taps * w * w);
-    rows.enumerate().for_each(|(row, weight)| {
-        let (out, o) = (row / w, row % w);
-        for panel in 0..inputs {
-            let blocks = &packed[(out * inputs + panel) * taps * w * w..];
-            for c in 0..w {
-                for tap in 0..taps {
-                    weight[(panel * w + c) * taps + tap] = blocks[(tap * w + c) * w + o];
+    let row = inputs * w * taps;
+    let panels = weight.places().par_chunks_exact_mut(row * w);
+    panels
+        .zip(packed.par_chunks_exact(row * w))
+        .for_each(|(rows, packed)| {
+            for (panel, blocks) in packed.chunks_exact(taps * w * w).enumerate() {
+                for (o, row) in rows.chunks_exact_mut(row).enumerate() {
+                    let row = &mut row[panel * w * taps..(panel + 1) * w * taps];
+                    for (tap, block) in blocks.chunks_exact(w * w).enumerate() {
+                        for c in 0..w {
+                            row[c * taps + tap] = block[c * w + o];
+                        }
+                    }
                 }
             }
-        }
-    });
+        });
     // SAFETY: every row was written.
     unsafe { weight.written() }
 }
