@@ -14,10 +14,10 @@ pub enum Error {
         /// The names in the registry.
         known: String,
     },
-    /// Options that a representation does not take.
-    #[error("representation {name:?}: {message}")]
+    /// Options that a backbone or a representation does not take.
+    #[error("options of {name:?}: {message}")]
     Options {
-        /// Name of the representation.
+        /// Name of the backbone or representation.
         name: String,
         /// What is wrong with them.
         message: String,

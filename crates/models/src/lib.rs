@@ -3,16 +3,18 @@
 //! A network is backbone + representation + linear classifier, described by a [`ModelSpec`] and
 //! built by [`Network::new`]. To add a backbone, write one file in `backbones/` and add one line to
 //! [`BACKBONES`]; a representation likewise, in `representations/` and [`REPRESENTATIONS`]. A test
-//! builds, differentiates, saves and loads every combination.
+//! builds, differentiates, saves and loads every combination (deep backbones with one head each).
 
 mod backbones;
 mod error;
 mod network;
+mod options;
 mod representations;
 
-pub use backbones::{BACKBONES, Backbone, BackboneEntry};
+pub use backbones::{BACKBONES, Backbone, BackboneEntry, BackboneSpec};
 pub use error::{Error, Result};
 pub use network::{ModelSpec, Network};
+pub use options::Options;
 pub use representations::{
-    Options, REPRESENTATIONS, Representation, RepresentationEntry, RepresentationSpec,
+    REPRESENTATIONS, Representation, RepresentationEntry, RepresentationSpec,
 };

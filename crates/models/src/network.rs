@@ -7,35 +7,18 @@ use isqrt_nn::layers::Linear;
 use isqrt_nn::{Mode, Vars};
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    BACKBONES, Backbone, BackboneEntry, Error, Representation, RepresentationSpec, Result,
-};
+use crate::{Backbone, BackboneSpec, Error, Representation, RepresentationSpec, Result};
 
 /// What a network consists of.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelSpec {
-    /// Name in [`BACKBONES`].
-    pub backbone: String,
+    /// What makes the feature maps.
+    pub backbone: BackboneSpec,
     /// The pooling head.
     pub representation: RepresentationSpec,
     /// Outputs of the classifier.
     pub classes: usize,
-}
-
-impl ModelSpec {
-    fn backbone(&self) -> Result<&'static dyn BackboneEntry> {
-        let found = BACKBONES.iter().find(|entry| entry.name() == self.backbone);
-        found.copied().ok_or_else(|| Error::Unknown {
-            what: "backbone",
-            name: self.backbone.clone(),
-            known: BACKBONES
-                .iter()
-                .map(|e| e.name())
-                .collect::<Vec<_>>()
-                .join(", "),
-        })
-    }
 }
 
 /// A network with its parameters, named `backbone.*`, `representation.*`, `classifier.*`.
@@ -59,7 +42,9 @@ impl Network {
         }
         let mut vars = Vars::new(seed, dtype, device);
         let mut root = vars.root();
-        let backbone = spec.backbone()?.build(root.sub("backbone"))?;
+        let BackboneSpec { options, .. } = &spec.backbone;
+        let scope = root.sub("backbone");
+        let backbone = spec.backbone.entry()?.build(options, scope)?;
         let head = &spec.representation;
         let scope = root.sub("representation");
         let representation = head

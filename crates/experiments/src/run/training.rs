@@ -71,7 +71,7 @@ fn config(training: &Training, seed: u64, classes: usize) -> Option<TrainConfig>
     let recipe = &training.recipe;
     Some(TrainConfig {
         model: ModelSpec {
-            backbone: recipe.backbone.clone(),
+            backbone: recipe.backbone.as_str().into(),
             representation: representation(&training.head),
             classes,
         },

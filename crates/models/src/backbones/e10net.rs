@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
 use isqrt_nn::{Mode, Scope};
 
-use super::{Backbone, BackboneEntry};
+use super::{Backbone, BackboneEntry, NoOptions, Options};
 use crate::Result;
 
 pub(super) const E10NET: Entry = Entry;
@@ -21,7 +21,8 @@ impl BackboneEntry for Entry {
         "conv 7x7 stride 2 to 32 channels, conv 1x1; 32x32 images to 16x16x32"
     }
 
-    fn build(&self, mut scope: Scope<'_>) -> Result<Box<dyn Backbone>> {
+    fn build(&self, options: &Options, mut scope: Scope<'_>) -> Result<Box<dyn Backbone>> {
+        options.read::<NoOptions>(self.name())?;
         Ok(Box::new(E10Net {
             first: ConvNorm::new(&mut scope, ("conv1", "bn1"), (3, 32), 7, 2, true)?,
             second: ConvNorm::new(&mut scope, ("conv2", "bn2"), (32, 32), 1, 1, true)?,

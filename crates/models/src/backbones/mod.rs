@@ -1,12 +1,20 @@
 //! Networks from images to feature maps, and their registry.
 
 mod e10net;
+mod residual;
+mod resnet;
 mod tinyresnet;
+
+use std::fmt;
 
 use candle_core::Tensor;
 use isqrt_nn::{Mode, Scope};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::Result;
+use crate::options::{NoOptions, Options};
+use crate::{Error, Result};
 
 /// Makes feature maps of images.
 pub trait Backbone: Send + Sync {
@@ -28,12 +36,131 @@ pub trait BackboneEntry: Sync {
     /// One line for people.
     fn about(&self) -> &'static str;
 
+    /// The options that covariance heads need where the defaults are made for global average
+    /// pooling: more positions and fewer channels.
+    fn second_order(&self) -> Options {
+        Options::default()
+    }
+
     /// A new one with its parameters in `scope`.
     ///
     /// # Errors
-    /// Where parameters cannot be made.
-    fn build(&self, scope: Scope<'_>) -> Result<Box<dyn Backbone>>;
+    /// [`Error::Options`] for an option that it does not know or whose value it cannot take.
+    fn build(&self, options: &Options, scope: Scope<'_>) -> Result<Box<dyn Backbone>>;
 }
 
 /// All backbones. Adding one is a file beside this one and a line here.
-pub const BACKBONES: &[&dyn BackboneEntry] = &[&e10net::E10NET, &tinyresnet::TINY_RESNET];
+pub const BACKBONES: &[&dyn BackboneEntry] = &[
+    &e10net::E10NET,
+    &tinyresnet::TINY_RESNET,
+    &resnet::RESNET18,
+    &resnet::RESNET34,
+    &resnet::RESNET50,
+    &resnet::RESNET101,
+    &resnet::RESNET152,
+];
+
+/// A backbone by name with its options: in TOML `backbone = "resnet50"` or
+/// `backbone = { name = "resnet50", last_stride = 1, reduction = 256 }`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BackboneSpec {
+    /// Name in [`BACKBONES`].
+    pub name: String,
+    /// All other keys.
+    pub options: Options,
+}
+
+impl BackboneSpec {
+    /// One with default options.
+    #[must_use]
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            options: Options::default(),
+        }
+    }
+
+    /// One with the options that covariance heads need, see [`BackboneEntry::second_order`].
+    ///
+    /// # Errors
+    /// As [`entry`](Self::entry).
+    pub fn second_order(name: impl Into<String>) -> Result<Self> {
+        let mut spec = Self::new(name);
+        spec.options = spec.entry()?.second_order();
+        Ok(spec)
+    }
+
+    /// With an option more.
+    #[must_use]
+    pub fn with(mut self, key: &str, value: impl Into<serde_json::Value>) -> Self {
+        self.options.set(key, value);
+        self
+    }
+
+    /// The entry of this name.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`] with the names that there are.
+    pub fn entry(&self) -> Result<&'static dyn BackboneEntry> {
+        let found = BACKBONES.iter().find(|entry| entry.name() == self.name);
+        found.copied().ok_or_else(|| Error::Unknown {
+            what: "backbone",
+            name: self.name.clone(),
+            known: BACKBONES
+                .iter()
+                .map(|e| e.name())
+                .collect::<Vec<_>>()
+                .join(", "),
+        })
+    }
+}
+
+impl From<&str> for BackboneSpec {
+    fn from(name: &str) -> Self {
+        Self::new(name)
+    }
+}
+
+/// The table form of a [`BackboneSpec`].
+#[derive(Serialize, Deserialize)]
+struct Table {
+    name: String,
+    #[serde(flatten)]
+    options: Options,
+}
+
+impl Serialize for BackboneSpec {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        if self.options.is_empty() {
+            return serializer.serialize_str(&self.name);
+        }
+        let (name, options) = (self.name.clone(), self.options.clone());
+        Table { name, options }.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for BackboneSpec {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct NameOrTable;
+        impl<'de> Visitor<'de> for NameOrTable {
+            type Value = BackboneSpec;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("the name of a backbone, or a table with its name and options")
+            }
+
+            fn visit_str<E>(self, name: &str) -> std::result::Result<BackboneSpec, E> {
+                Ok(name.into())
+            }
+
+            fn visit_map<A: MapAccess<'de>>(
+                self,
+                map: A,
+            ) -> std::result::Result<BackboneSpec, A::Error> {
+                let Table { name, options } = Table::deserialize(MapAccessDeserializer::new(map))?;
+                Ok(BackboneSpec { name, options })
+            }
+        }
+        deserializer.deserialize_any(NameOrTable)
+    }
+}

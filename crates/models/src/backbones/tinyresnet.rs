@@ -3,10 +3,10 @@
 
 use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
-use isqrt_nn::ops::add_relu;
 use isqrt_nn::{Mode, Scope};
 
-use super::{Backbone, BackboneEntry};
+use super::residual::Block;
+use super::{Backbone, BackboneEntry, NoOptions, Options};
 use crate::Result;
 
 pub(super) const TINY_RESNET: Entry = Entry;
@@ -23,13 +23,14 @@ impl BackboneEntry for Entry {
          conv 1x1; 64x64 images to 8x8x32"
     }
 
-    fn build(&self, mut scope: Scope<'_>) -> Result<Box<dyn Backbone>> {
+    fn build(&self, options: &Options, mut scope: Scope<'_>) -> Result<Box<dyn Backbone>> {
+        options.read::<NoOptions>(self.name())?;
         Ok(Box::new(TinyResNet {
             stem: ConvNorm::new(&mut scope, ("conv1", "bn1"), (3, 16), 5, 2, true)?,
             blocks: vec![
-                BasicBlock::new(scope.sub("layer1"), (16, 16), 2)?,
-                BasicBlock::new(scope.sub("layer2"), (16, 32), 1)?,
-                BasicBlock::new(scope.sub("layer3"), (32, 64), 2)?,
+                Block::basic(scope.sub("layer1"), (16, 16), 2)?,
+                Block::basic(scope.sub("layer2"), (16, 32), 1)?,
+                Block::basic(scope.sub("layer3"), (32, 64), 2)?,
             ],
             reduction: ConvNorm::new(&mut scope, ("conv2", "bn2"), (64, 32), 1, 1, true)?,
         }))
@@ -38,7 +39,7 @@ impl BackboneEntry for Entry {
 
 struct TinyResNet {
     stem: ConvNorm,
-    blocks: Vec<BasicBlock>,
+    blocks: Vec<Block>,
     reduction: ConvNorm,
 }
 
@@ -53,46 +54,5 @@ impl Backbone for TinyResNet {
 
     fn out_channels(&self) -> usize {
         32
-    }
-}
-
-/// Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes.
-struct BasicBlock {
-    first: ConvNorm,
-    second: ConvNorm,
-    downsample: Option<ConvNorm>,
-}
-
-impl BasicBlock {
-    fn new(mut scope: Scope<'_>, channels: (usize, usize), stride: usize) -> Result<Self> {
-        let (inputs, outputs) = channels;
-        let downsample = match stride != 1 || inputs != outputs {
-            true => {
-                let names = ("0", "1");
-                Some(ConvNorm::new(
-                    &mut scope.sub("downsample"),
-                    names,
-                    channels,
-                    1,
-                    stride,
-                    false,
-                )?)
-            }
-            false => None,
-        };
-        let inner = (outputs, outputs);
-        Ok(Self {
-            first: ConvNorm::new(&mut scope, ("conv1", "bn1"), channels, 3, stride, true)?,
-            second: ConvNorm::new(&mut scope, ("conv2", "bn2"), inner, 3, 1, false)?,
-            downsample,
-        })
-    }
-
-    fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let y = self.second.forward(&self.first.forward(x, mode)?, mode)?;
-        Ok(match &self.downsample {
-            Some(downsample) => add_relu(&y, &downsample.forward(x, mode)?)?,
-            None => add_relu(&y, x)?,
-        })
     }
 }

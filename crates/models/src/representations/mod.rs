@@ -7,9 +7,9 @@ mod mpn;
 
 use candle_core::Tensor;
 use isqrt_nn::{Mode, Scope};
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::options::{NoOptions, Options};
 use crate::{Error, Result};
 
 /// Makes one vector of a feature map.
@@ -72,7 +72,7 @@ impl RepresentationSpec {
     /// With an option more.
     #[must_use]
     pub fn with(mut self, key: &str, value: impl Into<serde_json::Value>) -> Self {
-        self.options.0.insert(key.to_owned(), value.into());
+        self.options.set(key, value);
         self
     }
 
@@ -95,28 +95,3 @@ impl RepresentationSpec {
         })
     }
 }
-
-/// Options of a representation as they were written, not yet checked.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Options(serde_json::Map<String, serde_json::Value>);
-
-impl Options {
-    /// The options as a struct of the representation (`#[serde(deny_unknown_fields, default)]`).
-    ///
-    /// # Errors
-    /// [`Error::Options`] that names the key and what is known or expected.
-    pub fn read<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
-        serde_json::from_value(serde_json::Value::Object(self.0.clone())).map_err(|error| {
-            Error::Options {
-                name: name.to_owned(),
-                message: error.to_string(),
-            }
-        })
-    }
-}
-
-/// For representations without options.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct NoOptions {}

@@ -1,0 +1,85 @@
+//! Residual blocks (He et al. 2016) with torchvision's parameter names.
+
+use candle_core::Tensor;
+use isqrt_nn::layers::ConvNorm;
+use isqrt_nn::ops::add_relu;
+use isqrt_nn::{Mode, Scope};
+
+use crate::Result;
+
+/// Convolutions beside a shortcut, which is a 1x1 convolution where the shape changes. ReLU after
+/// each convolution but the last, and after the sum.
+pub(super) struct Block {
+    convs: Vec<ConvNorm>,
+    downsample: Option<ConvNorm>,
+}
+
+impl Block {
+    /// Two 3x3 convolutions; the first has the stride. `channels` are those of input and output.
+    pub(super) fn basic(scope: Scope<'_>, channels: (usize, usize), stride: usize) -> Result<Self> {
+        let (inputs, outputs) = channels;
+        let shapes = [((inputs, outputs), 3, stride), ((outputs, outputs), 3, 1)];
+        Self::new(scope, channels, stride, &shapes)
+    }
+
+    /// 1x1 to a quarter of the output's channels, 3x3 with the stride, 1x1. The original has the
+    /// stride on the first 1x1; torchvision and the authors' PyTorch code have it here.
+    pub(super) fn bottleneck(
+        scope: Scope<'_>,
+        channels: (usize, usize),
+        stride: usize,
+    ) -> Result<Self> {
+        let (inputs, outputs) = channels;
+        let width = outputs / 4;
+        let shapes = [
+            ((inputs, width), 1, 1),
+            ((width, width), 3, stride),
+            ((width, outputs), 1, 1),
+        ];
+        Self::new(scope, channels, stride, &shapes)
+    }
+
+    /// From the channels, kernel and stride of each convolution.
+    fn new(
+        mut scope: Scope<'_>,
+        channels: (usize, usize),
+        stride: usize,
+        shapes: &[((usize, usize), usize, usize)],
+    ) -> Result<Self> {
+        let mut convs = Vec::with_capacity(shapes.len());
+        for (i, &(channels, kernel, stride)) in (1..).zip(shapes) {
+            let names = (&*format!("conv{i}"), &*format!("bn{i}"));
+            let relu = i < shapes.len();
+            convs.push(ConvNorm::new(
+                &mut scope, names, channels, kernel, stride, relu,
+            )?);
+        }
+        let mut downsample = None;
+        if stride != 1 || channels.0 != channels.1 {
+            let scope = &mut scope.sub("downsample");
+            downsample = Some(ConvNorm::new(
+                scope,
+                ("0", "1"),
+                channels,
+                1,
+                stride,
+                false,
+            )?);
+        }
+        Ok(Self { convs, downsample })
+    }
+
+    /// # Shapes
+    /// `(batch, inputs, height, width)` to `(batch, outputs, height / stride, width / stride)`,
+    /// rounded up.
+    pub(super) fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        let mut y = x.clone();
+        for conv in &self.convs {
+            y = conv.forward(&y, mode)?;
+        }
+        Ok(match &self.downsample {
+            Some(downsample) => add_relu(&y, &downsample.forward(x, mode)?)?,
+            None => add_relu(&y, x)?,
+        })
+    }
+}

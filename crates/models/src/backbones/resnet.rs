@@ -1,0 +1,158 @@
+//! ResNet-18 to ResNet-152 (He et al. 2016) with torchvision's structure and parameter names.
+//!
+//! Options: `last_stride` (2, or 1: the last stage keeps the resolution, without dilation) and
+//! `reduction` (a 1x1 convolution to so many channels with batch norm and ReLU after the last
+//! stage; none by default). iSQRT-COV takes `last_stride = 1, reduction = 256`, which gives
+//! 14x14x256 of a 224x224 image; names `layer_reduce`, `layer_reduce_bn` as in the authors' code.
+
+use candle_core::Tensor;
+use isqrt_nn::layers::ConvNorm;
+use isqrt_nn::ops::{Window, max_pool2d};
+use isqrt_nn::{Mode, Scope};
+use serde::Deserialize;
+
+use super::residual::Block;
+use super::{Backbone, BackboneEntry, Options};
+use crate::{Error, Result};
+
+pub(super) const RESNET18: Entry = entry("resnet18", Kind::Basic, [2, 2, 2, 2]);
+pub(super) const RESNET34: Entry = entry("resnet34", Kind::Basic, [3, 4, 6, 3]);
+pub(super) const RESNET50: Entry = entry("resnet50", Kind::Bottleneck, [3, 4, 6, 3]);
+pub(super) const RESNET101: Entry = entry("resnet101", Kind::Bottleneck, [3, 4, 23, 3]);
+pub(super) const RESNET152: Entry = entry("resnet152", Kind::Bottleneck, [3, 8, 36, 3]);
+
+pub(super) struct Entry {
+    name: &'static str,
+    kind: Kind,
+    /// Blocks of each stage.
+    depths: [usize; 4],
+}
+
+enum Kind {
+    Basic,
+    Bottleneck,
+}
+
+/// A block in a scope, of these channels in and out, with this stride.
+type MakeBlock = fn(Scope<'_>, (usize, usize), usize) -> Result<Block>;
+
+const fn entry(name: &'static str, kind: Kind, depths: [usize; 4]) -> Entry {
+    Entry { name, kind, depths }
+}
+
+/// The keys in a spec.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Keys {
+    last_stride: usize,
+    reduction: Option<usize>,
+}
+
+impl Default for Keys {
+    fn default() -> Self {
+        Self {
+            last_stride: 2,
+            reduction: None,
+        }
+    }
+}
+
+impl BackboneEntry for Entry {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn about(&self) -> &'static str {
+        match self.kind {
+            Kind::Basic => "residual network of basic blocks; 224x224 images to 7x7x512",
+            Kind::Bottleneck => "residual network of bottlenecks; 224x224 images to 7x7x2048",
+        }
+    }
+
+    fn second_order(&self) -> Options {
+        let mut options = Options::default();
+        options.set("last_stride", 1);
+        options.set("reduction", 256);
+        options
+    }
+
+    fn build(&self, options: &Options, mut scope: Scope<'_>) -> Result<Box<dyn Backbone>> {
+        let Keys {
+            last_stride,
+            reduction,
+        } = options.read(self.name)?;
+        let wrong = |message: &str| Error::Options {
+            name: self.name.to_owned(),
+            message: message.to_owned(),
+        };
+        if !(1..=2).contains(&last_stride) {
+            return Err(wrong("last_stride must be 1 or 2"));
+        }
+        if reduction == Some(0) {
+            return Err(wrong("reduction needs at least 1 channel"));
+        }
+
+        let stem = ConvNorm::new(&mut scope, ("conv1", "bn1"), (3, 64), 7, 2, true)?;
+        let (block, expansion): (MakeBlock, usize) = match self.kind {
+            Kind::Basic => (Block::basic, 1),
+            Kind::Bottleneck => (Block::bottleneck, 4),
+        };
+        let mut channels = 64;
+        let mut blocks = Vec::with_capacity(self.depths.iter().sum());
+        for (stage, depth) in self.depths.into_iter().enumerate() {
+            let outputs = (64 << stage) * expansion;
+            let mut scope = scope.sub(format!("layer{}", stage + 1));
+            for i in 0..depth {
+                let stride = match (i, stage) {
+                    (0, 1 | 2) => 2,
+                    (0, 3) => last_stride,
+                    _ => 1,
+                };
+                blocks.push(block(scope.sub(i), (channels, outputs), stride)?);
+                channels = outputs;
+            }
+        }
+        let mut reduce = None;
+        if let Some(reduced) = reduction {
+            let (names, shape) = (("layer_reduce", "layer_reduce_bn"), (channels, reduced));
+            reduce = Some(ConvNorm::new(&mut scope, names, shape, 1, 1, true)?);
+            channels = reduced;
+        }
+        Ok(Box::new(ResNet {
+            stem,
+            blocks,
+            reduce,
+            channels,
+        }))
+    }
+}
+
+const POOL: Window = Window {
+    kernel: 3,
+    stride: 2,
+    padding: 1,
+};
+
+struct ResNet {
+    stem: ConvNorm,
+    blocks: Vec<Block>,
+    reduce: Option<ConvNorm>,
+    channels: usize,
+}
+
+impl Backbone for ResNet {
+    fn forward_features(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        let mut x = max_pool2d(&self.stem.forward(x, mode)?, POOL)?;
+        for block in &self.blocks {
+            x = block.forward(&x, mode)?;
+        }
+        match &self.reduce {
+            Some(reduce) => Ok(reduce.forward(&x, mode)?),
+            None => Ok(x),
+        }
+    }
+
+    fn out_channels(&self) -> usize {
+        self.channels
+    }
+}

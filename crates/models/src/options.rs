@@ -1,0 +1,43 @@
+//! Options of a backbone or a representation as a spec gives them.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// Options as they were written, not yet checked.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Options(serde_json::Map<String, serde_json::Value>);
+
+impl Options {
+    /// The options as a struct of their owner (`#[serde(deny_unknown_fields, default)]`), whose
+    /// `name` an error gives.
+    ///
+    /// # Errors
+    /// [`Error::Options`] that names the key and what is known or expected.
+    pub fn read<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+        serde_json::from_value(serde_json::Value::Object(self.0.clone())).map_err(|error| {
+            Error::Options {
+                name: name.to_owned(),
+                message: error.to_string(),
+            }
+        })
+    }
+
+    /// Sets or replaces one.
+    pub fn set(&mut self, key: &str, value: impl Into<serde_json::Value>) {
+        self.0.insert(key.to_owned(), value.into());
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// For those that have none.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct NoOptions {}
