@@ -7,7 +7,7 @@
 
 use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
-use isqrt_nn::ops::{Window, max_pool2d};
+use isqrt_nn::ops::{Window, block, can_block, max_pool2d, unblock};
 use isqrt_nn::{Mode, Scope};
 use serde::Deserialize;
 
@@ -142,13 +142,17 @@ struct ResNet {
 
 impl Backbone for ResNet {
     fn forward_features(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let mut x = max_pool2d(&self.stem.forward(x, mode)?, POOL)?;
+        // Blocked from here on: the stem's three channels would fill no block.
+        let mut x = block(&max_pool2d(&self.stem.forward(x, mode)?, POOL)?)?;
         for block in &self.blocks {
             x = block.forward(&x, mode)?;
         }
         match &self.reduce {
-            Some(reduce) => Ok(reduce.forward(&x, mode)?),
-            None => Ok(x),
+            Some(reduce) if can_block(self.channels, x.dtype()) => {
+                Ok(unblock(&reduce.forward(&x, mode)?)?)
+            }
+            Some(reduce) => Ok(reduce.forward(&unblock(&x)?, mode)?),
+            None => Ok(unblock(&x)?),
         }
     }
 
