@@ -111,6 +111,11 @@ impl ConvNorm {
     /// # Errors
     /// [`crate::Error::Shape`] where the input does not fit.
     pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        if ops::is_blocked(x) {
+            let (conv, norm) = (&self.conv, &self.norm);
+            let affine = (&norm.weight, &norm.bias);
+            return ops::conv_norm(x, &conv.weight, conv.options, affine, &norm.norm, mode);
+        }
         self.norm.forward(&self.conv.forward(x)?, mode)
     }
 }

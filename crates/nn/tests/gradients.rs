@@ -3,8 +3,8 @@
 
 use candle_core::{DType, Device, Tensor};
 use isqrt_nn::ops::{
-    BatchNorm, Conv, Window, add_relu, avg_pool2d, batch_norm, block, conv2d, cross_entropy,
-    global_avg_pool, linear, max_pool2d, relu, unblock,
+    BatchNorm, Conv, Window, add_relu, avg_pool2d, batch_norm, block, conv_norm, conv2d,
+    cross_entropy, global_avg_pool, linear, max_pool2d, relu, unblock,
 };
 use isqrt_nn::{Buffer, Mode};
 use isqrt_testkit::{Gradcheck, gradcheck, randn};

@@ -37,16 +37,16 @@ pub(crate) fn conv2d(x: &Tensor, weight: &Tensor, options: Conv) -> Result<Tenso
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Geometry {
-    batch: usize,
+pub(super) struct Geometry {
+    pub batch: usize,
     /// Panels of channels in and out.
-    panels: (usize, usize),
+    pub panels: (usize, usize),
     input: (usize, usize),
-    output: (usize, usize),
+    pub output: (usize, usize),
     kernel: (usize, usize),
     stride: usize,
     padding: usize,
-    width: usize,
+    pub width: usize,
 }
 
 /// A map with zeros around it.
@@ -59,7 +59,7 @@ struct Padded {
 }
 
 impl Geometry {
-    fn new(x: &Tensor, weight: &Tensor, options: Conv) -> Result<Self> {
+    pub(super) fn new(x: &Tensor, weight: &Tensor, options: Conv) -> Result<Self> {
         let [batch, panels, height, columns] = dims("conv2d", x)?;
         let [out, channels, kh, kw] = dims4("conv2d weight", weight)?;
         let Conv { stride, padding } = options;
@@ -89,6 +89,12 @@ impl Geometry {
         })
     }
 
+    /// Of the output, as a tensor.
+    pub(super) fn shape(&self) -> Shape {
+        let (height, columns) = self.output;
+        Shape::from((self.batch, self.panels.1, height, columns, self.width))
+    }
+
     fn taps(&self) -> usize {
         self.kernel.0 * self.kernel.1
     }
@@ -103,7 +109,7 @@ impl Geometry {
         }
     }
 
-    fn forward<T: Lanes>(&self, x: &[T], weight: &[T], isa: &Isa<T>) -> Vec<T> {
+    pub(super) fn forward<T: Lanes>(&self, x: &[T], weight: &[T], isa: &Isa<T>) -> Vec<T> {
         let source = self.source();
         let x = pad(x, self.input, source);
         let (inputs, outputs) = self.panels;
@@ -139,7 +145,7 @@ impl Geometry {
         unsafe { y.written() }
     }
 
-    fn input_gradient<T: Lanes>(&self, dy: &[T], weight: &[T], isa: &Isa<T>) -> Vec<T> {
+    pub(super) fn input_gradient<T: Lanes>(&self, dy: &[T], weight: &[T], isa: &Isa<T>) -> Vec<T> {
         let ((inputs, outputs), (w, s)) = (self.panels, (self.width, self.stride));
         // Input row y meets output row (y + padding) / stride - t, for t up to `reach`.
         let reach = ((self.kernel.0 - 1) / s, (self.kernel.1 - 1) / s);
@@ -191,7 +197,7 @@ impl Geometry {
         unsafe { dx.written() }
     }
 
-    fn weight_gradient<T: Lanes>(&self, x: &[T], dy: &[T], isa: &Isa<T>) -> Vec<T> {
+    pub(super) fn weight_gradient<T: Lanes>(&self, x: &[T], dy: &[T], isa: &Isa<T>) -> Vec<T> {
         let ((inputs, outputs), (w, s)) = (self.panels, (self.width, self.stride));
         let source = self.source();
         let x = pad(x, self.input, source);
@@ -453,8 +459,7 @@ impl CustomOp2 for Op {
             let y = g.forward::<T>(values(s1, l1)?, values(s2, l2)?, T::isa(self.kernel));
             Ok(T::to_cpu_storage_owned(y))
         })?;
-        let shape = (g.batch, g.panels.1, g.output.0, g.output.1, g.width);
-        Ok((y, Shape::from(shape)))
+        Ok((y, g.shape()))
     }
 
     fn bwd(

@@ -7,10 +7,12 @@
 //! the rank.
 
 mod conv;
+mod conv_norm;
 mod kernel;
 pub(crate) mod norm;
 
 pub(crate) use conv::conv2d;
+pub use conv_norm::conv_norm;
 pub(crate) use kernel::Lanes;
 
 use candle_core::{

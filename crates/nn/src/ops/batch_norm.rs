@@ -55,64 +55,62 @@ pub fn batch_norm(
         5 => (x.dim(4)?, blocked::dims("batch_norm", x)?),
         _ => (1, dims4("batch_norm", x)?),
     };
-    let channels = panels * lanes;
-    if gamma.dims() != [channels] || beta.dims() != [channels] {
-        return shape_error(
-            "batch_norm",
-            format!(
-                "input {:?} needs scale and shift of {channels} values, got {:?} and {:?}",
-                x.dims(),
-                gamma.dims(),
-                beta.dims()
-            ),
-        );
-    }
-    let count = batch * height * width;
-    if mode == Mode::Train && count < 2 {
-        return shape_error(
-            "batch_norm",
-            format!(
-                "training needs more than one value a channel, got {:?}",
-                x.dims()
-            ),
-        );
-    }
-    let fixed = match mode {
-        Mode::Train => None,
-        Mode::Eval => Some(Statistics {
-            mean: norm.running_mean.values()?,
-            variance: norm.running_var.values()?,
-        }),
-    };
-    let used = Arc::new(OnceLock::new());
-    let op = BatchNormOp {
-        channels,
-        lanes,
-        plane: height * width,
-        epsilon: norm.epsilon,
-        relu: norm.relu,
-        fixed,
-        used: Arc::clone(&used),
-    };
+    check_affine("batch_norm", panels * lanes, gamma, beta)?;
+    let op = BatchNormOp::new((batch, panels * lanes, lanes), height * width, norm, mode)?;
+    let used = Arc::clone(&op.used);
     let y = x
         .contiguous()?
         .apply_op3(&gamma.contiguous()?, &beta.contiguous()?, op)?;
-    if let (Mode::Train, Some(batch)) = (mode, used.get()) {
-        let unbiased = count as f64 / (count as f64 - 1.0);
-        norm.running_mean.blend(norm.momentum, |c| batch.mean[c])?;
-        norm.running_var
-            .blend(norm.momentum, |c| batch.variance[c] * unbiased)?;
-    }
+    norm.update(&used, batch * height * width, mode)?;
     Ok(y)
 }
 
+/// Checks scale and shift of `channels`.
+pub(crate) fn check_affine(
+    op: &'static str,
+    channels: usize,
+    gamma: &Tensor,
+    beta: &Tensor,
+) -> Result<()> {
+    if gamma.dims() == [channels] && beta.dims() == [channels] {
+        return Ok(());
+    }
+    shape_error(
+        op,
+        format!(
+            "{channels} channels need as many values of scale and shift, got {:?} and {:?}",
+            gamma.dims(),
+            beta.dims()
+        ),
+    )
+}
+
+impl BatchNorm {
+    /// Moves the running statistics towards those of a batch of `count` values a channel.
+    pub(crate) fn update(
+        &self,
+        used: &OnceLock<Statistics>,
+        count: usize,
+        mode: Mode,
+    ) -> Result<()> {
+        if let (Mode::Train, Some(batch)) = (mode, used.get()) {
+            let unbiased = count as f64 / (count as f64 - 1.0);
+            self.running_mean.blend(self.momentum, |c| batch.mean[c])?;
+            self.running_var
+                .blend(self.momentum, |c| batch.variance[c] * unbiased)?;
+        }
+        Ok(())
+    }
+}
+
+/// Mean and biased variance of each channel.
 #[derive(Debug, Clone)]
-struct Statistics {
+pub(crate) struct Statistics {
     mean: Vec<f64>,
     variance: Vec<f64>,
 }
 
-struct BatchNormOp {
+pub(crate) struct BatchNormOp {
     channels: usize,
     /// Channels beside each other: 1, or a block.
     lanes: usize,
@@ -122,10 +120,44 @@ struct BatchNormOp {
     /// Running statistics, in evaluation.
     fixed: Option<Statistics>,
     /// The statistics that the forward pass used.
-    used: Arc<OnceLock<Statistics>>,
+    pub used: Arc<OnceLock<Statistics>>,
 }
 
 impl BatchNormOp {
+    /// For maps of `(batch, channels, lanes)` with `plane` pixels.
+    pub(crate) fn new(
+        (batch, channels, lanes): (usize, usize, usize),
+        plane: usize,
+        norm: &BatchNorm,
+        mode: Mode,
+    ) -> Result<Self> {
+        if mode == Mode::Train && batch * plane < 2 {
+            return shape_error(
+                "batch_norm",
+                format!(
+                    "training needs more than one value a channel, got {batch} images of {plane} \
+                     pixel"
+                ),
+            );
+        }
+        let fixed = match mode {
+            Mode::Train => None,
+            Mode::Eval => Some(Statistics {
+                mean: norm.running_mean.values()?,
+                variance: norm.running_var.values()?,
+            }),
+        };
+        Ok(Self {
+            channels,
+            lanes,
+            plane,
+            epsilon: norm.epsilon,
+            relu: norm.relu,
+            fixed,
+            used: Arc::default(),
+        })
+    }
+
     fn image(&self) -> usize {
         self.channels * self.plane
     }
@@ -179,7 +211,12 @@ impl BatchNormOp {
             .collect())
     }
 
-    fn forward<T: Lanes>(&self, x: &[T], gamma: &[T], beta: &[T]) -> candle_core::Result<Vec<T>> {
+    pub(crate) fn forward<T: Lanes>(
+        &self,
+        x: &[T],
+        gamma: &[T],
+        beta: &[T],
+    ) -> candle_core::Result<Vec<T>> {
         self.used
             .get_or_init(|| self.fixed.clone().unwrap_or_else(|| self.measure(x)));
         let normalisers = self.normalisers()?;
@@ -214,7 +251,8 @@ impl BatchNormOp {
         Ok(unsafe { y.written() })
     }
 
-    fn backward<T: Lanes>(
+    /// Gradients of `x`, `gamma` and `beta`.
+    pub(crate) fn backward<T: Lanes>(
         &self,
         x: &[T],
         gamma: &[T],

@@ -19,8 +19,8 @@ pub use linear::linear;
 pub use max_pool::max_pool2d;
 pub use relu::{add_relu, relu};
 
-pub use crate::blocked::{block, can_block, is_blocked, unblock};
-pub(crate) use batch_norm::{Line, through};
+pub use crate::blocked::{block, can_block, conv_norm, is_blocked, unblock};
+pub(crate) use batch_norm::{BatchNormOp, Line, check_affine, through};
 
 use candle_core::Tensor;
 

@@ -1,0 +1,133 @@
+//! A convolution, its batch normalisation and the ReLU that may follow, as one node.
+//!
+//! candle's tape zeroes and adds a tensor for every gradient that passes between nodes; what lies
+//! between a convolution and its normalisation never reaches the tape here.
+
+use std::sync::{Arc, OnceLock};
+
+use candle_core::{
+    CpuStorage, CustomOp3, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
+};
+use isqrt_linalg::Kernel;
+
+use super::Lanes;
+use super::conv::Geometry;
+use crate::element::{dispatch, read, values};
+use crate::ops::{BatchNorm, BatchNormOp, Conv, check_affine};
+use crate::{Mode, Result};
+
+/// [`batch_norm`](crate::ops::batch_norm) of [`conv2d`](crate::ops::conv2d) for blocked maps.
+///
+/// # Shapes
+/// - `x`: blocked maps, and so the result
+/// - `weight`: `(out, in, kernel height, kernel width)`
+/// - `affine`: scale and shift, `(out)` each
+///
+/// # Errors
+/// As for the two ops.
+pub fn conv_norm(
+    x: &Tensor,
+    weight: &Tensor,
+    options: Conv,
+    affine: (&Tensor, &Tensor),
+    norm: &BatchNorm,
+    mode: Mode,
+) -> Result<Tensor> {
+    let conv = Geometry::new(x, weight, options)?;
+    let channels = conv.panels.1 * conv.width;
+    check_affine("conv_norm", channels, affine.0, affine.1)?;
+    let plane = conv.output.0 * conv.output.1;
+    let op = Op {
+        conv,
+        norm: BatchNormOp::new((conv.batch, channels, conv.width), plane, norm, mode)?,
+        keeps: x.track_op() || weight.track_op() || affine.0.track_op() || affine.1.track_op(),
+        convolved: OnceLock::new(),
+    };
+    let used = Arc::clone(&op.norm.used);
+    // An op takes three tensors: scale and shift come as one.
+    let affine = Tensor::stack(&[affine.0, affine.1], 0)?;
+    let y = x
+        .contiguous()?
+        .apply_op3(&weight.contiguous()?, &affine, op)?;
+    norm.update(&used, conv.batch * plane, mode)?;
+    Ok(y)
+}
+
+struct Op {
+    conv: Geometry,
+    norm: BatchNormOp,
+    /// Whether a backward pass may follow.
+    keeps: bool,
+    /// The output of the convolution.
+    convolved: OnceLock<CpuStorage>,
+}
+
+impl CustomOp3 for Op {
+    fn name(&self) -> &'static str {
+        "conv_norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let y = dispatch!("conv_norm", s1.dtype(), T => {
+            let isa = T::isa(Kernel::Auto);
+            let convolved = self.conv.forward::<T>(values(s1, l1)?, values(s2, l2)?, isa);
+            let (gamma, beta) = halves(values::<T>(s3, l3)?);
+            let y = self.norm.forward(&convolved, gamma, beta)?;
+            if self.keeps {
+                // candle runs an op value once.
+                let _ = self.convolved.set(T::to_cpu_storage_owned(convolved));
+            }
+            Ok(T::to_cpu_storage_owned(y))
+        })?;
+        Ok((y, self.conv.shape()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        affine: &Tensor,
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let Some(convolved) = self.convolved.get() else {
+            candle_core::bail!("conv_norm: backward before forward")
+        };
+        let dy = dy.contiguous()?;
+        let (xs, ws, gs, ys, dys) = (read(x), read(weight), read(affine), read(y), read(&dy));
+        let device = x.device();
+        dispatch!("conv_norm", x.dtype(), T => {
+            let isa = T::isa(Kernel::Auto);
+            let (gamma, _) = halves(gs.values::<T>()?);
+            let convolved = convolved.as_slice::<T>()?;
+            let (between, mut dgamma, dbeta) =
+                self.norm.backward(convolved, gamma, ys.values()?, dys.values()?)?;
+            let dx = match x.track_op() {
+                true => {
+                    let dx = self.conv.input_gradient::<T>(&between, ws.values()?, isa);
+                    Some(Tensor::from_vec(dx, x.shape(), device)?)
+                }
+                false => None,
+            };
+            let dw = self.conv.weight_gradient::<T>(xs.values()?, &between, isa);
+            dgamma.extend(dbeta);
+            Ok((
+                dx,
+                Some(Tensor::from_vec(dw, weight.shape(), device)?),
+                Some(Tensor::from_vec(dgamma, affine.shape(), device)?),
+            ))
+        })
+    }
+}
+
+fn halves<T: Lanes>(affine: &[T]) -> (&[T], &[T]) {
+    affine.split_at(affine.len() / 2)
+}
