@@ -3,6 +3,7 @@
 
 use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
+use isqrt_nn::ops::{block, unblock};
 use isqrt_nn::{Mode, Scope};
 
 use super::residual::Block;
@@ -45,11 +46,11 @@ struct TinyResNet {
 
 impl Backbone for TinyResNet {
     fn forward_features(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let mut x = self.stem.forward(x, mode)?;
+        let mut x = block(&self.stem.forward(x, mode)?)?;
         for block in &self.blocks {
             x = block.forward(&x, mode)?;
         }
-        Ok(self.reduction.forward(&x, mode)?)
+        Ok(unblock(&self.reduction.forward(&x, mode)?)?)
     }
 
     fn out_channels(&self) -> usize {
