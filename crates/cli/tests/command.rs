@@ -356,7 +356,7 @@ fn bench_network_times_a_step_and_its_ops() {
     }
     assert_eq!(rows.len(), 8);
     for row in &rows[1..6] {
-        for key in ["forward_ms", "dx_ms", "dw_ms", "gflops", "peak_share"] {
+        for key in ["forward_ms", "backward_ms", "dw_ms", "gflops", "peak_share"] {
             assert!(row[key].as_f64().unwrap() > 0.0, "{key} of {row}");
         }
     }

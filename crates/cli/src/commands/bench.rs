@@ -9,7 +9,7 @@ use isqrt_models::bench::{NetworkCase, network, ops};
 use isqrt_models::{BackboneSpec, ModelSpec, RepresentationSpec};
 use std::time::Duration;
 
-/// Time the layer and what it replaces
+/// Time the layer, what it replaces, and networks
 #[derive(Subcommand)]
 #[command(
     after_help = "Example:\n  isqrt bench layer --batch 32 --dim 256 --positions 196 --iterations 5"
