@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Makes crates/models/tests/golden/resnet.safetensors: torchvision's ResNets in f64.
+"""Makes crates/models/tests/golden/torchvision.safetensors: torchvision's networks in f64.
 
 The weights are too many to keep. Both sides compute them (and the images) from the names: value i
 of the tensor `name` is a hash of (name, i), exactly the same number in Python and in Rust
-(crates/models/tests/resnet.rs). The file holds the results alone: logits in training and in
+(crates/models/tests/torchvision.rs). The file holds the results alone: logits in training and in
 evaluation after it, the gradient of the images, and two numbers for each parameter's gradient.
 
-    python3 tools/golden/resnet.py
+    python3 tools/golden/torchvision_nets.py
 
 Needs torch, torchvision, numpy and safetensors.
 """
@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import resnet
+from torchvision.models import resnet, vgg
 
 HERE = pathlib.Path(__file__).resolve()
-TARGET = HERE.parents[2] / "crates/models/tests/golden/resnet.safetensors"
+TARGET = HERE.parents[2] / "crates/models/tests/golden/torchvision.safetensors"
 CLASSES = 5
 
 
@@ -74,12 +74,26 @@ class SecondOrder(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Pooled(nn.Module):
+    """The features of a VGG without the last max-pooling, pooled by the mean."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.features = net.features[:-1]
+        self.fc = nn.Linear(512, CLASSES)
+
+    def forward(self, x):
+        return self.fc(self.features(x).mean((2, 3)))
+
+
 def main():
     torch.set_default_dtype(torch.float64)
     tensors = {}
     networks = {
         "resnet18": resnet.resnet18(num_classes=CLASSES),
         "resnet50": SecondOrder(resnet.resnet50(num_classes=CLASSES), 32),
+        "vgg16": Pooled(vgg.vgg16(init_weights=False)),
+        "vgg16_bn": Pooled(vgg.vgg16_bn(init_weights=False)),
     }
     for key, net in networks.items():
         net = net.double()
@@ -99,7 +113,7 @@ def main():
 
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(HERE.read_bytes()).hexdigest()
-    metadata = {"generator": "tools/golden/resnet.py", "sha256": digest, "torch": torch.__version__}
+    metadata = {"generator": "tools/golden/torchvision_nets.py", "sha256": digest, "torch": torch.__version__}
     save_file(tensors, TARGET, metadata=metadata)
     print(f"wrote {TARGET} ({TARGET.stat().st_size} bytes)")
 
