@@ -16,7 +16,7 @@ test *ARGS:
 lint:
     cargo fmt --all --check && cargo clippy --workspace --all-targets -- -D warnings
 
-# Speed of the layer; `just bench --help` has the cases.
+# Speed of the layer and of networks; `just bench --help` has the cases.
 bench *ARGS:
     cargo run --release --package isqrt -- bench {{ARGS}}
 

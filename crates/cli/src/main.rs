@@ -45,7 +45,7 @@ enum Command {
     Reproduce(commands::reproduce::Reproduce),
     /// Compare iteration counts and schedules: error, gradient error, time
     Iterations(commands::iterations::Iterations),
-    /// Time the layer and what it replaces
+    /// Time the layer, what it replaces, and networks
     #[command(subcommand)]
     Bench(commands::bench::Bench),
     /// Write the report of a run folder again

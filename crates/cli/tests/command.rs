@@ -49,6 +49,7 @@ fn every_command_has_help_with_an_example() {
         &["bench", "--help"],
         &["bench", "layer", "--help"],
         &["bench", "decomposition", "--help"],
+        &["bench", "network", "--help"],
         &["report", "--help"],
         &["models", "--help"],
     ] {
@@ -97,6 +98,11 @@ fn wrong_input_is_one_clear_line() {
         &["none.safetensors"],
     );
     fails(&["bench", "layer", "--iterations", "0"], &["iterations"]);
+    fails(
+        &["bench", "network", "--model", "resnet5"],
+        &["resnet5", "resnet50"],
+    );
+    fails(&["bench", "network", "--head", "max"], &["max", "isqrt"]);
     fails(&["reproduce", "--experiments", "nowhere"], &["nowhere"]);
 }
 
@@ -324,4 +330,39 @@ fn bench_prints_both_implementations() {
     );
     assert!(output.status.success(), "{}", err(&output));
     assert!(out(&output).contains("svd"), "{}", out(&output));
+}
+
+#[test]
+fn bench_network_times_a_step_and_its_ops() {
+    let dir = scratch();
+    let words = [
+        "bench", "network", "--model", "e10net", "--head", "isqrt", "--batch", "2", "--size", "32",
+        "--budget", "0",
+    ];
+    let run = |more: &[&str]| {
+        let output = isqrt(dir.path(), &[&words[..], more].concat());
+        assert!(output.status.success(), "{}", err(&output));
+        out(&output)
+    };
+    let rows: Vec<serde_json::Value> = run(&["--ops", "--json", "--threads", "1"])
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    assert_eq!(rows[0]["case"], "network e10net isqrt batch=2 size=32");
+    assert_eq!(rows[0]["implementation"], "ours");
+    assert_eq!(rows[0]["threads"], 1);
+    for key in ["forward_ms", "backward_ms", "step_ms", "images_per_s"] {
+        assert!(rows[0][key].as_f64().unwrap() > 0.0, "{key}");
+    }
+    assert_eq!(rows.len(), 8);
+    for row in &rows[1..6] {
+        for key in ["forward_ms", "backward_ms", "dw_ms", "gflops", "peak_share"] {
+            assert!(row[key].as_f64().unwrap() > 0.0, "{key} of {row}");
+        }
+    }
+    let text = run(&[]);
+    assert!(
+        text.contains("training step") && text.contains("images/s"),
+        "{text}"
+    );
 }

@@ -6,6 +6,7 @@
 //! builds, differentiates, saves and loads every combination (deep backbones with one head each).
 
 mod backbones;
+pub mod bench;
 mod error;
 mod network;
 mod options;

@@ -84,7 +84,7 @@ fn every_combination_builds_differentiates_saves_and_loads() {
                 "{name}: the seed changes nothing"
             );
             // A deep network takes seconds: it meets one head, each another one.
-            if first.vars().parameter_count() > 20_000_000 {
+            if first.vars().parameter_count() > 10_000_000 {
                 break;
             }
         }

@@ -1,13 +1,15 @@
-//! `isqrt bench`: time of the layer and of what it replaces.
+//! `isqrt bench`: time of the layer and of what it replaces, of networks and their ops.
 
 use crate::output::{self, show};
 use anyhow::Context;
 use clap::{Args, Subcommand, ValueEnum};
 use isqrt_linalg::bench::{LayerCase, decompositions, layer, peak_gflops};
 use isqrt_linalg::{CovPool, Kernel, Memory, Root, Schedule, Side};
+use isqrt_models::bench::{NetworkCase, network, ops};
+use isqrt_models::{BackboneSpec, ModelSpec, RepresentationSpec};
 use std::time::Duration;
 
-/// Time the layer and what it replaces
+/// Time the layer, what it replaces, and networks
 #[derive(Subcommand)]
 #[command(
     after_help = "Example:\n  isqrt bench layer --batch 32 --dim 256 --positions 196 --iterations 5"
@@ -17,6 +19,8 @@ pub enum Bench {
     Layer(LayerBench),
     /// Eigen- and singular value decomposition beside our layer
     Decomposition(DecompositionBench),
+    /// A training step of a network, and the ops it is made of
+    Network(NetworkBench),
 }
 
 impl Bench {
@@ -24,6 +28,7 @@ impl Bench {
         match self {
             Self::Layer(c) => c.run(json),
             Self::Decomposition(c) => c.run(json),
+            Self::Network(c) => c.run(json),
         }
     }
 }
@@ -256,6 +261,143 @@ impl DecompositionBench {
             cells.collect(),
             1,
         )
+    }
+}
+
+/// A training step of a network, and the ops it is made of
+///
+/// Covariance heads get the backbone that the paper gives them: last stage at stride 1, reduction
+/// to 256 channels where the backbone has these options.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  isqrt bench network --model resnet50 --batch 8 --size 224
+  isqrt bench network --model resnet50 --head isqrt --ops --threads 1")]
+pub struct NetworkBench {
+    /// Backbone; `isqrt models` lists them
+    #[arg(long, value_name = "NAME", default_value = "resnet50")]
+    model: String,
+    /// Pooling head
+    #[arg(long, value_name = "NAME", default_value = "gap")]
+    head: String,
+    /// Images
+    #[arg(long, value_name = "B", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
+    batch: u16,
+    /// Side of the images
+    #[arg(long, value_name = "PIXELS", default_value_t = 224, value_parser = clap::value_parser!(u16).range(1..))]
+    size: u16,
+    /// Outputs of the classifier
+    #[arg(long, value_name = "K", default_value_t = 1000)]
+    classes: usize,
+    /// Time each kind of op too, at the shapes of a ResNet
+    #[arg(long)]
+    ops: bool,
+    /// Seconds of measuring (twice as many with --ops)
+    #[arg(long, value_name = "S", default_value_t = 10.0)]
+    budget: f64,
+}
+
+impl NetworkBench {
+    fn run(&self, json: bool) -> anyhow::Result<()> {
+        let backbone = match self.head.as_str() {
+            "gap" => BackboneSpec::new(&*self.model),
+            _ => BackboneSpec::second_order(&*self.model)?,
+        };
+        let batch = usize::from(self.batch);
+        let case = NetworkCase {
+            model: ModelSpec {
+                backbone,
+                representation: RepresentationSpec::new(&*self.head),
+                classes: self.classes,
+            },
+            batch,
+            side: usize::from(self.size),
+        };
+        let budget = Duration::try_from_secs_f64(self.budget).context("--budget")?;
+        let name = format!(
+            "network {} {} batch={batch} size={}",
+            self.model, self.head, self.size
+        );
+        let time = network(&case, budget)?;
+        // Before the ops, which need other memory.
+        let memory = peak_memory_mb();
+        let rows = match self.ops {
+            true => ops(batch, budget)?,
+            false => Vec::new(),
+        };
+        let threads = rayon::current_num_threads();
+        let images_per_s = batch as f64 / time.step_ms * 1e3;
+        if json {
+            output::json(&serde_json::json!({
+                "case": name,
+                "implementation": "ours",
+                "threads": threads,
+                "forward_ms": time.forward_ms,
+                "backward_ms": time.backward_ms,
+                "update_ms": time.update_ms,
+                "step_ms": time.step_ms,
+                "eval_ms": time.eval_ms,
+                "images_per_s": images_per_s,
+                "parameters": time.parameters,
+                "peak_memory_mb": memory,
+            }))?;
+            for r in &rows {
+                output::json(&serde_json::json!({
+                    "case": format!("{} batch={batch}", r.name),
+                    "implementation": "ours",
+                    "threads": threads,
+                    "forward_ms": r.forward_ms,
+                    "backward_ms": r.backward_ms,
+                    "dx_ms": r.dx_ms,
+                    "dw_ms": r.dw_ms,
+                    "gflops": r.gflops,
+                    "peak_share": r.peak_share,
+                }))?;
+            }
+            return Ok(());
+        }
+        output::line(&format!(
+            "{name}, {threads} threads, {} parameters",
+            time.parameters
+        ))?;
+        let part = |name: &str, ms: f64| vec![name.to_owned(), show(ms), show(ms / batch as f64)];
+        let parts = vec![
+            part("forward", time.forward_ms),
+            part("backward", time.backward_ms),
+            part("update", time.update_ms),
+            part("training step", time.step_ms),
+            part("evaluation", time.eval_ms),
+        ];
+        output::table(&["part", "ms", "ms/image"], parts, 1)?;
+        let memory = memory.map_or_else(String::new, |m| format!("; peak memory {m:.0} MB"));
+        output::line(&format!("training {} images/s{memory}", show(images_per_s)))?;
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let or_blank = |value: Option<f64>| value.map_or_else(String::new, show);
+        let cells = rows.iter().map(|r| {
+            let percent = |share: f64| format!("{:.0} %", 100.0 * share);
+            vec![
+                r.name.to_owned(),
+                show(r.forward_ms),
+                show(r.backward_ms),
+                or_blank(r.dx_ms),
+                or_blank(r.dw_ms),
+                or_blank(r.gflops),
+                r.peak_share.map_or_else(String::new, percent),
+            ]
+        });
+        let head = [
+            "op",
+            "forward ms",
+            "backward ms",
+            "dX ms",
+            "dW ms",
+            "GFLOP/s",
+            "of peak",
+        ];
+        output::table(&head, cells.collect(), 1)?;
+        let peak = peak_gflops(Kernel::Auto)?;
+        output::line(&format!("measured peak {} GFLOP/s", show(peak)))
     }
 }
 

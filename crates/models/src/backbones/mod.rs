@@ -4,6 +4,7 @@ mod e10net;
 mod residual;
 mod resnet;
 mod tinyresnet;
+mod vgg;
 
 use std::fmt;
 
@@ -58,6 +59,8 @@ pub const BACKBONES: &[&dyn BackboneEntry] = &[
     &resnet::RESNET50,
     &resnet::RESNET101,
     &resnet::RESNET152,
+    &vgg::VGG16,
+    &vgg::VGG16_BN,
 ];
 
 /// A backbone by name with its options: in TOML `backbone = "resnet50"` or

@@ -1,0 +1,175 @@
+//! The ResNets and VGG-16 against torchvision: parameter counts, shapes, and values from equal weights.
+#![allow(clippy::unwrap_used)]
+
+use candle_core::{DType, Device, Tensor, Var};
+use isqrt_models::{BackboneSpec, ModelSpec, Network, RepresentationSpec};
+use isqrt_nn::Mode;
+use isqrt_nn::ops::cross_entropy;
+use isqrt_testkit::{Golden, assert_close, randn};
+
+fn spec(backbone: BackboneSpec, head: &str, classes: usize) -> ModelSpec {
+    ModelSpec {
+        backbone,
+        representation: RepresentationSpec::new(head),
+        classes,
+    }
+}
+
+fn network(backbone: BackboneSpec, head: &str, classes: usize) -> Network {
+    let spec = spec(backbone, head, classes);
+    Network::new(&spec, 1, DType::F32, &Device::Cpu).unwrap()
+}
+
+#[test]
+fn parameter_counts_are_those_of_torchvision_and_of_the_authors() {
+    for (name, count) in [
+        ("resnet18", 11_689_512),
+        ("resnet34", 21_797_672),
+        ("resnet50", 25_557_032),
+        ("resnet101", 44_549_160),
+        ("resnet152", 60_192_808),
+    ] {
+        let network = network(name.into(), "gap", 1000);
+        assert_eq!(network.vars().parameter_count(), count, "{name}");
+    }
+    // Without torchvision's three linear layers: 5 classes on 512 channels instead.
+    for (name, count) in [("vgg16", 14_714_688), ("vgg16_bn", 14_723_136)] {
+        let network = network(name.into(), "gap", 5);
+        assert_eq!(network.vars().parameter_count(), count + 5 * 513, "{name}");
+    }
+    // The sizes of the released weights, mpncovresnet50 and mpncovresnet101.
+    for (name, count) in [("resnet50", 56_929_832), ("resnet101", 75_921_960)] {
+        let backbone = BackboneSpec::second_order(name).unwrap();
+        let network = network(backbone, "isqrt", 1000);
+        assert_eq!(network.vars().parameter_count(), count, "{name} with iSQRT");
+    }
+}
+
+#[test]
+fn the_last_stage_keeps_the_resolution_for_covariance_heads() {
+    let x = randn((1, 3, 64, 96), 1, DType::F32).unwrap();
+    for (backbone, shape) in [
+        (BackboneSpec::new("resnet18"), [1, 512, 2, 3]),
+        (BackboneSpec::new("resnet50"), [1, 2048, 2, 3]),
+        (
+            BackboneSpec::new("resnet18").with("last_stride", 1),
+            [1, 512, 4, 6],
+        ),
+        (
+            BackboneSpec::new("resnet50")
+                .with("last_stride", 1)
+                .with("reduction", 32),
+            [1, 32, 4, 6],
+        ),
+    ] {
+        let network = network(backbone, "gap", 2);
+        let features = network.features(&x, Mode::Eval).unwrap();
+        assert_eq!(features.dims(), shape);
+    }
+}
+
+/// In [-1, 1), the same numbers as `uniform` of tools/golden/torchvision_nets.py.
+fn uniform(name: &str, shape: &[usize]) -> Tensor {
+    let seed = name.bytes().fold(0xCBF2_9CE4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01B3)
+    });
+    let value = |i: u64| {
+        let mut z = seed.wrapping_add((i + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+    };
+    let count = shape.iter().product::<usize>() as u64;
+    Tensor::from_vec((0..count).map(value).collect(), shape, &Device::Cpu).unwrap()
+}
+
+/// torchvision's name of one of our parameters.
+fn foreign(name: &str) -> String {
+    let name = name.strip_prefix("backbone.").unwrap_or(name);
+    name.replace("classifier.", "fc.")
+}
+
+fn fill(network: &Network) {
+    for (name, var) in network.vars().parameters() {
+        let name = foreign(name);
+        let values = uniform(&name, var.dims());
+        let (scale, shift) = match var.dims() {
+            [_, fan @ ..] if !fan.is_empty() => {
+                ((3.0 / fan.iter().product::<usize>() as f64).sqrt(), 0.0)
+            }
+            _ if name.ends_with("weight") => (0.25, 1.0),
+            _ => (0.25, 0.0),
+        };
+        var.set(&values.affine(scale, shift).unwrap()).unwrap();
+    }
+}
+
+fn scalar(x: &Tensor) -> f64 {
+    x.to_scalar().unwrap()
+}
+
+#[test]
+fn values_and_gradients_are_those_of_torchvision_with_equal_weights() {
+    let golden = Golden::load("tests/golden/torchvision").unwrap();
+    let surgery = BackboneSpec::second_order("resnet50")
+        .unwrap()
+        .with("reduction", 32);
+    let vgg = |name| BackboneSpec::new(name).with("last_pool", false);
+    for (key, backbone) in [
+        ("resnet18", "resnet18".into()),
+        ("resnet50", surgery),
+        ("vgg16", vgg("vgg16")),
+        ("vgg16_bn", vgg("vgg16_bn")),
+    ] {
+        let spec = spec(backbone, "gap", 5);
+        let network = Network::new(&spec, 1, DType::F64, &Device::Cpu).unwrap();
+        fill(&network);
+        let x = Var::from_tensor(&uniform("images", &[2, 3, 48, 64])).unwrap();
+        let logits = network.forward(&x, Mode::Train).unwrap();
+        assert_close!(
+            &logits,
+            &golden[&format!("{key}.train")],
+            rtol = 1e-9,
+            atol = 1e-9
+        );
+
+        let loss = cross_entropy(&logits, &[0, 1], 0.0).unwrap();
+        let gradients = loss.backward().unwrap();
+        for (name, var) in network.vars().parameters() {
+            let name = foreign(name);
+            let found = gradients.get(var.as_tensor()).unwrap();
+            let known: Vec<f64> = golden[&format!("{key}.gradient.{name}")].to_vec1().unwrap();
+            let norm = scalar(&found.sqr().unwrap().sum_all().unwrap()).sqrt();
+            let probe = uniform(&format!("{name}.probe"), var.dims());
+            let product = scalar(&(found * probe).unwrap().sum_all().unwrap());
+            // Their product with the probe is a sum with cancellation.
+            let bound = 1e-8 * known[0] * (var.elem_count() as f64).sqrt();
+            if key == "vgg16_bn" && name.ends_with("bias") && norm < 1e-12 && known[0] < 1e-12 {
+                // A bias before batch norm: zero but for rounding, on both sides.
+                continue;
+            }
+            assert!(
+                (norm - known[0]).abs() <= 1e-8 * known[0] && (product - known[1]).abs() <= bound,
+                "{key} {name}: {norm} {product}, expected {known:?}"
+            );
+        }
+        let dx = gradients.get(x.as_tensor()).unwrap();
+        let every = |x: &Tensor, dim: usize| {
+            let places: Vec<u32> = (0..x.dim(dim).unwrap() as u32).step_by(4).collect();
+            let places = Tensor::new(places, &Device::Cpu).unwrap();
+            x.index_select(&places, dim).unwrap()
+        };
+        let dx = every(&every(dx, 2), 3);
+        let known = &golden[&format!("{key}.dx")];
+        let size = scalar(&known.abs().unwrap().max_all().unwrap());
+        assert_close!(dx, known, rtol = 0.0, atol = 1e-8 * size);
+
+        let logits = network.forward(&x, Mode::Eval).unwrap();
+        assert_close!(
+            &logits,
+            &golden[&format!("{key}.eval")],
+            rtol = 1e-9,
+            atol = 1e-9
+        );
+    }
+}

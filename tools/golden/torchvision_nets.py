@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Makes crates/models/tests/golden/torchvision.safetensors: torchvision's networks in f64.
+
+The weights are too many to keep. Both sides compute them (and the images) from the names: value i
+of the tensor `name` is a hash of (name, i), exactly the same number in Python and in Rust
+(crates/models/tests/torchvision.rs). The file holds the results alone: logits in training and in
+evaluation after it, the gradient of the images, and two numbers for each parameter's gradient.
+
+    python3 tools/golden/torchvision_nets.py
+
+Needs torch, torchvision, numpy and safetensors.
+"""
+
+import hashlib
+import pathlib
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import resnet, vgg
+
+HERE = pathlib.Path(__file__).resolve()
+TARGET = HERE.parents[2] / "crates/models/tests/golden/torchvision.safetensors"
+CLASSES = 5
+
+
+def uniform(name, shape):
+    """In [-1, 1): FNV-1a of the name, then SplitMix64 at each place."""
+    seed = 0xCBF29CE484222325
+    for byte in name.encode():
+        seed = (seed ^ byte) * 0x100000001B3 % 2**64
+    count = int(np.prod(shape))
+    with np.errstate(over="ignore"):
+        z = np.uint64(seed) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = (z ^ (z >> np.uint64(31))) >> np.uint64(11)
+    return torch.from_numpy(z.astype(np.float64) * 2.0**-52 - 1.0).reshape(shape)
+
+
+def fill(net):
+    """Weights of rank 2 and more by the fan-in; norms near 1 (scale) and 0 (shift)."""
+    for name, tensor in net.named_parameters():
+        values = uniform(name, tensor.shape)
+        if tensor.dim() > 1:
+            values = values * (3.0 / tensor[0].numel()) ** 0.5
+        elif name.endswith("weight"):
+            values = 1.0 + 0.25 * values
+        else:
+            values = 0.25 * values
+        tensor.data = values
+
+
+class SecondOrder(nn.Module):
+    """The authors' surgery: last stage at stride 1, 1x1 reduction; features pooled by the mean."""
+
+    def __init__(self, net, channels):
+        super().__init__()
+        for name, child in net.named_children():
+            if name not in ("avgpool", "fc"):
+                self.add_module(name, child)
+        block = self.layer4[0]
+        block.conv2.stride = (1, 1)
+        block.downsample[0].stride = (1, 1)
+        self.layer_reduce = nn.Conv2d(2048, channels, 1, bias=False)
+        self.layer_reduce_bn = nn.BatchNorm2d(channels)
+        self.fc = nn.Linear(channels, CLASSES)
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = torch.relu(self.layer_reduce_bn(self.layer_reduce(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+class Pooled(nn.Module):
+    """The features of a VGG without the last max-pooling, pooled by the mean."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.features = net.features[:-1]
+        self.fc = nn.Linear(512, CLASSES)
+
+    def forward(self, x):
+        return self.fc(self.features(x).mean((2, 3)))
+
+
+def main():
+    torch.set_default_dtype(torch.float64)
+    tensors = {}
+    networks = {
+        "resnet18": resnet.resnet18(num_classes=CLASSES),
+        "resnet50": SecondOrder(resnet.resnet50(num_classes=CLASSES), 32),
+        "vgg16": Pooled(vgg.vgg16(init_weights=False)),
+        "vgg16_bn": Pooled(vgg.vgg16_bn(init_weights=False)),
+    }
+    for key, net in networks.items():
+        net = net.double()
+        fill(net)
+        x = uniform("images", (2, 3, 48, 64)).requires_grad_(True)
+        logits = net(x)
+        loss = nn.functional.cross_entropy(logits, torch.tensor([0, 1]))
+        loss.backward()
+        tensors[f"{key}.train"] = logits.detach()
+        tensors[f"{key}.dx"] = x.grad[:, :, ::4, ::4].contiguous()
+        for name, tensor in net.named_parameters():
+            probe = uniform(name + ".probe", tensor.shape)
+            pair = torch.stack([tensor.grad.norm(), (tensor.grad * probe).sum()])
+            tensors[f"{key}.gradient.{name}"] = pair
+        with torch.no_grad():
+            tensors[f"{key}.eval"] = net.eval()(x)
+
+    TARGET.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(HERE.read_bytes()).hexdigest()
+    metadata = {"generator": "tools/golden/torchvision_nets.py", "sha256": digest, "torch": torch.__version__}
+    save_file(tensors, TARGET, metadata=metadata)
+    print(f"wrote {TARGET} ({TARGET.stat().st_size} bytes)")
+
+
+if __name__ == "__main__":
+    main()

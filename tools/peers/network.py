@@ -1,0 +1,245 @@
+#!/usr/bin/env python3
+"""Times training steps of networks and their ops in PyTorch beside `isqrt bench network`.
+
+The PyTorch side is torchvision's network; with `--head isqrt` its last stage keeps the resolution,
+a 1x1 convolution brings the channels to 256, and the pooling is the authors' formulas as written
+in layer.py. Both memory layouts of PyTorch (NCHW and channels_last) are timed.
+
+    python3 tools/peers/network.py --isqrt target/release/isqrt --model resnet50 --batch 8 --ops
+
+Needs PyTorch and torchvision. Prints a line per implementation, then the ratios ours/torch (below
+1: ours is faster). Each side runs in turn, several times; medians.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import time
+
+import torch
+import torchvision
+from torch import nn
+
+import layer
+
+# The ops of `isqrt bench network --ops`, in its order: channels in, out, side, kernel, stride.
+CONVOLUTIONS = [
+    (64, 64, 56, 3, 1),
+    (256, 256, 14, 3, 1),
+    (512, 512, 7, 3, 1),
+    (256, 64, 56, 1, 1),
+    (3, 64, 224, 7, 2),
+]
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+class SecondOrder(nn.Module):
+    """A ResNet with the paper's surgery and head."""
+
+    def __init__(self, net, classes, reduction=256, iterations=5):
+        super().__init__()
+        first = net.layer4[0]
+        for conv in (first.conv1, first.conv2, first.downsample[0]):
+            conv.stride = (1, 1)
+        channels = net.fc.in_features
+        net.avgpool, net.fc = nn.Identity(), nn.Identity()
+        self.features = nn.Sequential(
+            *[child for child in net.children() if not isinstance(child, nn.Identity)],
+            nn.Conv2d(channels, reduction, 1, bias=False),
+            nn.BatchNorm2d(reduction),
+            nn.ReLU(inplace=True),
+        )
+        index = torch.triu_indices(reduction, reduction)
+        self.index = index[0] * reduction + index[1]
+        self.iterations = iterations
+        self.fc = nn.Linear(len(self.index), classes)
+
+    def forward(self, x):
+        x = self.features(x).flatten(2).contiguous()
+        return self.fc(layer.layer(x, self.iterations, self.index))
+
+
+def build(args):
+    net = torchvision.models.get_model(args.model, weights=None, num_classes=args.classes)
+    return SecondOrder(net, args.classes) if args.head == "isqrt" else net
+
+
+def step_times(net, optimiser, x, labels):
+    """Forward with the loss, backward, update: milliseconds."""
+    t = [time.perf_counter()]
+    optimiser.zero_grad(set_to_none=True)
+    loss = nn.functional.cross_entropy(net(x), labels)
+    t.append(time.perf_counter())
+    loss.backward()
+    t.append(time.perf_counter())
+    optimiser.step()
+    del loss
+    t.append(time.perf_counter())
+    forward, backward, update = (1e3 * (b - a) for a, b in zip(t, t[1:]))
+    return {
+        "forward_ms": forward,
+        "backward_ms": backward,
+        "update_ms": update,
+        "step_ms": forward + backward + update,
+    }
+
+
+def eval_times(net, x):
+    net.eval()
+    with torch.no_grad():
+        start = time.perf_counter()
+        net(x)
+        end = time.perf_counter()
+    net.train()
+    return {"eval_ms": 1e3 * (end - start)}
+
+
+def medians(rows):
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+
+
+def repeat(seconds, task):
+    """Medians of what `task` returns, after a warm-up."""
+    task()
+    rows, start = [], time.perf_counter()
+    while len(rows) < 3 or time.perf_counter() - start < seconds:
+        rows.append(task())
+    return medians(rows)
+
+
+def pass_times(forward, inputs):
+    """An op and its gradients for these inputs."""
+    start = time.perf_counter()
+    y = forward()
+    middle = time.perf_counter()
+    torch.autograd.grad(y, inputs, torch.ones_like(y))
+    return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)
+
+
+def op_times(batch, layout, seconds):
+    """Times in the order of `isqrt bench network --ops`."""
+
+    def images(channels, side):
+        x = torch.randn(batch, channels, side, side).contiguous(memory_format=layout)
+        return x.requires_grad_(True)
+
+    rows = []
+    for inputs, outputs, side, kernel, stride in CONVOLUTIONS:
+        x = images(inputs, side)
+        w = torch.randn(outputs, inputs, kernel, kernel).contiguous(memory_format=layout)
+        w.requires_grad_(True)
+
+        def task():
+            def run(x, w, wanted):
+                conv = nn.functional.conv2d
+                return pass_times(lambda: conv(x, w, None, stride, kernel // 2), wanted)
+
+            forward, backward = run(x, w, (x, w))
+            dw = run(x.detach(), w, (w,))[1]
+            # As `isqrt bench network` has it: what the input's gradient adds.
+            dx = backward - dw
+            return {"forward_ms": forward, "backward_ms": backward, "dx_ms": dx, "dw_ms": dw}
+
+        rows.append(repeat(seconds, task))
+    x = images(64, 112)
+    norm = nn.BatchNorm2d(64)
+    pool = nn.MaxPool2d(3, 2, 1)
+    for forward, wanted in (
+        (lambda: torch.relu_(norm(x)), (x, norm.weight, norm.bias)),
+        (lambda: pool(x), (x,)),
+    ):
+
+        def task():
+            return dict(zip(("forward_ms", "backward_ms"), pass_times(forward, wanted)))
+
+        rows.append(repeat(seconds, task))
+    return rows
+
+
+def ours(args):
+    """The rows of `isqrt bench network`."""
+    command = [args.isqrt, "bench", "network", "--json", "--threads", str(args.threads)]
+    command += ["--model", args.model, "--head", args.head, "--batch", str(args.batch)]
+    command += ["--size", str(args.size), "--classes", str(args.classes)]
+    command += ["--budget", str(args.seconds)] + ["--ops"] * args.ops
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+def show(name, row):
+    parts = [f"{key[:-3]} {row[key]:9.2f}" for key in row if key.endswith("_ms") and row[key]]
+    print(f"  {name:20} " + "  ".join(parts), flush=True)
+
+
+def ratios(ours, theirs, keys):
+    return "  ".join(f"{key[:-3]} {ours[key] / theirs[key]:.2f}" for key in keys if theirs.get(key))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--isqrt", default="target/release/isqrt", help="the binary")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--model", default="resnet50", help="a ResNet, named as in torchvision")
+    parser.add_argument("--head", choices=["gap", "isqrt"], default="gap")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--ops", action="store_true", help="the ops too")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds")
+    parser.add_argument("--seconds", type=float, default=5.0, help="per side and round")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(1)
+    print(
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}, {args.threads} threads,"
+        f" {args.model} {args.head}, batch {args.batch}, {args.size}x{args.size}, ms a batch, f32"
+    )
+
+    labels = torch.arange(args.batch) % args.classes
+    runs, names = {}, []
+    for name, layout in LAYOUTS.items():
+        net = build(args).to(memory_format=layout)
+        rate, momentum, decay = 1e-6, 0.9, 1e-4
+        optimiser = torch.optim.SGD(net.parameters(), rate, momentum, weight_decay=decay)
+        x = torch.randn(args.batch, 3, args.size, args.size).contiguous(memory_format=layout)
+
+        def task(net=net, optimiser=optimiser, x=x):
+            return {**step_times(net, optimiser, x, labels), **eval_times(net, x)}
+
+        runs[name] = task
+    steps = {name: [] for name in ["ours", *runs]}
+    ops = {name: [] for name in ["ours", *runs]}
+    for _ in range(args.rounds):
+        rows = ours(args)
+        keys = ["forward_ms", "backward_ms", "update_ms", "step_ms", "eval_ms"]
+        steps["ours"].append({key: rows[0][key] for key in keys})
+        ops["ours"].append(rows[1:])
+        names = [row["case"] for row in rows[1:]]
+        for name, task in runs.items():
+            steps[name].append(repeat(args.seconds, task))
+            if args.ops:
+                share = args.seconds / (len(CONVOLUTIONS) + 2)
+                ops[name].append(op_times(args.batch, LAYOUTS[name], share))
+
+    def report(case, table, keys):
+        print(case)
+        for name, row in table.items():
+            show(name if name == "ours" else f"torch {name}", row)
+        for name in LAYOUTS:
+            print(f"  ours/torch {name}: {ratios(table['ours'], table[name], keys)}", flush=True)
+
+    table = {name: medians(rows) for name, rows in steps.items()}
+    report("training step", table, ["step_ms", "forward_ms", "backward_ms", "eval_ms"])
+    for i, case in enumerate(names):
+        keys = list(ops["NCHW"][0][i])
+        table = {
+            name: medians([{key: round_[i][key] for key in keys} for round_ in rounds])
+            for name, rounds in ops.items()
+        }
+        report(case, table, keys)
+
+
+if __name__ == "__main__":
+    main()
