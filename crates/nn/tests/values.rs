@@ -6,7 +6,7 @@ use isqrt_nn::ops::{
     BatchNorm, Conv, Window, avg_pool2d, batch_norm, conv2d, cross_entropy, global_avg_pool,
     linear, max_pool2d, relu,
 };
-use isqrt_nn::{Buffer, Decay, Init, Mode, Sgd, SgdConfig, Vars};
+use isqrt_nn::{Buffer, Decay, Init, Mode, Optimizer, Sgd, SgdConfig, Vars};
 use isqrt_testkit::{assert_close, randn};
 
 fn random(shape: &[usize], seed: u64) -> Tensor {
@@ -181,8 +181,8 @@ fn sgd_follows_the_rule() {
         assert_close!(weight.flatten_all().unwrap(), [expected[0].0], rtol = 1e-13);
         assert_close!(bias, [expected[1].0], rtol = 1e-13);
         assert_eq!(
-            sgd.state().map(|(name, _)| name).collect::<Vec<_>>(),
-            ["b", "w"]
+            sgd.state().unwrap().into_keys().collect::<Vec<_>>(),
+            ["b.momentum_buffer", "w.momentum_buffer"]
         );
     }
 }

@@ -11,7 +11,8 @@ use candle_core::{
 };
 use rayon::prelude::*;
 
-use super::{Window, dims4};
+use super::Pool;
+use super::window::Windows;
 use crate::Result;
 use crate::element::{Element, dispatch, read, values};
 
@@ -20,53 +21,43 @@ use crate::element::{Element, dispatch, read, values};
 /// # Shapes
 /// - `x`: `(batch, channels, height, width)`
 /// - returns `(batch, channels, height', width')` with
-///   `height' = (height + 2·padding − kernel) / stride + 1`
+///   `height' = (height + 2·padding − kernel) / stride + 1`, rounded up in ceil mode unless the
+///   last window would start past the input
 ///
 /// # Errors
 /// [`crate::Error::Option`] for a window out of range, [`crate::Error::Shape`] where it does not fit.
-pub fn max_pool2d(x: &Tensor, window: Window) -> Result<Tensor> {
-    let [batch, channels, height, width] = dims4("max_pool2d", x)?;
-    let out = (
-        window.output("max_pool2d", height)?,
-        window.output("max_pool2d", width)?,
-    );
+pub fn max_pool2d(x: &Tensor, window: impl Into<Pool>) -> Result<Tensor> {
     let op = MaxPool {
-        window,
-        input: (height, width),
-        out,
-        shape: Shape::from((batch, channels, out.0, out.1)),
+        windows: Windows::new("max_pool2d", x, window.into())?,
         winners: OnceLock::new(),
     };
     Ok(x.contiguous()?.apply_op1(op)?)
 }
 
 struct MaxPool {
-    window: Window,
-    input: (usize, usize),
-    out: (usize, usize),
-    shape: Shape,
+    windows: Windows,
     /// For each output its place in the input plane.
     winners: OnceLock<Vec<u32>>,
 }
 
 impl MaxPool {
     fn forward<T: Element>(&self, x: &[T]) -> (Vec<T>, Vec<u32>) {
-        let (plane, out_plane) = (self.input.0 * self.input.1, self.out.0 * self.out.1);
-        let mut y = vec![T::ZERO; self.shape.elem_count()];
+        let Windows { rows, columns, .. } = self.windows;
+        let out_plane = self.windows.out_plane();
+        let mut y = vec![T::ZERO; self.windows.out_len()];
         let mut winners = vec![0u32; y.len()];
         y.par_chunks_exact_mut(out_plane)
             .zip(winners.par_chunks_exact_mut(out_plane))
-            .zip(x.par_chunks_exact(plane))
+            .zip(x.par_chunks_exact(self.windows.plane()))
             .for_each(|((y, winners), x)| {
-                for oy in 0..self.out.0 {
-                    let rows = self.window.range(oy, self.input.0);
-                    for ox in 0..self.out.1 {
-                        let columns = self.window.range(ox, self.input.1);
-                        let mut winner = rows.start * self.input.1 + columns.start;
-                        for row in rows.clone() {
-                            for at in
-                                row * self.input.1 + columns.start..row * self.input.1 + columns.end
-                            {
+                for oy in 0..rows.output {
+                    let down = rows.range(oy);
+                    for ox in 0..columns.output {
+                        let across = columns.range(ox);
+                        let mut winner = down.start * columns.input + across.start;
+                        for row in down.clone() {
+                            let start = row * columns.input;
+                            for at in start + across.start..start + across.end {
                                 // `v != v` holds for NaN alone.
                                 #[allow(clippy::eq_op)]
                                 if x[at] > x[winner] || x[at] != x[at] {
@@ -74,8 +65,8 @@ impl MaxPool {
                                 }
                             }
                         }
-                        y[oy * self.out.1 + ox] = x[winner];
-                        winners[oy * self.out.1 + ox] = winner as u32;
+                        y[oy * columns.output + ox] = x[winner];
+                        winners[oy * columns.output + ox] = winner as u32;
                     }
                 }
             });
@@ -94,7 +85,7 @@ impl CustomOp1 for MaxPool {
             self.winners.get_or_init(|| winners);
             Ok(T::to_cpu_storage_owned(y))
         })?;
-        Ok((y, self.shape.clone()))
+        Ok((y, Shape::from(self.windows.shape())))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
@@ -103,7 +94,7 @@ impl CustomOp1 for MaxPool {
         };
         let dy = dy.contiguous()?;
         let dys = read(&dy);
-        let (plane, out_plane) = (self.input.0 * self.input.1, self.out.0 * self.out.1);
+        let (plane, out_plane) = (self.windows.plane(), self.windows.out_plane());
         dispatch!("max_pool2d", x.dtype(), T => {
             let dys = dys.values::<T>()?;
             let mut dx = vec![T::ZERO; x.elem_count()];
