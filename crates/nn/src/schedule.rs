@@ -201,6 +201,36 @@ mod tests {
     }
 
     #[test]
+    fn logarithmic_takes_what_the_warm_up_leaves() {
+        let s = Schedule::Logarithmic {
+            from: -1.0,
+            to: -3.0,
+            warmup_epochs: 2.0,
+        };
+        let near = |step, expected: f64| {
+            let found = s.factor(step, 50, 10);
+            assert!((found / expected - 1.0).abs() < 1e-12, "{step}: {found}");
+        };
+        near(0, 0.1 / 20.0);
+        near(19, 0.1);
+        near(20, 0.1);
+        near(30, 0.01);
+        near(49, 0.001);
+    }
+
+    #[test]
+    fn milestones_count_from_the_start() {
+        let s = Schedule::MultiStep {
+            milestones: vec![3.0],
+            factor: 0.1,
+            warmup_epochs: 2.0,
+        };
+        assert_eq!(s.factor(9, 100, 10), 0.5);
+        assert_eq!(s.factor(29, 100, 10), 1.0);
+        assert!((s.factor(30, 100, 10) - 0.1).abs() < 1e-12);
+    }
+
+    #[test]
     fn nonsense_is_refused() {
         assert!(
             Schedule::Cosine {
