@@ -8,7 +8,7 @@ use isqrt_linalg::Kernel;
 use isqrt_linalg::bench::peak_gflops;
 use isqrt_nn::layers::BatchNorm2d;
 use isqrt_nn::ops::{Conv, Window, conv2d, cross_entropy, max_pool2d};
-use isqrt_nn::{Decay, Init, Mode, Sgd, SgdConfig, Vars};
+use isqrt_nn::{Decay, Init, Mode, Optimizer, Sgd, SgdConfig, Vars};
 
 use crate::{ModelSpec, Network, Result};
 

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::thread::LocalKey;
 
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor, WithDType};
 use rayon::prelude::*;
 
@@ -10,14 +11,27 @@ use rayon::prelude::*;
 pub(crate) trait Element: WithDType + std::iter::Sum {
     const ZERO: Self;
     const ONE: Self;
+    fn sqrt(self) -> Self;
+    /// The values of a storage of this type.
+    fn of_storage(storage: &mut CpuStorage) -> Result<&mut [Self]>;
     fn scratch() -> &'static LocalKey<RefCell<Vec<Self>>>;
 }
 
 macro_rules! element {
-    ($($t:ty),*) => {$(
+    ($($t:ty: $variant:ident),*) => {$(
         impl Element for $t {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
+            #[inline(always)]
+            fn sqrt(self) -> Self {
+                <$t>::sqrt(self)
+            }
+            fn of_storage(storage: &mut CpuStorage) -> Result<&mut [Self]> {
+                match storage {
+                    CpuStorage::$variant(values) => Ok(values),
+                    other => candle_core::bail!("expected {}, got {:?}", stringify!($t), other.dtype()),
+                }
+            }
             fn scratch() -> &'static LocalKey<RefCell<Vec<Self>>> {
                 thread_local!(static SCRATCH: RefCell<Vec<$t>> = const { RefCell::new(vec![]) });
                 &SCRATCH
@@ -25,7 +39,7 @@ macro_rules! element {
         }
     )*};
 }
-element!(f32, f64);
+element!(f32: F32, f64: F64);
 
 /// Runs `$body` with `$T` standing for the element type of this dtype.
 macro_rules! dispatch {

@@ -35,6 +35,22 @@ pub enum Error {
         /// What does not fit.
         message: String,
     },
+    /// State of an optimiser or a layer that does not fit, or is not there yet.
+    #[error("{what}: {message}")]
+    State {
+        /// Whose state.
+        what: &'static str,
+        /// What does not fit.
+        message: String,
+    },
+    /// A gradient that is infinite or not a number.
+    #[error("{op}: the gradient of {name:?} is not finite")]
+    NonFinite {
+        /// Name of the op.
+        op: &'static str,
+        /// Name of the parameter.
+        name: String,
+    },
     /// An error of the tensor library.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

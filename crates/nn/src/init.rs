@@ -18,11 +18,16 @@ pub enum Init {
     KaimingFanIn,
     /// Uniform within `±√(6 / (fan_in + fan_out))` (Glorot and Bengio 2010).
     XavierUniform,
-    /// Uniform within `±1/√fan_in` of a weight of `fan_in` inputs: PyTorch's default.
+    /// Normal with standard deviation `√(2 / (fan_in + fan_out))`.
+    XavierNormal,
+    /// Uniform within `±√(6 / fan_in)`: Kaiming's for a ReLU.
+    KaimingUniform,
+    /// Uniform within `±1/√fan_in` of a weight of `fan_in` inputs: PyTorch's default for
+    /// convolutions and linear layers (its `kaiming_uniform_` with `a = √5`).
     UniformFanIn,
     /// Uniform within this bound.
     Uniform(f64),
-    /// Normal with this standard deviation.
+    /// Normal with this standard deviation (Gaussian).
     Normal(f64),
 }
 
@@ -40,6 +45,8 @@ impl Init {
             Self::KaimingFanOut => stream.normal(count, (2.0 / out).sqrt()),
             Self::KaimingFanIn => stream.normal(count, (2.0 / inputs).sqrt()),
             Self::XavierUniform => stream.uniform(count, (6.0 / (inputs + out)).sqrt()),
+            Self::XavierNormal => stream.normal(count, (2.0 / (inputs + out)).sqrt()),
+            Self::KaimingUniform => stream.uniform(count, (6.0 / inputs).sqrt()),
             Self::UniformFanIn => stream.uniform(count, 1.0 / inputs.sqrt()),
             Self::Uniform(bound) => stream.uniform(count, bound),
             Self::Normal(deviation) => stream.normal(count, deviation),
@@ -79,7 +86,7 @@ impl Stream {
 }
 
 /// The 128-bit FNV-1a hash.
-fn fnv1a(bytes: &[u8]) -> u128 {
+pub(crate) fn fnv1a(bytes: &[u8]) -> u128 {
     bytes
         .iter()
         .fold(0x6c62272e07bb014262b821756295c58d, |hash, &byte| {

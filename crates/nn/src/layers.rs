@@ -1,9 +1,11 @@
-//! Layers that own parameters: an op of [`crate::ops`] with its weights.
+//! Layers that own parameters or a place in the network: an op of [`crate::ops`] with its weights,
+//! or with its stream of random numbers.
 
 use candle_core::Tensor;
 
-use crate::ops::{self, BatchNorm as Norm, Conv};
-use crate::{Init, Mode, Result, Scope};
+use crate::ops::{self, BatchNorm as Norm, Conv, MaskKey};
+use crate::vars::Source;
+use crate::{Error, Init, Mode, Result, Scope};
 
 /// A convolution without bias.
 #[derive(Debug, Clone)]
@@ -147,5 +149,48 @@ impl Linear {
     /// As there.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::linear(x, &self.weight, &self.bias)
+    }
+}
+
+/// Dropout with a mask of its own, made from the seed, the layer's name and the step.
+#[derive(Debug, Clone)]
+pub struct Dropout {
+    p: f64,
+    source: Source,
+}
+
+impl Dropout {
+    /// Drops each value with probability `p`. No parameters.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for a `p` outside of `[0, 1)`.
+    pub fn new(scope: Scope<'_>, p: f64) -> Result<Self> {
+        ops::dropout::check(p)?;
+        Ok(Self {
+            p,
+            source: scope.source(),
+        })
+    }
+
+    /// See [`ops::dropout`].
+    ///
+    /// # Errors
+    /// [`Error::State`] in training before [`Vars::set_step`](crate::Vars::set_step): every step
+    /// would have the same mask.
+    pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        let Source { seed, layer, step } = &self.source;
+        let step = match (mode, step.get()) {
+            (Mode::Eval, _) => 0,
+            (Mode::Train, Some(step)) => step,
+            (Mode::Train, None) => {
+                return Err(Error::State {
+                    what: "dropout",
+                    message: "the step is not set: call Vars::set_step before each training pass"
+                        .to_owned(),
+                });
+            }
+        };
+        let (seed, layer) = (*seed, *layer);
+        ops::dropout(x, self.p, MaskKey { seed, layer, step }, mode)
     }
 }

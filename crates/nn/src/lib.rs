@@ -15,12 +15,16 @@ pub mod layers;
 mod mode;
 pub mod ops;
 mod optim;
+mod philox;
 mod schedule;
 mod vars;
 
 pub use error::{Error, Result};
 pub use init::Init;
 pub use mode::Mode;
-pub use optim::{Decay, Sgd, SgdConfig};
+pub use optim::{
+    AdamW, AdamWConfig, Decay, Ema, Optimizer, ParamGroup, Sgd, SgdConfig, clip_grad_norm,
+    clip_grad_value,
+};
 pub use schedule::Schedule;
 pub use vars::{Buffer, Scope, Vars};

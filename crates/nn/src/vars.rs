@@ -6,10 +6,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, Tensor, Var};
 
+use crate::init::fnv1a;
 use crate::{Error, Init, Result};
 
 /// A named tensor that layers update outside of the tape, shared between its layer and [`Vars`].
@@ -62,6 +64,29 @@ pub struct Vars {
     device: Device,
     parameters: BTreeMap<String, Var>,
     buffers: BTreeMap<String, Buffer>,
+    step: Step,
+}
+
+/// Number of the training pass, shared with the layers that draw random numbers.
+#[derive(Debug, Clone)]
+pub(crate) struct Step(Arc<AtomicU64>);
+
+impl Step {
+    const UNSET: u64 = u64::MAX;
+
+    /// The number, once it is set.
+    pub(crate) fn get(&self) -> Option<u64> {
+        Some(self.0.load(Ordering::Relaxed)).filter(|&step| step != Self::UNSET)
+    }
+}
+
+/// Where a layer's random numbers come from.
+#[derive(Debug, Clone)]
+pub(crate) struct Source {
+    pub(crate) seed: u64,
+    /// A hash of the layer's name.
+    pub(crate) layer: u64,
+    pub(crate) step: Step,
 }
 
 impl Vars {
@@ -74,7 +99,16 @@ impl Vars {
             device: device.clone(),
             parameters: BTreeMap::new(),
             buffers: BTreeMap::new(),
+            step: Step(Arc::new(AtomicU64::new(Step::UNSET))),
         }
+    }
+
+    /// Says which training pass comes next: layers that draw random numbers (dropout) make them
+    /// from the seed, their name and this number, so a resumed run draws what an unbroken one does.
+    ///
+    /// Each pass needs its own; a pass of one batch in several parts needs one a part.
+    pub fn set_step(&self, step: u64) {
+        self.step.0.store(step, Ordering::Relaxed);
     }
 
     /// Where the layers of a network make their parameters.
@@ -232,6 +266,15 @@ impl Scope<'_> {
         let buffer = Buffer::new(tensor);
         self.vars.buffers.insert(name, buffer.clone());
         Ok(buffer)
+    }
+
+    /// Random numbers of the layer that lives here.
+    pub(crate) fn source(&self) -> Source {
+        Source {
+            seed: self.vars.seed,
+            layer: fnv1a(self.prefix.as_bytes()) as u64,
+            step: self.vars.step.clone(),
+        }
     }
 
     fn path(&self, name: &str) -> String {

@@ -3,8 +3,9 @@
 
 use candle_core::{DType, Device, Tensor};
 use isqrt_nn::ops::{
-    BatchNorm, Conv, Window, add_relu, avg_pool2d, batch_norm, block, conv_norm, conv2d,
-    cross_entropy, global_avg_pool, linear, max_pool2d, relu, unblock,
+    BatchNorm, Conv, LocalResponseNorm, MaskKey, Pool, Window, add_relu, avg_pool2d, batch_norm,
+    block, conv_norm, conv2d, cross_entropy, dropout, global_avg_pool, linear, local_response_norm,
+    max_pool2d, relu, unblock,
 };
 use isqrt_nn::{Buffer, Mode};
 use isqrt_testkit::{Gradcheck, gradcheck, randn};
@@ -110,6 +111,19 @@ fn blocked_maps() {
         ];
         check(&inputs, |t| conv2d(&t[0], &t[1], Conv { stride, padding }));
     }
+    let maps = block(&apart(&[2, 16, 5, 6], 5)).unwrap();
+    for (kernel, stride, padding) in [(3, 2, 1), (2, 2, 0), (3, 1, 1)] {
+        let window = Window {
+            kernel,
+            stride,
+            padding,
+        };
+        check(std::slice::from_ref(&maps), |t| max_pool2d(&t[0], window));
+        let known = max_pool2d(&unblock(&maps).unwrap(), window).unwrap();
+        let found = unblock(&max_pool2d(&maps, window).unwrap()).unwrap();
+        let equal = (known - found).unwrap().abs().unwrap().sum_all().unwrap();
+        assert_eq!(equal.to_scalar::<f64>().unwrap(), 0.0);
+    }
     for relu in [false, true] {
         for mode in [Mode::Train, Mode::Eval] {
             let gamma = (random(&[16], 2) + 2.0).unwrap();
@@ -156,8 +170,89 @@ fn pooling_of_any_window() {
             avg_pool2d(&t[0], window)
         });
     }
+    // Height and width apart: kernel, stride, padding.
+    for (i, (kernel, stride, padding)) in [
+        ((2, 3), (1, 2), (1, 0)),
+        ((3, 1), (2, 3), (0, 0)),
+        ((1, 4), (3, 1), (0, 2)),
+        ((3, 3), (2, 2), (1, 1)),
+        ((2, 2), (4, 3), (1, 1)),
+        ((8, 7), (1, 2), (2, 3)),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        for (ceil_mode, count_include_pad) in
+            [(false, true), (false, false), (true, true), (true, false)]
+        {
+            let pool = Pool {
+                kernel,
+                stride,
+                padding,
+                ceil_mode,
+                count_include_pad,
+            };
+            let seed = 50 + i as u64;
+            check(&[apart(&[2, 1, 7, 6], seed)], |t| max_pool2d(&t[0], pool));
+            check(&[random(&[2, 1, 7, 6], seed)], |t| avg_pool2d(&t[0], pool));
+        }
+    }
     check(&[random(&[3, 4, 5, 6], 1)], |t| global_avg_pool(&t[0]));
     check(&[random(&[1, 1, 1, 1], 2)], |t| global_avg_pool(&t[0]));
+}
+
+/// The backward pass makes the mask of the forward pass again, over several blocks too.
+#[test]
+fn dropout_of_any_share() {
+    for (i, (shape, p)) in [
+        ([2, 3, 4, 5], 0.5),
+        ([1, 1, 1, 7], 0.1),
+        ([3, 5, 2, 5], 0.9),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let key = MaskKey {
+            seed: 1,
+            layer: 2,
+            step: i as u64,
+        };
+        for mode in [Mode::Train, Mode::Eval] {
+            check(&[random(&shape, i as u64)], |t| {
+                dropout(&t[0], p, key, mode)
+            });
+        }
+        check(&[random(&shape, i as u64)], |t| {
+            dropout(&t[0].permute((3, 1, 0, 2))?, p, key, Mode::Train)
+        });
+    }
+}
+
+#[test]
+fn local_response_norm_of_any_option() {
+    // (batch, channels, height, width), size, alpha, beta, k
+    for (i, (shape, size, alpha, beta, k)) in [
+        ([2, 7, 2, 3], 5, 0.3, 0.75, 1.0),
+        ([1, 6, 3, 1], 4, 2.0, 0.75, 2.0),
+        ([2, 5, 1, 2], 3, 1.0, 0.5, 0.5),
+        ([1, 4, 2, 2], 1, 1.0, 1.0, 1.0),
+        ([2, 3, 2, 2], 9, 0.7, 1.3, 1.0),
+        ([1, 8, 2, 2], 2, 1e-4, 0.75, 1.0),
+        ([1, 3, 2, 2], 3, 1.0, 0.0, 1.0),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let norm = LocalResponseNorm {
+            size,
+            alpha,
+            beta,
+            k,
+        };
+        check(&[random(&shape, i as u64)], |t| {
+            local_response_norm(&t[0], norm)
+        });
+    }
 }
 
 #[test]

@@ -2,11 +2,13 @@
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{DType, Device, Tensor, Var};
+use isqrt_nn::layers::Dropout;
 use isqrt_nn::ops::{
-    BatchNorm, Conv, Window, avg_pool2d, batch_norm, block, conv2d, cross_entropy, global_avg_pool,
-    linear, max_pool2d, relu, unblock,
+    BatchNorm, Conv, LocalResponseNorm, MaskKey, Pool, Window, avg_pool2d, batch_norm, block,
+    conv2d, cross_entropy, dropout, global_avg_pool, linear, local_response_norm, max_pool2d, relu,
+    unblock,
 };
-use isqrt_nn::{Buffer, Decay, Init, Mode, Sgd, SgdConfig, Vars};
+use isqrt_nn::{Buffer, Decay, Init, Mode, Optimizer, Sgd, SgdConfig, Vars};
 use isqrt_testkit::{assert_close, randn};
 
 fn random(shape: &[usize], seed: u64) -> Tensor {
@@ -233,9 +235,107 @@ fn sgd_follows_the_rule() {
         assert_close!(weight.flatten_all().unwrap(), [expected[0].0], rtol = 1e-13);
         assert_close!(bias, [expected[1].0], rtol = 1e-13);
         assert_eq!(
-            sgd.state().map(|(name, _)| name).collect::<Vec<_>>(),
-            ["b", "w"]
+            sgd.state().unwrap().into_keys().collect::<Vec<_>>(),
+            ["b.momentum_buffer", "w.momentum_buffer"]
         );
+    }
+}
+
+fn mask_key(step: u64) -> MaskKey {
+    MaskKey {
+        seed: 5,
+        layer: 9,
+        step,
+    }
+}
+
+/// Values of any type with these ones dropped are 0, the others are doubled; half of them go.
+#[test]
+fn dropout_drops_its_share_and_keeps_the_mean() {
+    let ones = Tensor::ones((40, 1001), DType::F32, &Device::Cpu).unwrap();
+    let masked = |p: f64, step: u64| {
+        let y = dropout(&ones, p, mask_key(step), Mode::Train).unwrap();
+        y.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    for p in [0.1, 0.5, 0.9] {
+        let y = masked(p, 1);
+        let n = y.len() as f64;
+        let kept = y.iter().filter(|&&v| v != 0.0).count() as f64;
+        // Five deviations of a binomial count.
+        assert!((kept - n * (1.0 - p)).abs() < 5.0 * (n * p * (1.0 - p)).sqrt());
+        let scale = (1.0 / (1.0 - p)) as f32;
+        assert!(y.iter().all(|&v| v == 0.0 || v == scale));
+    }
+    // Neighbouring steps share no more than chance has it.
+    let both = masked(0.5, 1).into_iter().zip(masked(0.5, 2));
+    let same = both.filter(|(a, b)| a == b).count() as f64 / 40040.0;
+    assert!((same - 0.5).abs() < 0.0125, "{same}");
+    let wide = ones.to_dtype(DType::F64).unwrap();
+    let wide = dropout(&wide, 0.5, mask_key(1), Mode::Train).unwrap();
+    assert_close!(wide.flatten_all().unwrap(), masked(0.5, 1), atol = 0.0);
+}
+
+#[test]
+fn dropout_is_the_identity_in_evaluation() {
+    let x = random(&[2, 3], 1);
+    let y = dropout(&x, 0.7, mask_key(1), Mode::Eval).unwrap();
+    assert_close!(y, x, atol = 0.0);
+    let y = dropout(&x, 0.0, mask_key(1), Mode::Train).unwrap();
+    assert_close!(y, x, atol = 0.0);
+}
+
+/// Layers of one network have masks of their own, which the step changes and a resumed run repeats.
+#[test]
+fn dropout_layers_follow_seed_name_and_step() {
+    let x = Tensor::ones((4, 64), DType::F32, &Device::Cpu).unwrap();
+    let masks = |seed: u64, step: u64| {
+        let mut vars = Vars::new(seed, DType::F32, &Device::Cpu);
+        let layers = ["a", "b"].map(|name| Dropout::new(vars.root().sub(name), 0.5).unwrap());
+        vars.set_step(step);
+        layers.map(|layer| {
+            let y = layer.forward(&x, Mode::Train).unwrap();
+            y.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        })
+    };
+    let first = masks(1, 0);
+    assert_eq!(first, masks(1, 0));
+    assert_ne!(first[0], first[1]);
+    assert_ne!(first, masks(1, 1));
+    assert_ne!(first, masks(2, 0));
+
+    let mut vars = Vars::new(1, DType::F32, &Device::Cpu);
+    let layer = Dropout::new(vars.root().sub("drop"), 0.5).unwrap();
+    let message = layer.forward(&x, Mode::Train).unwrap_err().to_string();
+    assert!(message.contains("set_step"), "{message}");
+    layer.forward(&x, Mode::Eval).unwrap();
+}
+
+#[test]
+fn random_and_windowed_ops_do_not_depend_on_threads() {
+    let x = random(&[5, 7, 31, 37], 1).to_dtype(DType::F32).unwrap();
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        pool.install(|| {
+            let x = Var::from_tensor(&x).unwrap();
+            let window = Pool {
+                ceil_mode: true,
+                ..Pool::new((3, 2))
+            };
+            let y = dropout(&x, 0.3, mask_key(1), Mode::Train).unwrap();
+            let y = local_response_norm(&y, LocalResponseNorm::new(5)).unwrap();
+            let y = avg_pool2d(&max_pool2d(&y, window).unwrap(), window).unwrap();
+            let loss = y.sqr().unwrap().sum_all().unwrap();
+            let dx = loss.backward().unwrap().remove(&x).unwrap();
+            let values = dx.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            values.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        })
+    };
+    let first = run(1);
+    for threads in [2, 3, 5] {
+        assert_eq!(first, run(threads));
     }
 }
 
@@ -345,6 +445,45 @@ fn mistakes_are_named() {
     assert!(told(cross_entropy(&w(&[2, 3]), &[0, 3], 0.0)).contains("label 3"));
     assert!(told(cross_entropy(&w(&[2, 3]), &[0], 0.0)).contains("1 labels"));
     assert!(told(cross_entropy(&w(&[1, 3]), &[0], 1.5)).contains("smoothing"));
+    let tall = Pool {
+        padding: (0, 2),
+        ..Pool::new((9, 3))
+    };
+    let message = told(max_pool2d(&x, tall));
+    assert!(
+        message.contains("window of 9") && message.contains("max_pool2d"),
+        "{message}"
+    );
+    let wide = Pool {
+        padding: (0, 2),
+        ..Pool::new((2, 3))
+    };
+    assert!(told(avg_pool2d(&x, wide)).contains("padding = 2"));
+    let still = Pool {
+        stride: (1, 0),
+        ..Pool::new((2, 2))
+    };
+    assert!(told(max_pool2d(&x, still)).contains("stride = 0"));
+    for p in [-0.1, 1.0, f64::NAN] {
+        assert!(told(dropout(&x, p, mask_key(0), Mode::Eval)).contains("dropout p"));
+    }
+    let lrn = LocalResponseNorm::new(5);
+    for (norm, expected) in [
+        (LocalResponseNorm::new(0), "size = 0"),
+        (LocalResponseNorm { alpha: -1.0, ..lrn }, "alpha = -1"),
+        (
+            LocalResponseNorm {
+                beta: f64::NAN,
+                ..lrn
+            },
+            "beta = NaN",
+        ),
+        (LocalResponseNorm { k: 0.0, ..lrn }, "k = 0"),
+    ] {
+        let message = told(local_response_norm(&x, norm));
+        assert!(message.contains(expected), "{message}");
+    }
+    assert!(told(local_response_norm(&w(&[2, 3]), lrn)).contains("[2, 3]"));
     let half = x.to_dtype(DType::F16).unwrap();
     assert!(told(relu(&half)).contains("f32 or f64"));
     let single = random(&[1, 2, 1, 1], 1);

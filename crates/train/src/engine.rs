@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use isqrt_datasets::{Batch, ChannelStats, ImageSet, Loader, LoaderConfig};
 use isqrt_models::Network;
 use isqrt_nn::ops::cross_entropy;
-use isqrt_nn::{Mode, Sgd};
+use isqrt_nn::{Mode, Optimizer, Sgd};
 
 use crate::{EpochMetrics, Error, Evaluation, Observer, Result, TrainConfig, TrainResult};
 

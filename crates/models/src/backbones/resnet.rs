@@ -7,7 +7,7 @@
 
 use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
-use isqrt_nn::ops::{Window, block, can_block, max_pool2d, unblock};
+use isqrt_nn::ops::{self, Window, can_block, max_pool2d, unblock};
 use isqrt_nn::{Mode, Scope};
 use serde::Deserialize;
 
@@ -142,8 +142,8 @@ struct ResNet {
 
 impl Backbone for ResNet {
     fn forward_features(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        // Blocked from here on: the stem's three channels would fill no block.
-        let mut x = block(&max_pool2d(&self.stem.forward(x, mode)?, POOL)?)?;
+        // Blocked from the stem's output on: its three input channels would fill no block.
+        let mut x = max_pool2d(&ops::block(&self.stem.forward(x, mode)?)?, POOL)?;
         for block in &self.blocks {
             x = block.forward(&x, mode)?;
         }

@@ -2,33 +2,30 @@
 //!
 //! candle's needs a kernel equal to its stride to be differentiated.
 
+use std::ops::Range;
+
 use candle_core::{
     CpuStorage, CustomOp1, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
 };
 use rayon::prelude::*;
 
-use super::{Window, dims4};
+use super::window::Windows;
+use super::{Pool, dims4};
 use crate::Result;
 use crate::element::{Element, dispatch, lane_sums, read, values};
 
-/// Mean of each window; padding counts as zeros, as is PyTorch's default.
+/// Mean of each window; padding counts as zeros unless `count_include_pad` is off.
 ///
 /// # Shapes
 /// As [`max_pool2d`](super::max_pool2d).
 ///
 /// # Errors
 /// As [`max_pool2d`](super::max_pool2d).
-pub fn avg_pool2d(x: &Tensor, window: Window) -> Result<Tensor> {
-    let [batch, channels, height, width] = dims4("avg_pool2d", x)?;
-    let out = (
-        window.output("avg_pool2d", height)?,
-        window.output("avg_pool2d", width)?,
-    );
+pub fn avg_pool2d(x: &Tensor, window: impl Into<Pool>) -> Result<Tensor> {
+    let pool = window.into();
     let op = AvgPool {
-        window,
-        input: (height, width),
-        out,
-        shape: Shape::from((batch, channels, out.0, out.1)),
+        windows: Windows::new("avg_pool2d", x, pool)?,
+        count_include_pad: pool.count_include_pad,
     };
     Ok(x.contiguous()?.apply_op1(op)?)
 }
@@ -47,53 +44,56 @@ pub fn global_avg_pool(x: &Tensor) -> Result<Tensor> {
 }
 
 struct AvgPool {
-    window: Window,
-    input: (usize, usize),
-    out: (usize, usize),
-    shape: Shape,
+    windows: Windows,
+    count_include_pad: bool,
 }
 
 impl AvgPool {
-    /// Calls `visit(place in the output, places in one row of the input)`.
+    /// Calls `visit(place in the output, places in one row of the input, 1 / divisor)`.
     #[inline(always)]
-    fn for_each_row(&self, mut visit: impl FnMut(usize, std::ops::Range<usize>)) {
-        for oy in 0..self.out.0 {
-            for ox in 0..self.out.1 {
-                let columns = self.window.range(ox, self.input.1);
-                for row in self.window.range(oy, self.input.0) {
-                    let start = row * self.input.1;
+    fn for_each_row(&self, mut visit: impl FnMut(usize, Range<usize>, f64)) {
+        let Windows { rows, columns, .. } = self.windows;
+        for oy in 0..rows.output {
+            let down = rows.range(oy);
+            for ox in 0..columns.output {
+                let across = columns.range(ox);
+                let divisor = match self.count_include_pad {
+                    true => rows.padded_len(oy) * columns.padded_len(ox),
+                    false => down.len() * across.len(),
+                };
+                for row in down.clone() {
+                    let start = row * columns.input;
                     visit(
-                        oy * self.out.1 + ox,
-                        start + columns.start..start + columns.end,
+                        oy * columns.output + ox,
+                        start + across.start..start + across.end,
+                        1.0 / divisor as f64,
                     );
                 }
             }
         }
     }
 
-    fn share<T: Element>(&self) -> T {
-        T::from_f64(1.0 / (self.window.kernel * self.window.kernel) as f64)
-    }
-
     fn forward<T: Element>(&self, x: &[T]) -> Vec<T> {
-        let share = self.share::<T>();
-        let mut y = vec![T::ZERO; self.shape.elem_count()];
-        y.par_chunks_exact_mut(self.out.0 * self.out.1)
-            .zip(x.par_chunks_exact(self.input.0 * self.input.1))
+        let mut y = vec![T::ZERO; self.windows.out_len()];
+        y.par_chunks_exact_mut(self.windows.out_plane())
+            .zip(x.par_chunks_exact(self.windows.plane()))
             .for_each(|(y, x)| {
-                self.for_each_row(|to, from| x[from].iter().for_each(|&v| y[to] += v * share));
+                self.for_each_row(|to, from, share| {
+                    let share = T::from_f64(share);
+                    x[from].iter().for_each(|&v| y[to] += v * share);
+                });
             });
         y
     }
 
     fn backward<T: Element>(&self, dy: &[T], len: usize) -> Vec<T> {
-        let share = self.share::<T>();
         let mut dx = vec![T::ZERO; len];
-        dx.par_chunks_exact_mut(self.input.0 * self.input.1)
-            .zip(dy.par_chunks_exact(self.out.0 * self.out.1))
+        dx.par_chunks_exact_mut(self.windows.plane())
+            .zip(dy.par_chunks_exact(self.windows.out_plane()))
             .for_each(|(dx, dy)| {
-                self.for_each_row(|from, to| {
-                    dx[to].iter_mut().for_each(|v| *v += dy[from] * share)
+                self.for_each_row(|from, to, share| {
+                    let part = dy[from] * T::from_f64(share);
+                    dx[to].iter_mut().for_each(|v| *v += part);
                 });
             });
         dx
@@ -109,7 +109,7 @@ impl CustomOp1 for AvgPool {
         let y = dispatch!("avg_pool2d", s.dtype(), T => {
             Ok(T::to_cpu_storage_owned(self.forward(values::<T>(s, l)?)))
         })?;
-        Ok((y, self.shape.clone()))
+        Ok((y, self.windows.shape()))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {

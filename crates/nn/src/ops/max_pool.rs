@@ -11,62 +11,61 @@ use candle_core::{
 };
 use rayon::prelude::*;
 
-use super::{Window, dims4};
+use super::Pool;
+use super::window::Windows;
 use crate::Result;
+use crate::blocked::Lanes;
 use crate::element::{Element, dispatch, read, values};
 
 /// Maximum of each window. Padding never wins.
 ///
 /// # Shapes
-/// - `x`: `(batch, channels, height, width)`
+/// - `x`: `(batch, channels, height, width)`, or blocked ([`super::block`]), and so the result
 /// - returns `(batch, channels, height', width')` with
-///   `height' = (height + 2·padding − kernel) / stride + 1`
+///   `height' = (height + 2·padding − kernel) / stride + 1`, rounded up in ceil mode unless the
+///   last window would start past the input
 ///
 /// # Errors
 /// [`crate::Error::Option`] for a window out of range, [`crate::Error::Shape`] where it does not fit.
-pub fn max_pool2d(x: &Tensor, window: Window) -> Result<Tensor> {
-    let [batch, channels, height, width] = dims4("max_pool2d", x)?;
-    let out = (
-        window.output("max_pool2d", height)?,
-        window.output("max_pool2d", width)?,
-    );
+pub fn max_pool2d(x: &Tensor, window: impl Into<Pool>) -> Result<Tensor> {
     let op = MaxPool {
-        window,
-        input: (height, width),
-        out,
-        shape: Shape::from((batch, channels, out.0, out.1)),
+        windows: Windows::of_any_layout("max_pool2d", x, window.into())?,
         winners: OnceLock::new(),
     };
     Ok(x.contiguous()?.apply_op1(op)?)
 }
 
 struct MaxPool {
-    window: Window,
-    input: (usize, usize),
-    out: (usize, usize),
-    shape: Shape,
+    windows: Windows,
     /// For each output its place in the input plane.
     winners: OnceLock<Vec<u32>>,
 }
 
 impl MaxPool {
-    fn forward<T: Element>(&self, x: &[T]) -> (Vec<T>, Vec<u32>) {
-        let (plane, out_plane) = (self.input.0 * self.input.1, self.out.0 * self.out.1);
-        let mut y = vec![T::ZERO; self.shape.elem_count()];
+    fn forward<T: Lanes>(&self, x: &[T]) -> (Vec<T>, Vec<u32>) {
+        let Windows { rows, columns, .. } = self.windows;
+        let out_plane = self.windows.out_plane();
+        let mut y = vec![T::ZERO; self.windows.out_len()];
         let mut winners = vec![0u32; y.len()];
         y.par_chunks_exact_mut(out_plane)
             .zip(winners.par_chunks_exact_mut(out_plane))
-            .zip(x.par_chunks_exact(plane))
+            .zip(x.par_chunks_exact(self.windows.plane()))
             .for_each(|((y, winners), x)| {
-                for oy in 0..self.out.0 {
-                    let rows = self.window.range(oy, self.input.0);
-                    for ox in 0..self.out.1 {
-                        let columns = self.window.range(ox, self.input.1);
-                        let mut winner = rows.start * self.input.1 + columns.start;
-                        for row in rows.clone() {
-                            for at in
-                                row * self.input.1 + columns.start..row * self.input.1 + columns.end
-                            {
+                if self.windows.lanes > 1 {
+                    match self.windows.lanes {
+                        16 => blocked_plane::<T, 16>(&self.windows, y, winners, x),
+                        _ => blocked_plane::<T, 8>(&self.windows, y, winners, x),
+                    }
+                    return;
+                }
+                for oy in 0..rows.output {
+                    let down = rows.range(oy);
+                    for ox in 0..columns.output {
+                        let across = columns.range(ox);
+                        let mut winner = down.start * columns.input + across.start;
+                        for row in down.clone() {
+                            let start = row * columns.input;
+                            for at in start + across.start..start + across.end {
                                 // `v != v` holds for NaN alone.
                                 #[allow(clippy::eq_op)]
                                 if x[at] > x[winner] || x[at] != x[at] {
@@ -74,12 +73,52 @@ impl MaxPool {
                                 }
                             }
                         }
-                        y[oy * self.out.1 + ox] = x[winner];
-                        winners[oy * self.out.1 + ox] = winner as u32;
+                        y[oy * columns.output + ox] = x[winner];
+                        winners[oy * columns.output + ox] = winner as u32;
                     }
                 }
             });
         (y, winners)
+    }
+}
+
+/// A plane of `L` channels beside each other.
+fn blocked_plane<T: Element, const L: usize>(
+    windows: &Windows,
+    y: &mut [T],
+    winners: &mut [u32],
+    x: &[T],
+) {
+    let Windows { rows, columns, .. } = windows;
+    let (x, _) = x.as_chunks::<L>();
+    let outputs = y.as_chunks_mut::<L>().0.iter_mut();
+    let mut outputs = outputs.zip(winners.as_chunks_mut::<L>().0);
+    for oy in 0..rows.output {
+        for ox in 0..columns.output {
+            let (down, across) = (rows.range(oy), columns.range(ox));
+            let Some((y, winners)) = outputs.next() else {
+                return;
+            };
+            let first = down.start * columns.input + across.start;
+            *y = x[first];
+            *winners = [first as u32; L];
+            for row in down {
+                let start = row * columns.input;
+                for at in start + across.start..start + across.end {
+                    for lane in 0..L {
+                        // `v != v` holds for NaN alone.
+                        #[allow(clippy::eq_op)]
+                        let wins = (x[at][lane] > y[lane]) | (x[at][lane] != x[at][lane]);
+                        y[lane] = if wins { x[at][lane] } else { y[lane] };
+                        winners[lane] = if wins { at as u32 } else { winners[lane] };
+                    }
+                }
+            }
+            // From a pixel to a place in the plane.
+            for (lane, winner) in winners.iter_mut().enumerate() {
+                *winner = *winner * L as u32 + lane as u32;
+            }
+        }
     }
 }
 
@@ -94,7 +133,7 @@ impl CustomOp1 for MaxPool {
             self.winners.get_or_init(|| winners);
             Ok(T::to_cpu_storage_owned(y))
         })?;
-        Ok((y, self.shape.clone()))
+        Ok((y, self.windows.shape()))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
@@ -103,7 +142,7 @@ impl CustomOp1 for MaxPool {
         };
         let dy = dy.contiguous()?;
         let dys = read(&dy);
-        let (plane, out_plane) = (self.input.0 * self.input.1, self.out.0 * self.out.1);
+        let (plane, out_plane) = (self.windows.plane(), self.windows.out_plane());
         dispatch!("max_pool2d", x.dtype(), T => {
             let dys = dys.values::<T>()?;
             let mut dx = vec![T::ZERO; x.elem_count()];

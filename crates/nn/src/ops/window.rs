@@ -1,0 +1,203 @@
+//! The windows of pooling, with PyTorch's rules for ceil mode.
+
+use std::ops::Range;
+
+use candle_core::{Shape, Tensor};
+
+use super::dims4;
+use crate::blocked;
+use crate::error::shape_error;
+use crate::{Error, Result};
+
+/// A square window with PyTorch's defaults: the short form of [`Pool`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Window {
+    /// Side of the window.
+    pub kernel: usize,
+    /// Distance of windows.
+    pub stride: usize,
+    /// Rows and columns added on each side.
+    pub padding: usize,
+}
+
+/// The window of a pooling op. Pairs are (height, width).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pool {
+    /// Size of the window.
+    pub kernel: (usize, usize),
+    /// Distance of windows.
+    pub stride: (usize, usize),
+    /// Rows added above and below, columns added left and right; at most half of the kernel.
+    pub padding: (usize, usize),
+    /// Whether windows may reach past the padded input on the far side. The last one must start
+    /// inside of the input or of the padding before it.
+    pub ceil_mode: bool,
+    /// Average pooling alone: whether padding counts in the divisor. What a window in ceil mode
+    /// has past the padding never does.
+    pub count_include_pad: bool,
+}
+
+impl Pool {
+    /// Of this kernel, as far apart as it is large, with PyTorch's defaults.
+    #[must_use]
+    pub fn new(kernel: (usize, usize)) -> Self {
+        Self {
+            kernel,
+            stride: kernel,
+            padding: (0, 0),
+            ceil_mode: false,
+            count_include_pad: true,
+        }
+    }
+}
+
+impl From<Window> for Pool {
+    fn from(window: Window) -> Self {
+        let Window {
+            kernel,
+            stride,
+            padding,
+        } = window;
+        Self {
+            stride: (stride, stride),
+            padding: (padding, padding),
+            ..Self::new((kernel, kernel))
+        }
+    }
+}
+
+/// Windows along one axis.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Axis {
+    kernel: usize,
+    stride: usize,
+    padding: usize,
+    /// Size of the input.
+    pub(super) input: usize,
+    /// Number of windows.
+    pub(super) output: usize,
+}
+
+impl Axis {
+    fn new(
+        op: &'static str,
+        input: usize,
+        (kernel, stride, padding): (usize, usize, usize),
+        ceil_mode: bool,
+    ) -> Result<Self> {
+        let range = |what, value: usize, expected| {
+            Err(Error::Option {
+                what,
+                value: value.to_string(),
+                expected,
+            })
+        };
+        if kernel == 0 {
+            return range("pooling kernel", kernel, "at least 1");
+        }
+        if stride == 0 {
+            return range("pooling stride", stride, "at least 1");
+        }
+        if padding > kernel / 2 {
+            return range("pooling padding", padding, "at most half of the kernel");
+        }
+        // In ceil mode up to stride − 1 places past the padding are made up.
+        let extra = if ceil_mode { stride - 1 } else { 0 };
+        let Some(room) = (input + 2 * padding + extra).checked_sub(kernel) else {
+            return shape_error(
+                op,
+                format!("a window of {kernel} does not fit into {input} with padding {padding}"),
+            );
+        };
+        let mut output = room / stride + 1;
+        if ceil_mode && (output - 1) * stride >= input + padding {
+            output -= 1;
+        }
+        Ok(Self {
+            kernel,
+            stride,
+            padding,
+            input,
+            output,
+        })
+    }
+
+    /// Places of the input that the window at `index` covers; never none.
+    pub(super) fn range(self, index: usize) -> Range<usize> {
+        let start = index * self.stride;
+        let end = (start + self.kernel).saturating_sub(self.padding);
+        start.saturating_sub(self.padding)..end.min(self.input)
+    }
+
+    /// Places of the input and the padding that the window at `index` covers.
+    pub(super) fn padded_len(self, index: usize) -> usize {
+        let start = index * self.stride;
+        (start + self.kernel).min(self.input + 2 * self.padding) - start
+    }
+}
+
+/// The windows of an op over `(batch, channels, height, width)`, or over blocked maps.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Windows {
+    pub(super) batch: usize,
+    /// Channels, or panels of blocked maps.
+    pub(super) channels: usize,
+    /// Channels beside each other: 1, or those of a block.
+    pub(super) lanes: usize,
+    pub(super) rows: Axis,
+    pub(super) columns: Axis,
+}
+
+impl Windows {
+    pub(super) fn new(op: &'static str, x: &Tensor, pool: Pool) -> Result<Self> {
+        Self::over(op, dims4(op, x)?, 1, pool)
+    }
+
+    /// As [`new`](Self::new), for maps that may be blocked.
+    pub(super) fn of_any_layout(op: &'static str, x: &Tensor, pool: Pool) -> Result<Self> {
+        match x.rank() {
+            5 => Self::over(op, blocked::dims(op, x)?, x.dim(4)?, pool),
+            _ => Self::new(op, x, pool),
+        }
+    }
+
+    fn over(
+        op: &'static str,
+        [batch, channels, height, width]: [usize; 4],
+        lanes: usize,
+        pool: Pool,
+    ) -> Result<Self> {
+        let down = (pool.kernel.0, pool.stride.0, pool.padding.0);
+        let across = (pool.kernel.1, pool.stride.1, pool.padding.1);
+        Ok(Self {
+            batch,
+            channels,
+            lanes,
+            rows: Axis::new(op, height, down, pool.ceil_mode)?,
+            columns: Axis::new(op, width, across, pool.ceil_mode)?,
+        })
+    }
+
+    /// Size of an input plane, of all its lanes.
+    pub(super) fn plane(&self) -> usize {
+        self.rows.input * self.columns.input * self.lanes
+    }
+
+    /// Size of an output plane, of all its lanes.
+    pub(super) fn out_plane(&self) -> usize {
+        self.rows.output * self.columns.output * self.lanes
+    }
+
+    /// Shape of the output.
+    pub(super) fn shape(&self) -> Shape {
+        let (rows, columns) = (self.rows.output, self.columns.output);
+        match self.lanes {
+            1 => Shape::from((self.batch, self.channels, rows, columns)),
+            lanes => Shape::from((self.batch, self.channels, rows, columns, lanes)),
+        }
+    }
+
+    pub(super) fn out_len(&self) -> usize {
+        self.batch * self.channels * self.out_plane()
+    }
+}

@@ -1,0 +1,96 @@
+//! Gradient clipping. Gradients of several tensors may share their memory, so they are replaced,
+//! not changed in place.
+
+use candle_core::backprop::GradStore;
+use candle_core::{Tensor, WithDType};
+use rayon::prelude::*;
+
+use super::check;
+use crate::element::{Element, dispatch, read};
+use crate::{Error, Result, Vars};
+
+/// Values that one task works through.
+const BLOCK: usize = 1 << 14;
+
+/// Scales the gradients of all parameters so that together their norm is at most `max_norm`, and
+/// returns the norm before (PyTorch's `clip_grad_norm_`).
+///
+/// # Errors
+/// [`Error::Option`] for a `max_norm` that is not positive; [`Error::NonFinite`] with the first
+/// parameter whose gradient is not finite, and then nothing changes.
+pub fn clip_grad_norm(vars: &Vars, gradients: &mut GradStore, max_norm: f64) -> Result<f64> {
+    check(max_norm > 0.0, "max_norm", max_norm, "above 0")?;
+    let mut total = 0.0;
+    for (name, parameter) in vars.parameters() {
+        let Some(gradient) = gradients.get(parameter.as_tensor()) else {
+            continue;
+        };
+        let squares = sum_of_squares(gradient)?;
+        if !squares.is_finite() {
+            return Err(Error::NonFinite {
+                op: "clip_grad_norm",
+                name: name.to_owned(),
+            });
+        }
+        total += squares;
+    }
+    let norm = total.sqrt();
+    // PyTorch's, whose 1e-6 keeps a norm of 0 harmless.
+    let factor = max_norm / (norm + 1e-6);
+    if factor < 1.0 {
+        replace(vars, gradients, |v| v * factor)?;
+    }
+    Ok(norm)
+}
+
+/// Limits each value of the gradients to `[−value, value]` (PyTorch's `clip_grad_value_`). NaN
+/// stays.
+///
+/// # Errors
+/// [`Error::Option`] for a `value` that is not positive.
+pub fn clip_grad_value(vars: &Vars, gradients: &mut GradStore, value: f64) -> Result<()> {
+    check(value > 0.0, "clip value", value, "above 0")?;
+    replace(vars, gradients, |v| v.clamp(-value, value))
+}
+
+/// In f64; blocks of fixed length, added up in order.
+fn sum_of_squares(gradient: &Tensor) -> Result<f64> {
+    let gradient = gradient.contiguous()?;
+    let held = read(&gradient);
+    let sum = dispatch!("clip_grad_norm", gradient.dtype(), T => {
+        let blocks = held.values::<T>()?.par_chunks(BLOCK);
+        let sums: Vec<f64> = blocks
+            .map(|block| block.iter().map(|v| v.to_f64() * v.to_f64()).sum())
+            .collect();
+        Ok::<f64, candle_core::Error>(sums.iter().sum())
+    })?;
+    Ok(sum)
+}
+
+fn replace(
+    vars: &Vars,
+    gradients: &mut GradStore,
+    update: impl Fn(f64) -> f64 + Sync,
+) -> Result<()> {
+    for (_, parameter) in vars.parameters() {
+        let Some(gradient) = gradients.get(parameter.as_tensor()) else {
+            continue;
+        };
+        let gradient = gradient.contiguous()?;
+        let replaced = dispatch!("gradient clipping", gradient.dtype(), T => {
+            updated::<T>(&gradient, &update)
+        })?;
+        gradients.insert(parameter.as_tensor(), replaced);
+    }
+    Ok(())
+}
+
+fn updated<T: Element>(
+    gradient: &Tensor,
+    update: &(impl Fn(f64) -> f64 + Sync),
+) -> candle_core::Result<Tensor> {
+    let held = read(gradient);
+    let values = held.values::<T>()?.par_iter().with_min_len(BLOCK);
+    let values: Vec<T> = values.map(|v| T::from_f64(update(v.to_f64()))).collect();
+    Tensor::from_vec(values, gradient.shape(), gradient.device())
+}
