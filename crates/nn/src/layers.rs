@@ -172,7 +172,7 @@ impl Dropout {
         })
     }
 
-    /// See [`ops::dropout`].
+    /// See [`ops::dropout()`].
     ///
     /// # Errors
     /// [`Error::State`] in training before [`Vars::set_step`](crate::Vars::set_step): every step

@@ -24,32 +24,33 @@ fn mix(mut z: u64) -> u64 {
 /// Words of the counters `(16·block + lane, step)`: word `w` of lane `l` is value `16·w + l`.
 #[inline(always)]
 pub(crate) fn block(key: u64, step: u64, block: u64) -> [[u32; LANES]; 4] {
-    let mut counter = [[0; LANES]; 4];
-    for lane in 0..LANES {
-        let number = block.wrapping_mul(LANES as u64).wrapping_add(lane as u64);
-        counter[0][lane] = number as u32;
-        counter[1][lane] = (number >> 32) as u32;
-        counter[2][lane] = step as u32;
-        counter[3][lane] = (step >> 32) as u32;
-    }
+    let first = block.wrapping_mul(LANES as u64);
+    let number = |lane: usize| first.wrapping_add(lane as u64);
+    let counter = [
+        std::array::from_fn(|lane| number(lane) as u32),
+        std::array::from_fn(|lane| (number(lane) >> 32) as u32),
+        [step as u32; LANES],
+        [(step >> 32) as u32; LANES],
+    ];
     rounds(counter, [key as u32, (key >> 32) as u32])
 }
 
 #[inline(always)]
-fn rounds(mut c: [[u32; LANES]; 4], mut key: [u32; 2]) -> [[u32; LANES]; 4] {
+fn rounds(counter: [[u32; LANES]; 4], mut key: [u32; 2]) -> [[u32; LANES]; 4] {
+    let [mut c0, mut c1, mut c2, mut c3] = counter;
     for _ in 0..10 {
         for lane in 0..LANES {
-            let a = 0xd251_1f53 * u64::from(c[0][lane]);
-            let b = 0xcd9e_8d57 * u64::from(c[2][lane]);
-            c[0][lane] = (b >> 32) as u32 ^ c[1][lane] ^ key[0];
-            c[1][lane] = b as u32;
-            c[2][lane] = (a >> 32) as u32 ^ c[3][lane] ^ key[1];
-            c[3][lane] = a as u32;
+            let a = 0xd251_1f53 * u64::from(c0[lane]);
+            let b = 0xcd9e_8d57 * u64::from(c2[lane]);
+            c0[lane] = (b >> 32) as u32 ^ c1[lane] ^ key[0];
+            c1[lane] = b as u32;
+            c2[lane] = (a >> 32) as u32 ^ c3[lane] ^ key[1];
+            c3[lane] = a as u32;
         }
         key[0] = key[0].wrapping_add(0x9e37_79b9);
         key[1] = key[1].wrapping_add(0xbb67_ae85);
     }
-    c
+    [c0, c1, c2, c3]
 }
 
 #[cfg(test)]

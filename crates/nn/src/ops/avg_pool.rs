@@ -79,8 +79,8 @@ impl AvgPool {
             .zip(x.par_chunks_exact(self.windows.plane()))
             .for_each(|(y, x)| {
                 self.for_each_row(|to, from, share| {
-                    let share = T::from_f64(share);
-                    x[from].iter().for_each(|&v| y[to] += v * share);
+                    let sum = x[from].iter().fold(T::ZERO, |sum, &v| sum + v);
+                    y[to] += sum * T::from_f64(share);
                 });
             });
         y

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 
 use super::check_share;
-use super::state::{Import, Update, is_float};
+use super::state::{Import, Update};
 use crate::{Error, Result, Vars};
 
 /// `a ← δ·a + (1 − δ)·p` for every parameter and buffer, from their values at the start.
@@ -39,16 +39,11 @@ impl Ema {
             let Some(average) = self.averages.get_mut(name) else {
                 continue;
             };
-            if is_float(average) {
-                let value = value.contiguous()?;
-                average.inplace_op2(
-                    &value,
-                    &Update("ema", |a, [p]: [f64; 1]| decay * a + (1.0 - decay) * p),
-                )?;
-            } else {
-                // A counter has no average.
-                *average = value.force_contiguous()?;
-            }
+            let value = value.contiguous()?;
+            average.inplace_op2(
+                &value,
+                &Update("ema", |a, [p]: [f64; 1]| decay * a + (1.0 - decay) * p),
+            )?;
         }
         Ok(())
     }

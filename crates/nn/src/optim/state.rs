@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, DType, Device, InplaceOp2, InplaceOp3, Layout, Tensor, Var};
+use candle_core::{CpuStorage, Device, InplaceOp2, InplaceOp3, Layout, Tensor, Var};
 use rayon::prelude::*;
 
 use super::group::Member;
-use crate::element::{dispatch, values};
+use crate::element::{Element, dispatch, values};
 use crate::{Error, Result};
 
 /// What an optimiser keeps about a parameter.
@@ -182,17 +182,25 @@ impl<F> Update<F> {
                     candle_core::bail!("{name}: {} values for {}", slice.len(), end - start)
                 }
             }
-            let target = &mut <T as crate::element::Element>::of_storage(target)?[start..end];
-            target.par_chunks_mut(BLOCK).enumerate().for_each(|(block, target)| {
-                let slices = slices.map(|slice| &slice[block * BLOCK..][..target.len()]);
-                for (i, value) in target.iter_mut().enumerate() {
-                    let others = slices.map(|slice| f64::from(slice[i]));
-                    *value = update(f64::from(*value), others) as T;
-                }
-            });
+            update_values(&mut T::of_storage(target)?[start..end], slices, update);
             Ok(())
         })
     }
+}
+
+fn update_values<T: Element, const N: usize>(
+    target: &mut [T],
+    others: [&[T]; N],
+    update: &(impl Fn(f64, [f64; N]) -> f64 + Sync),
+) {
+    let blocks = target.par_chunks_mut(BLOCK).enumerate();
+    blocks.for_each(|(block, target)| {
+        let others = others.map(|other| &other[block * BLOCK..][..target.len()]);
+        for (i, value) in target.iter_mut().enumerate() {
+            let others = others.map(|other| other[i].to_f64());
+            *value = T::from_f64(update(value.to_f64(), others));
+        }
+    });
 }
 
 impl<F: Fn(f64, [f64; 1]) -> f64 + Sync> InplaceOp2 for Update<F> {
@@ -227,9 +235,4 @@ impl<F: Fn(f64, [f64; 2]) -> f64 + Sync> InplaceOp3 for Update<F> {
     ) -> candle_core::Result<()> {
         self.run((target, lt), [(a, la), (b, lb)])
     }
-}
-
-/// Whether updates are computed for this type.
-pub(super) fn is_float(tensor: &Tensor) -> bool {
-    matches!(tensor.dtype(), DType::F32 | DType::F64)
 }
