@@ -103,6 +103,16 @@ fn wrong_input_is_one_clear_line() {
         &["resnet5", "resnet50"],
     );
     fails(&["bench", "network", "--head", "max"], &["max", "isqrt"]);
+    let huge = ["--dim", "3000000000", "--positions", "3000000000"];
+    let parts = ["dim 3000000000", "2^31", "choose smaller sizes"];
+    fails(&[&["iterations"][..], &huge].concat(), &parts);
+    fails(&[&["bench", "layer"][..], &huge].concat(), &parts);
+    fails(
+        &["bench", "layer", "--batch", "18446744073709551615"],
+        &["batch 18446744073709551615"],
+    );
+    fails(&["bench", "decomposition", "--dim", "3000000000"], &parts);
+    fails(&["iterations", "--dim", "0"], &["dim 0", "at least 1"]);
     fails(&["reproduce", "--experiments", "nowhere"], &["nowhere"]);
 }
 
@@ -209,6 +219,15 @@ fn a_smoke_run_writes_records_and_report_and_a_second_one_has_nothing_to_do() {
     assert!(out(&report).contains("index.html"));
     let rendered = std::fs::read_to_string(dir.path().join("run/report/index.html")).unwrap();
     assert_eq!(rendered, page);
+    // A dry run mends no images.
+    let lost = dir.path().join("run/data/e10-smoke/val/01-23-45/0000.png");
+    std::fs::remove_file(&lost).unwrap();
+    let dry = isqrt(
+        dir.path(),
+        &["reproduce", "--smoke", "--out", "run", "--dry-run"],
+    );
+    assert!(dry.status.success(), "{}", err(&dry));
+    assert!(!lost.exists());
 }
 
 #[test]

@@ -172,16 +172,6 @@ impl ImageSet {
         &self.pixels[index * size..(index + 1) * size]
     }
 
-    /// Number of images of each class.
-    #[must_use]
-    pub fn images_per_class(&self) -> Vec<usize> {
-        let mut counts = vec![0; self.classes.len()];
-        for &label in &self.labels {
-            counts[label as usize] += 1;
-        }
-        counts
-    }
-
     /// Mean and standard deviation of each channel over all pixels of the set. Exact integer sums,
     /// so the same on every machine and for any number of threads. Take them from train only.
     #[must_use]

@@ -4,6 +4,8 @@
 //! so every set ends up with three parts. What a tree lacks is carved off `train`: seeded, and the
 //! same share of every class. [`split`] holds the whole policy and says in a sentence what it did.
 
+use std::path::{Path, PathBuf};
+
 use crate::folder::{Folder, Sample};
 use crate::random::{Purpose, Stream};
 use crate::{Error, Result};
@@ -53,7 +55,7 @@ pub fn split(folder: Folder, seed: u64) -> Result<Split> {
     let mut carve = |share: f64, which: Carve| -> Result<Vec<Sample>> {
         let (taken, rest) = stratified(&train, share, seed, which as u64).map_err(|label| {
             Error::layout(
-                root.join("train").join(&classes[label as usize]),
+                class_folder(&root, &classes[label as usize], &train, label),
                 format!("too few training images to carve a {} part from", which.name()),
                 "two or more training images a class (three where test is carved too), or val and test folders",
             )
@@ -104,6 +106,19 @@ pub fn split(folder: Folder, seed: u64) -> Result<Split> {
         test,
         note,
     })
+}
+
+/// The folder that the images of a class lie in, which need not be below `train`.
+fn class_folder(root: &Path, class: &str, samples: &[Sample], label: u32) -> PathBuf {
+    let Some(sample) = samples.iter().find(|s| s.label == label) else {
+        return root.to_path_buf();
+    };
+    let below = sample.path.strip_prefix(root).unwrap_or(&sample.path);
+    let parts: Vec<_> = below.iter().collect();
+    match parts.iter().position(|part| *part == class) {
+        Some(at) => root.join(parts[..=at].iter().collect::<PathBuf>()),
+        None => sample.path.parent().unwrap_or(root).to_path_buf(),
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -168,12 +183,16 @@ mod tests {
     use super::*;
 
     fn samples(counts: &[usize]) -> Vec<Sample> {
+        samples_below("train/", counts)
+    }
+
+    fn samples_below(part: &str, counts: &[usize]) -> Vec<Sample> {
         let mut all = Vec::new();
         for (label, &n) in counts.iter().enumerate() {
             for i in 0..n {
-                let name = format!("train/{label}/{i:04}.png");
+                let name = format!("{part}{}/{i:04}.png", ["a", "b"][label]);
                 all.push(Sample {
-                    path: name.clone().into(),
+                    path: Path::new("root").join(&name),
                     name,
                     label: label as u32,
                 });
@@ -231,6 +250,11 @@ mod tests {
     fn a_class_with_one_image_is_an_error_with_its_path() {
         let error = split(folder(&[5, 1], true, false), 0).unwrap_err();
         let text = error.to_string();
-        assert!(text.contains("train") && text.contains("b"), "{text}");
+        assert!(text.starts_with("root/train/b: too few"), "{text}");
+        // A tree without a train folder has none to name.
+        let mut bare = folder(&[], false, false);
+        bare.train = samples_below("", &[5, 1]);
+        let text = split(bare, 0).unwrap_err().to_string();
+        assert!(text.starts_with("root/b: too few"), "{text}");
     }
 }

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{info, small};
-use isqrt_experiments::claims::{Outcome, Verdict, decide};
+use isqrt_experiments::claims::{CRITERION, Outcome, Verdict, decide};
 use isqrt_experiments::plan::{Plan, Request};
 use isqrt_experiments::record::{EpochRecord, Measurement, Record, Store};
 use isqrt_experiments::results::Results;
@@ -143,6 +143,33 @@ fn fewer_epochs_to_the_error_that_the_other_ends_with() {
     let v = verdict_of_curves(ClaimKind::FewerEpochs, &slow, &fast);
     assert_eq!(v.outcome, Outcome::Opposite);
     assert!(v.because[0].contains("never, never"), "{v:?}");
+}
+
+#[test]
+fn fewer_epochs_are_not_counted_where_a_training_diverged() {
+    let slow = vec![vec![50.0, 30.0, 20.0], vec![50.0, 31.0, 21.0]];
+    let fast = vec![vec![15.0, 9.0, 5.0], vec![16.0, f64::NAN]];
+    for (five, gap) in [(&fast, &slow), (&slow, &fast)] {
+        let v = verdict_of_curves(ClaimKind::FewerEpochs, five, gap);
+        assert_eq!(v.outcome, Outcome::NotRun);
+        assert!(v.because[0].contains("a training diverged"), "{v:?}");
+    }
+}
+
+#[test]
+fn the_report_states_the_criterion_of_every_kind() {
+    for words in [
+        "over seeds",
+        "timings",
+        "distances",
+        "plateau",
+        "No worse",
+        "Fewer epochs",
+        "One seed",
+        "diverged",
+    ] {
+        assert!(CRITERION.contains(words), "{words}");
+    }
 }
 
 #[test]

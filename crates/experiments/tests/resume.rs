@@ -3,12 +3,17 @@
 
 mod common;
 
-use common::{plan_small, run_small};
+use common::{MadeUp, info, plan_small, run_of, run_small, small, twin};
 use isqrt_experiments::Error;
-use isqrt_experiments::plan::{Profile, Request, State};
-use isqrt_experiments::record::{FILE, Store};
+use isqrt_experiments::plan::{Plan, Profile, Request, State, Work};
+use isqrt_experiments::record::{DataInfo, FILE, Store};
+use isqrt_experiments::results::Results;
+use isqrt_experiments::run::{Data, Lab, Outcome, Tick};
+use isqrt_experiments::spec::Experiment;
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
+use std::ops::ControlFlow;
 
 const ALL: usize = 5;
 
@@ -99,9 +104,139 @@ fn fresh_runs_everything_again_and_the_latest_record_counts() {
         fresh: true,
         ..Request::default()
     };
-    assert_eq!(run_small(dir.path(), &fresh, 99).unwrap().ran, ALL);
+    let mut lab = MadeUp {
+        shift: 30.0,
+        ..MadeUp::new(99)
+    };
+    let (summary, heard) = run_of(&[small()], dir.path(), &fresh, &mut lab).unwrap();
+    assert_eq!((summary.ran, heard.records.len()), (ALL, ALL));
     let store = Store::read(dir.path()).unwrap();
     assert_eq!(store.records().len(), 2 * ALL);
+    let plan = plan_small(&Request::default(), &store);
+    let results = Results::new(&plan.experiments[0], &store);
+    let sample = |row, metric| results.sample(row, metric).unwrap().numbers();
+    // 20 and 0.5 without the shift; the rate adds 0.2, the second seed 0.01.
+    assert_eq!(sample("gap", "top1_error"), [50.2, 50.21]);
+    assert_eq!(sample("five", "forward_ms"), [30.5]);
+    let report = fs::read_to_string(dir.path().join("report/report.md")).unwrap();
+    assert!(
+        report.contains("50.2") && !report.contains("20.2"),
+        "{report}"
+    );
+}
+
+/// Latest record of each cell under an experiment's own name.
+fn own(store: &Store, id: &str) -> BTreeMap<(String, Option<u64>), f64> {
+    let own = store.records().iter().filter(|r| r.experiment == id);
+    own.map(|r| ((r.cell.clone(), r.seed), r.main.value))
+        .collect()
+}
+
+#[test]
+fn experiments_that_share_cells_each_have_the_latest_result() {
+    let dir = dir();
+    let both = [small(), twin(str::to_owned)];
+    let go = |fresh: bool, shift: f64, strength: usize| {
+        let request = Request {
+            fresh,
+            ..Request::default()
+        };
+        let mut lab = MadeUp {
+            shift,
+            ..MadeUp::new(strength)
+        };
+        run_of(&both, dir.path(), &request, &mut lab).unwrap()
+    };
+    // Enough strength for the cells of one: the other has nothing to run.
+    for (fresh, shift) in [(false, 0.0), (true, 1.0), (true, 2.0)] {
+        let (_, heard) = go(fresh, shift, ALL);
+        let store = Store::read(dir.path()).unwrap();
+        let (ours, theirs) = (own(&store, "small"), own(&store, "twin"));
+        assert_eq!(ours.len(), ALL);
+        assert_eq!(ours, theirs, "shift {shift}");
+        assert_eq!(ours[&("five/layer-time".to_owned(), None)], 1.5 + shift);
+        // What is heard of is the cell that was finished.
+        let told: Vec<_> = heard.records.iter().map(|r| &r.experiment).collect();
+        assert_eq!(told, [["small"; ALL], ["twin"; ALL]].concat());
+        for r in &heard.records {
+            assert_eq!(r.main.value, ours[&(r.cell.clone(), r.seed)], "{}", r.cell);
+        }
+    }
+    let before = fs::read(dir.path().join(FILE)).unwrap();
+    go(false, 3.0, 0);
+    assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), before);
+}
+
+#[test]
+fn a_shared_cell_that_diverged_is_not_copied_again_and_again() {
+    let dir = dir();
+    let both = [small(), twin(str::to_owned)];
+    for _ in 0..3 {
+        let mut lab = MadeUp {
+            stable: 0.0,
+            ..MadeUp::new(ALL)
+        };
+        run_of(&both, dir.path(), &Request::default(), &mut lab).unwrap();
+        let store = Store::read(dir.path()).unwrap();
+        assert_eq!(store.records().len(), 2 * ALL);
+    }
+}
+
+struct Broken;
+
+impl Lab for Broken {
+    fn run(
+        &mut self,
+        work: &Work,
+        _seed: Option<u64>,
+        _data: Option<&Data>,
+        _tick: &mut Tick<'_>,
+    ) -> Result<Outcome, Error> {
+        match work {
+            Work::Train(_) => Err(Error::Cell {
+                cell: "training of e10net".into(),
+                message: "it broke".into(),
+            }),
+            _ => MadeUp::new(1).run(work, None, None, &mut |_, _| ControlFlow::Continue(())),
+        }
+    }
+}
+
+#[test]
+fn a_cell_that_fails_is_named_with_experiment_and_seed() {
+    let dir = dir();
+    let error = run_of(&[small()], dir.path(), &Request::default(), &mut Broken)
+        .err()
+        .unwrap();
+    assert_eq!(
+        error.to_string(),
+        "small gap/train seed 0: training of e10net: it broke"
+    );
+}
+
+#[test]
+fn a_batch_is_no_larger_than_the_training_part_and_the_record_says_so() {
+    let dir = dir();
+    let store = Store::read(dir.path()).unwrap();
+    let plan = |train| {
+        let info = DataInfo { train, ..info() };
+        let request = Request::default();
+        Plan::new(&[small()], &request, Some(&info), &store, str::to_owned)
+    };
+    let batches = |train| -> Vec<usize> {
+        let plan = plan(train).unwrap();
+        let works = plan.experiments[0].cells.iter().map(|c| c.work.clone());
+        works
+            .filter_map(|w| match w {
+                Some(Work::Train(t)) => Some(t.recipe.batch),
+                _ => None,
+            })
+            .collect()
+    };
+    assert_eq!(batches(100), [8; 4]);
+    assert_eq!(batches(5), [5; 4]);
+    let error = plan(1).unwrap_err().to_string();
+    assert_eq!(error, "made up: 1 training images; expected at least 2");
 }
 
 #[test]
@@ -164,6 +299,35 @@ fn a_search_chooses_each_rate_on_the_validation_part_and_is_resumed_too() {
         rates.contains("gap = { lr = 0.1, outcome = [[0.1, 21.10], [0.2, 21.20]] }"),
         "{rates}"
     );
+}
+
+#[test]
+fn rates_that_a_search_found_can_be_read_back() {
+    let dir = dir();
+    let request = Request {
+        search: true,
+        ..Request::default()
+    };
+    // The same recipe, one row of the same name, one whose name no bare key can be.
+    let other = twin(|text| {
+        text.replace("id = \"gap\"", "id = \"average pooling\"")
+            .replace("than = \"gap\"", "than = \"average pooling\"")
+            .replace("[\"gap\", \"five\"]", "[\"average pooling\", \"five\"]")
+    });
+    let mut lab = MadeUp {
+        stable: 0.15,
+        ..MadeUp::new(99)
+    };
+    run_of(&[small(), other], dir.path(), &request, &mut lab).unwrap();
+    let text = fs::read_to_string(dir.path().join("rates.toml")).unwrap();
+    let part: Experiment = toml::from_str(&text).unwrap();
+    let heads = &part.rates["small"].heads;
+    let names: Vec<&str> = heads.keys().map(String::as_str).collect();
+    assert_eq!(names, ["average pooling", "five", "gap"]);
+    for head in heads.values() {
+        assert_eq!(head.lr, 0.1);
+        assert!(head.outcome[1][1].is_nan(), "{head:?}");
+    }
 }
 
 #[test]

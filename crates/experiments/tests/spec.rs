@@ -91,6 +91,86 @@ fn wrong_names_and_values_are_explained() {
 }
 
 #[test]
+fn what_no_run_could_do_is_refused_when_the_file_is_read() {
+    for (old, new, expected) in [
+        (
+            "measures = [\"train\"]",
+            "measures = [\"layer-time\"]",
+            "row `gap`: `layer-time` needs a covariance layer",
+        ),
+        (
+            "measures = [\"train\"]",
+            "measures = [\"decomposition-time\"]",
+            "row `gap`: `decomposition-time` needs head `eig`",
+        ),
+        (
+            "iterations = 5 }\nmeasures = [\"train\", \"layer-time\"]",
+            "iterations = 3 }\nmeasures = [\"decomposition-time\"]",
+            "row `five`: `decomposition-time` needs head `eig`",
+        ),
+        (
+            "iterations = 5",
+            "iterations = 61",
+            "row `five`: `iterations` and `steps` must be at most 60",
+        ),
+        (
+            "iterations = 5",
+            "schedule = \"cubic\", steps = 61, lower = 0.1",
+            "row `five`: `iterations` and `steps` must be at most 60",
+        ),
+    ] {
+        assert!(SMALL.contains(old), "{old}");
+        refused(&SMALL.replace(old, new), PART, expected);
+    }
+    for (old, new, expected) in [
+        ("epochs = 3", "epochs = 0", "recipe `small`: `epochs`"),
+        (
+            "fallback = 0.1",
+            "",
+            "row `five`: it has no rate in `rates.small.heads`, so `rates.small.fallback` must",
+        ),
+        ("fallback = 0.1", "fallback = -1.0", "row `five`"),
+        ("lr = 0.2", "lr = 0.0", "row `gap`: `lr = 0`"),
+        ("[0.1, 0.2]\nf", "[0.1, nan]\nf", "`rates.small.grid`"),
+        (
+            "dim = 8",
+            "dim = 0",
+            "row `five`: `[layer]`: batch 2, dim 0",
+        ),
+        (
+            "dim = 8",
+            "dim = 3000000000\npositions = 3000000000",
+            "row `five`: `[layer]`: batch 2, dim 3000000000",
+        ),
+        (
+            "batch = 2\n",
+            "batch = 9000000\n",
+            "row `five`: `[layer]`: batch 9000000",
+        ),
+    ] {
+        assert!(PART.contains(old), "{old}");
+        refused(SMALL, &PART.replace(old, new), expected);
+    }
+    let timed = SMALL.replace("name = \"gap\"", "name = \"eig\"").replace(
+        "measures = [\"train\"]",
+        "measures = [\"decomposition-time\"]",
+    );
+    let text = format!("{timed}\n[decomposition]\ndim = 0\n");
+    refused(&text, PART, "row `gap`: `[decomposition]`: batch 16, dim 0");
+}
+
+fn refused(small: &str, part: &str, expected: &str) {
+    let files = [("small.toml", small), ("_base/part.toml", part)];
+    let text = Library::from_files(files)
+        .load("small")
+        .unwrap_err()
+        .to_string();
+    assert!(text.contains(expected), "{expected} in {text}");
+    assert!(text.starts_with("small.toml: "), "{text}");
+    assert!(!text.contains('\n'), "{text}");
+}
+
+#[test]
 fn a_part_that_extends_itself_is_an_error() {
     let part = "extends = [\"small.toml\"]";
     let files = [("small.toml", SMALL), ("_base/part.toml", part)];

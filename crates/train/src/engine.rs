@@ -15,7 +15,8 @@ use crate::{EpochMetrics, Error, Evaluation, Observer, Result, TrainConfig, Trai
 ///
 /// # Errors
 /// [`Error::Config`] and [`Error::Model`] before anything runs; [`Error::NonFinite`] and
-/// [`Error::Step`] with epoch and step.
+/// [`Error::Step`] with epoch and step, [`Error::Evaluation`] with the epoch.
+/// [`Error::is_divergence`] tells runs whose numbers ran away from broken ones.
 pub fn train(
     config: &TrainConfig,
     train: Arc<ImageSet>,
@@ -75,7 +76,13 @@ pub fn train_network(
     for epoch in 0..config.epochs {
         let began = Instant::now();
         let trained = run.epoch(epoch, observer)?;
-        let evaluation = evaluate(&run.network, &eval, stats, config.batch)?;
+        // The last step of an epoch may have spoilt the weights; no loss has shown it yet.
+        let evaluation = evaluate(&run.network, &eval, stats, config.batch).map_err(|source| {
+            Error::Evaluation {
+                epoch: epoch + 1,
+                source: Box::new(source),
+            }
+        })?;
         let metrics = EpochMetrics {
             epoch: epoch + 1,
             train_loss: trained.loss,
@@ -101,7 +108,8 @@ pub fn train_network(
 /// `stats` are those of the set that it was trained on.
 ///
 /// # Errors
-/// Where the images do not fit the network or its features are not finite.
+/// Where the images do not fit the network or its features are not finite; [`Error::Output`]
+/// where its answers are not.
 pub fn evaluate(
     network: &Network,
     set: &Arc<ImageSet>,
@@ -117,6 +125,14 @@ pub fn evaluate(
         let batch = batch?;
         let (images, labels) = tensors(batch, network.vars().device())?;
         let logits = network.forward(&images, Mode::Eval)?;
+        if logits
+            .flatten_all()?
+            .to_vec1::<f32>()?
+            .iter()
+            .any(|x| !x.is_finite())
+        {
+            return Err(Error::Output);
+        }
         evaluation.correct += correct(&logits, &labels)?;
         evaluation.total += labels.len();
     }

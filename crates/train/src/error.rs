@@ -37,6 +37,17 @@ pub enum Error {
         /// What failed.
         source: Box<Error>,
     },
+    /// An error while the network was evaluated after an epoch.
+    #[error("evaluation after epoch {epoch}: {source}")]
+    Evaluation {
+        /// From 1.
+        epoch: usize,
+        /// What failed.
+        source: Box<Error>,
+    },
+    /// The network's answers left the numbers.
+    #[error("the network's output is not finite: its weights diverged in training")]
+    Output,
     /// An error of the data.
     #[error(transparent)]
     Data(#[from] isqrt_datasets::Error),
@@ -51,5 +62,104 @@ pub enum Error {
     Candle(#[from] candle_core::Error),
 }
 
+impl Error {
+    /// Whether numbers ran away: the loss, the network's output, or features that a covariance
+    /// head refuses or whose eigendecomposition does not converge.
+    #[must_use]
+    pub fn is_divergence(&self) -> bool {
+        use isqrt_models::Error as Model;
+        match self {
+            Self::NonFinite { .. } | Self::Output => true,
+            Self::Step { source, .. } | Self::Evaluation { source, .. } => source.is_divergence(),
+            Self::Model(Model::Linalg(e)) => linalg_diverged(e),
+            Self::Model(Model::Candle(e) | Model::Nn(isqrt_nn::Error::Candle(e)))
+            | Self::Nn(isqrt_nn::Error::Candle(e))
+            | Self::Candle(e) => candle_diverged(e),
+            _ => false,
+        }
+    }
+}
+
+fn linalg_diverged(error: &isqrt_linalg::Error) -> bool {
+    match error {
+        isqrt_linalg::Error::NonFinite { .. } | isqrt_linalg::Error::Decomposition { .. } => true,
+        isqrt_linalg::Error::Candle(e) => candle_diverged(e),
+        _ => false,
+    }
+}
+
+/// An error of a custom op comes through candle as a boxed `dyn Display`, which has lost its type:
+/// inside that box, and nowhere else, the text decides. A test holds it against the types.
+fn candle_diverged(error: &candle_core::Error) -> bool {
+    use candle_core::Error as Candle;
+    match error {
+        Candle::WithBacktrace { inner, .. }
+        | Candle::Context { inner, .. }
+        | Candle::WithPath { inner, .. } => candle_diverged(inner),
+        Candle::Wrapped(e) => {
+            let text = e.to_string();
+            text.ends_with("is not finite") || text.ends_with("did not converge")
+        }
+        _ => false,
+    }
+}
+
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at_evaluation(source: Error) -> Error {
+        Error::Evaluation {
+            epoch: 1,
+            source: Box::new(source),
+        }
+    }
+
+    /// Every way by which an error of the covariance heads can come up.
+    fn ways(make: &dyn Fn() -> isqrt_linalg::Error) -> [Error; 4] {
+        let wrapped = || candle_core::Error::from(make());
+        [
+            isqrt_models::Error::from(make()).into(),
+            isqrt_models::Error::from(wrapped()).into(),
+            wrapped().into(),
+            isqrt_models::Error::from(isqrt_linalg::Error::from(wrapped().context("backward")))
+                .into(),
+        ]
+    }
+
+    #[test]
+    fn a_head_that_meets_runaway_numbers_has_diverged() {
+        use isqrt_linalg::Error as Linalg;
+        let non_finite = || Linalg::NonFinite {
+            index: 3,
+            what: "a feature",
+        };
+        let decomposition = || Linalg::Decomposition {
+            index: 3,
+            what: "eigendecomposition",
+        };
+        for error in ways(&non_finite).into_iter().chain(ways(&decomposition)) {
+            assert!(error.is_divergence(), "{error:?}");
+            assert!(at_evaluation(error).is_divergence());
+        }
+    }
+
+    #[test]
+    fn other_errors_are_no_divergence_whatever_their_words() {
+        use isqrt_linalg::Error as Linalg;
+        let shape = || Linalg::Shape { shape: vec![1] };
+        let finite = || Linalg::Option {
+            option: "coefficients",
+            value: "NaN".to_owned(),
+            expected: "finite numbers",
+        };
+        for error in ways(&shape).into_iter().chain(ways(&finite)) {
+            assert!(!at_evaluation(error).is_divergence());
+        }
+        let path = isqrt_datasets::Error::Config("a folder that is not finite".to_owned());
+        assert!(!at_evaluation(path.into()).is_divergence());
+    }
+}

@@ -107,6 +107,30 @@ fn divergence_is_an_error_with_its_place() {
     );
 }
 
+#[test]
+fn weights_spoilt_by_the_last_step_are_noticed_in_the_evaluation() {
+    for head in ["gap", "cov", "isqrt", "mpn"] {
+        // One step in the only epoch: its loss is from before the update and finite.
+        let config = TrainConfig {
+            lr: 1e30,
+            batch: 24,
+            epochs: 1,
+            ..config(head)
+        };
+        let error = train(&config, stripes(8, 1), stripes(8, 2), &mut Silent).unwrap_err();
+        assert!(
+            matches!(error, Error::Evaluation { epoch: 1, .. }),
+            "{head}: {error:?}"
+        );
+        assert!(error.is_divergence(), "{head}: {error:?}");
+        let message = error.to_string();
+        assert!(
+            message.starts_with("evaluation after epoch 1: "),
+            "{message}"
+        );
+    }
+}
+
 /// Stops in the middle of the second epoch.
 #[derive(Default)]
 struct Impatient {

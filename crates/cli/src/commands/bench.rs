@@ -3,6 +3,7 @@
 use crate::output::{self, show};
 use anyhow::Context;
 use clap::{Args, Subcommand, ValueEnum};
+use isqrt_experiments::spec::{check_decomposition_size, check_size};
 use isqrt_linalg::bench::{LayerCase, decompositions, layer, peak_gflops};
 use isqrt_linalg::{CovPool, Kernel, Memory, Root, Schedule, Side};
 use isqrt_models::bench::{NetworkCase, network, ops};
@@ -134,6 +135,7 @@ impl LayerBench {
     }
 
     fn run(&self, json: bool) -> anyhow::Result<()> {
+        check_size(self.batch, self.dim, self.positions).map_err(anyhow::Error::msg)?;
         let case = self.case();
         let name = format!(
             "layer batch={} dim={} positions={} {} n={}",
@@ -224,6 +226,7 @@ pub struct DecompositionBench {
 
 impl DecompositionBench {
     fn run(&self, json: bool) -> anyhow::Result<()> {
+        check_decomposition_size(self.batch, self.dim).map_err(anyhow::Error::msg)?;
         let budget = Duration::try_from_secs_f64(self.budget).context("--budget")?;
         let batches: &[usize] = if self.batch > 1 {
             &[1, self.batch]

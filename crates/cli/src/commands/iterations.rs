@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use clap::Args;
 use isqrt_experiments::files::write_atomically;
 use isqrt_experiments::report::plot::{LinePlot, Point, Series, standalone};
+use isqrt_experiments::spec::check_size;
 use isqrt_linalg::bench::{IterationRow, iterations, synthetic_features, usual_schedules};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -47,7 +48,10 @@ impl Iterations {
     pub fn run(&self, json: bool) -> anyhow::Result<()> {
         let features = match &self.features {
             Some(path) => read_features(path, self.tensor.as_deref())?,
-            None => synthetic_features(self.batch, self.dim, self.positions)?,
+            None => {
+                check_size(self.batch, self.dim, self.positions).map_err(anyhow::Error::msg)?;
+                synthetic_features(self.batch, self.dim, self.positions)?
+            }
         };
         let budget = Duration::try_from_secs_f64(self.budget).context("--budget")?;
         let rows = iterations(&features, &usual_schedules(), budget)?;

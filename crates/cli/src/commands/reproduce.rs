@@ -146,26 +146,30 @@ impl Reproduce {
         Path::new("out").join(name)
     }
 
-    /// The images, if anything is trained. A dry run does not write the embedded ones.
+    /// The images, if anything is trained. A dry run writes none of the embedded ones.
     fn open_data(
         &self,
         experiments: &[Experiment],
         request: &Request,
         out: &Path,
     ) -> anyhow::Result<Option<Found>> {
-        let Some(first) = experiments.iter().find(|e| needs_data(e, request)) else {
+        let trained: Vec<&Experiment> = experiments
+            .iter()
+            .filter(|e| needs_data(e, request))
+            .collect();
+        if trained.is_empty() {
             return Ok(None);
-        };
+        }
         let source = match &self.data {
             Some(dir) => Source::Folder(dir.clone()),
             None => Source::Embedded(out.join("data")),
         };
         if self.dry_run
-            && let Some(info) = source.describe_unwritten(first, self.smoke)?
+            && let Some(info) = source.describe_unwritten(&trained, self.smoke)?
         {
             return Ok(Some(Found::Described(info)));
         }
-        let data = Data::open(&source, first, self.smoke)?;
+        let data = Data::open(&source, &trained, self.smoke)?;
         Ok(Some(Found::Images(Box::new(data))))
     }
 

@@ -49,10 +49,7 @@ pub fn generate(dir: &Path, seed: u64, sizes: Sizes) -> Result<Outcome> {
         ));
     }
     let found = look_at(dir)?;
-    if let Found::Ours(Some(manifest)) = &found
-        && *manifest == expected(seed, sizes, manifest.bytes)
-        && size_on_disk(dir, sizes) == Some(manifest.bytes)
-    {
+    if found.is_whole(dir, seed, sizes) {
         return Ok(Outcome::AlreadyThere);
     }
 
@@ -77,11 +74,27 @@ pub fn generate(dir: &Path, seed: u64, sizes: Sizes) -> Result<Outcome> {
     Ok(Outcome::Written)
 }
 
+/// Whether [`generate`] would find the whole set in `dir`; writes nothing.
+///
+/// # Errors
+/// [`Error::Layout`] where `dir` holds something else, [`Error::Io`] where it cannot be read.
+pub fn is_written(dir: &Path, seed: u64, sizes: Sizes) -> Result<bool> {
+    Ok(look_at(dir)?.is_whole(dir, seed, sizes))
+}
+
 enum Found {
     /// Nothing, or an empty folder.
     Nothing,
     /// A folder with our manifest, readable or not.
     Ours(Option<Manifest>),
+}
+
+impl Found {
+    fn is_whole(&self, dir: &Path, seed: u64, sizes: Sizes) -> bool {
+        matches!(self, Self::Ours(Some(manifest))
+            if *manifest == expected(seed, sizes, manifest.bytes)
+                && size_on_disk(dir, sizes) == Some(manifest.bytes))
+    }
 }
 
 fn look_at(dir: &Path) -> Result<Found> {
@@ -242,7 +255,10 @@ mod tests {
         let dir = home.path().join("e10");
         assert_eq!(generate(&dir, 1, SMALL).unwrap(), Outcome::Written);
         assert_eq!(generate(&dir, 1, SMALL).unwrap(), Outcome::AlreadyThere);
+        assert!(is_written(&dir, 1, SMALL).unwrap());
         std::fs::remove_file(dir.join("val/01-23-45/0000.png")).unwrap();
+        assert!(!is_written(&dir, 1, SMALL).unwrap());
+        assert!(!dir.join("val/01-23-45/0000.png").exists());
         assert_eq!(generate(&dir, 1, SMALL).unwrap(), Outcome::Written);
         assert_eq!(generate(&dir, 2, SMALL).unwrap(), Outcome::Written);
         std::fs::write(dir.join(MANIFEST), "{").unwrap();

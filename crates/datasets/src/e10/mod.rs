@@ -14,7 +14,7 @@
 mod files;
 mod texture;
 
-pub use files::{Outcome, generate};
+pub use files::{Outcome, generate, is_written};
 pub use texture::{MATCHINGS, image};
 
 use crate::{ImageSet, Result};

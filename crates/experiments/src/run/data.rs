@@ -19,24 +19,24 @@ pub enum Source {
 }
 
 impl Source {
-    /// What is known of embedded images that have not been written yet, without writing them;
-    /// none if they are there, or for a folder.
+    /// What is known of embedded images that are not there, or not all of them, without writing
+    /// any; none if all are there, or for a folder.
     ///
     /// # Errors
-    /// [`crate::Error::Spec`] if no recipe fits.
+    /// As [`Data::open`] where the experiments' recipes do not fit.
     pub fn describe_unwritten(
         &self,
-        experiment: &Experiment,
+        experiments: &[&Experiment],
         smoke: bool,
     ) -> Result<Option<DataInfo>> {
         let Self::Embedded(dir) = self else {
             return Ok(None);
         };
-        if embedded_root(dir, smoke).is_dir() {
+        let sizes = sizes(smoke);
+        if e10::is_written(&embedded_root(dir, smoke), SEED, sizes)? {
             return Ok(None);
         }
-        let (recipe_name, recipe) = recipe_for(experiment, e10::IMAGE_SIDE as u32)?;
-        let sizes = sizes(smoke);
+        let (recipe_name, recipe) = recipe_for(experiments, e10::IMAGE_SIDE as u32)?;
         Ok(Some(DataInfo {
             name: embedded_name(),
             note: "not written yet".to_owned(),
@@ -59,14 +59,35 @@ fn embedded_name() -> String {
     format!("E10, embedded textures (seed {SEED})")
 }
 
-fn recipe_for(experiment: &Experiment, side: u32) -> Result<(&str, &Recipe)> {
-    experiment
-        .recipe_for(side)
-        .ok_or_else(|| crate::Error::Spec {
-            file: format!("{}.toml", experiment.id),
-            line: None,
-            message: format!("no recipe is for images of {side} pixels"),
-        })
+/// The recipe that all these experiments have for images of this side.
+fn recipe_for<'a>(experiments: &[&'a Experiment], side: u32) -> Result<(&'a str, &'a Recipe)> {
+    let spec = |experiment: &Experiment, message| crate::Error::Spec {
+        file: format!("{}.toml", experiment.id),
+        line: None,
+        message,
+    };
+    let mut chosen: Option<(&Experiment, &str, &Recipe)> = None;
+    for experiment in experiments {
+        let (name, recipe) = experiment.recipe_for(side).ok_or_else(|| {
+            let message = format!("no recipe is for images of {side} pixels");
+            spec(experiment, message)
+        })?;
+        match chosen {
+            None => chosen = Some((experiment, name, recipe)),
+            Some((first, its_name, its)) if (its_name, its.side) != (name, recipe.side) => {
+                let message = format!(
+                    "recipe `{name}` takes these images at {} pixels, but `{its_name}` of `{}` \
+                     at {}: run the two one after the other",
+                    recipe.side, first.id, its.side
+                );
+                return Err(spec(experiment, message));
+            }
+            Some(_) => {}
+        }
+    }
+    chosen
+        .map(|(_, name, recipe)| (name, recipe))
+        .ok_or_else(|| crate::Error::Unsupported("no experiment trains networks".to_owned()))
 }
 
 /// Decoded images and what is recorded about them.
@@ -79,12 +100,13 @@ pub struct Data {
 }
 
 impl Data {
-    /// Lists, splits and decodes; the size of the first image selects the experiment's recipe, and
+    /// Lists, splits and decodes; the size of the first image selects the experiments' recipe, and
     /// the recipe the size of all. A smoke run takes a few images a class.
     ///
     /// # Errors
-    /// Those of `isqrt-datasets`, which name the path; [`crate::Error::Spec`] if no recipe fits.
-    pub fn open(source: &Source, experiment: &Experiment, smoke: bool) -> Result<Self> {
+    /// Those of `isqrt-datasets`, which name the path; [`crate::Error::Spec`] if no recipe fits, or
+    /// if the experiments have different ones for these images.
+    pub fn open(source: &Source, experiments: &[&Experiment], smoke: bool) -> Result<Self> {
         let (root, name) = match source {
             Source::Embedded(dir) => {
                 let root = embedded_root(dir, smoke);
@@ -106,7 +128,7 @@ impl Data {
             }
             None => 0,
         };
-        let (recipe_name, recipe) = recipe_for(experiment, side)?;
+        let (recipe_name, recipe) = recipe_for(experiments, side)?;
         let resize = Resize::ShortSideCrop(recipe.side as usize);
         let classes = parts.classes.len();
         let mut set = DataSet::decode(&parts, resize)?;

@@ -17,6 +17,7 @@ use crate::plan::{Cell, Plan, Planned, Request, State, Work};
 use crate::record::{EpochRecord, Measurement, Record, Store};
 use crate::report;
 use crate::spec::{Experiment, Row};
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
@@ -172,7 +173,9 @@ pub fn run(
             } else {
                 let started = now();
                 let clock = Instant::now();
-                let outcome = lab.run(work, cell.seed, data, &mut |f, w| progress.tick(f, w))?;
+                let outcome = lab
+                    .run(work, cell.seed, data, &mut |f, w| progress.tick(f, w))
+                    .map_err(|error| in_cell(&plan.experiments[e], &cell, error))?;
                 let mut record = record(&plan.experiments[e], &cell, outcome)?;
                 record.machine = machine.clone();
                 record.commit = commit.clone();
@@ -186,7 +189,7 @@ pub fn run(
             plan.estimate(store);
             plan.write(dir)?;
             report::write(dir)?;
-            if let Some(record) = store.records().last() {
+            if let Some(record) = own_record(&plan.experiments[e], &cell, store) {
                 progress.finished(record);
             }
         }
@@ -198,28 +201,82 @@ pub fn run(
 
 /// What searches have found, in the form of `experiments/_base/rates.toml`.
 fn write_rates(plan: &Plan, dir: &Path, store: &Store) -> Result<()> {
-    let mut text = String::new();
+    // Several experiments may search with one recipe, and a row of theirs may bear the same name:
+    // the first of them is written.
+    let mut recipes: BTreeMap<&str, Vec<(&str, String)>> = BTreeMap::new();
     for p in plan.experiments.iter().filter(|p| p.search) {
         let Some(data) = &p.data else { continue };
-        text.push_str(&format!("[rates.{}.heads]\n", data.recipe));
         for row in &p.experiment.rows {
             if let Some((lr, grid)) = p.search_outcome(&row.id, store) {
                 let pairs: Vec<String> = grid
                     .iter()
-                    .map(|[rate, error]| format!("[{rate}, {error:.2}]"))
+                    .map(|[rate, error]| format!("[{}, {}]", toml_rate(*rate), toml_error(*error)))
                     .collect();
-                text.push_str(&format!(
-                    "{} = {{ lr = {lr}, outcome = [{}] }}\n",
-                    row.id,
-                    pairs.join(", ")
-                ));
+                let heads = recipes.entry(&data.recipe).or_default();
+                if heads.iter().all(|(id, _)| *id != row.id) {
+                    let lr = toml_rate(lr);
+                    let rate = format!("{{ lr = {lr}, outcome = [{}] }}", pairs.join(", "));
+                    heads.push((&row.id, rate));
+                }
             }
         }
     }
-    if text.is_empty() {
+    if recipes.is_empty() {
         return Ok(());
     }
+    let mut text = String::new();
+    for (recipe, heads) in recipes {
+        text.push_str(&format!("[rates.{}.heads]\n", toml_key(recipe)));
+        for (row, rate) in heads {
+            text.push_str(&format!("{} = {rate}\n", toml_key(row)));
+        }
+    }
     crate::files::write_atomically(&dir.join("rates.toml"), text.as_bytes())
+}
+
+/// With a point or an exponent, so that no rate is taken for a whole number.
+fn toml_rate(rate: f64) -> String {
+    format!("{rate:?}")
+}
+
+/// Two digits; a training that diverged has an error that is not a number, which TOML spells so.
+fn toml_error(error: f64) -> String {
+    if error.is_finite() {
+        format!("{error:.2}")
+    } else {
+        "nan".to_owned()
+    }
+}
+
+/// A key as it is where TOML allows that, else between quotes.
+fn toml_key(key: &str) -> String {
+    let bare = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    if !key.is_empty() && key.chars().all(bare) {
+        key.to_owned()
+    } else {
+        // The escapes of JSON are among those of TOML.
+        serde_json::Value::from(key).to_string()
+    }
+}
+
+/// An error of a lab knows its part of the work; this adds which cell it was.
+fn in_cell(planned: &Planned, cell: &Cell, error: Error) -> Error {
+    match error {
+        Error::Cell {
+            cell: part,
+            message,
+        } => Error::Cell {
+            cell: full_name(planned, cell),
+            message: format!("{part}: {message}"),
+        },
+        other => other,
+    }
+}
+
+/// Experiment, cell and seed.
+fn full_name(planned: &Planned, cell: &Cell) -> String {
+    let seed = cell.seed.map_or_else(String::new, |s| format!(" seed {s}"));
+    format!("{} {}{seed}", planned.experiment.id, cell.name())
 }
 
 /// A record without machine and times, which the caller knows.
@@ -227,7 +284,7 @@ fn record(planned: &Planned, cell: &Cell, outcome: Outcome) -> Result<Record> {
     let name = cell.name();
     let mut measurements = outcome.measurements.into_iter();
     let main = measurements.next().ok_or_else(|| Error::Cell {
-        cell: name.clone(),
+        cell: full_name(planned, cell),
         message: "nothing was measured".to_owned(),
     })?;
     let mut record = Record {
@@ -278,23 +335,41 @@ fn add_paper(record: &mut Record, experiment: &Experiment, cell: &Cell) {
 }
 
 /// A cell that another experiment or profile has done gets a record of its own, with its own name
-/// and its own paper value, so that records can be read without knowing who shared with whom.
+/// and its own paper value, so that records can be read without knowing who shared with whom. One
+/// that it has from an earlier run (before a `--fresh` one) is no longer the result, so it gets
+/// another.
 fn share(planned: &Planned, cell: &Cell, store: &mut Store) -> Result<()> {
     let Some(done) = store.latest(&cell.key).cloned() else {
         return Ok(());
     };
-    let mut own = done.clone();
+    if own_record(planned, cell, store).is_some_and(|own| same_run(own, &done)) {
+        return Ok(());
+    }
+    let mut own = done;
     own.experiment = planned.experiment.id.clone();
     own.cell = cell.name();
     own.row = cell.row.clone();
     own.profile = planned.profile.name().to_owned();
-    let known = store.records().iter().any(|r| {
-        (&r.key, &r.experiment, &r.cell, &r.profile)
-            == (&own.key, &own.experiment, &own.cell, &own.profile)
-    });
-    if known {
-        return Ok(());
-    }
     add_paper(&mut own, &planned.experiment, cell);
     store.append(own)
+}
+
+/// The latest record of this cell under the experiment's own name.
+fn own_record<'a>(planned: &Planned, cell: &Cell, store: &'a Store) -> Option<&'a Record> {
+    let name = cell.name();
+    store.records().iter().rev().find(|r| {
+        r.key == cell.key
+            && r.experiment == planned.experiment.id
+            && r.cell == name
+            && r.profile == planned.profile.name()
+    })
+}
+
+/// Whether two records tell of one and the same run of a cell.
+fn same_run(a: &Record, b: &Record) -> bool {
+    // Reading a number back may change its last bit.
+    let close = |x: f64, y: f64| x.total_cmp(&y).is_eq() || (x - y).abs() <= 1e-12 * x.abs();
+    (a.started, a.finished) == (b.started, b.finished)
+        && close(a.seconds, b.seconds)
+        && (close(a.main.value, b.main.value) || a.main.value.is_nan() && b.main.value.is_nan())
 }

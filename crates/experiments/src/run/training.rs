@@ -55,7 +55,7 @@ pub(super) fn run(
             Measurement::new("correct", r.correct as f64, "images"),
             Measurement::new("parameters", r.parameters as f64, "values"),
         ],
-        Err(e) if diverged(&e) => vec![Measurement::new(metric, f64::NAN, "%")],
+        Err(e) if e.is_divergence() => vec![Measurement::new(metric, f64::NAN, "%")],
         Err(e) => return Err(failed(e.to_string())),
     };
     let trained: f64 = watch.epochs.iter().map(|e| e.seconds).sum();
@@ -112,17 +112,6 @@ fn representation(head: &Head) -> RepresentationSpec {
     spec
 }
 
-/// Whether numbers ran away: in the loss, or in the features before a head that refuses them.
-fn diverged(error: &isqrt_train::Error) -> bool {
-    match error {
-        isqrt_train::Error::NonFinite { .. } => true,
-        isqrt_train::Error::Step { source, .. } => {
-            diverged(source) || source.to_string().contains("finite")
-        }
-        _ => false,
-    }
-}
-
 /// Passes steps on as fractions and keeps the epochs.
 struct Watch<'a, 'b> {
     tick: &'a mut Tick<'b>,
@@ -154,5 +143,60 @@ impl Observer for Watch<'_, '_> {
             seconds: m.seconds,
         });
         ControlFlow::Continue(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::record::DataInfo;
+    use crate::spec::Recipe;
+    use isqrt_datasets::{DataSet, ImageSet};
+
+    fn images(count: usize, salt: usize) -> Arc<ImageSet> {
+        const SIDE: usize = 16;
+        let classes = vec!["a".to_owned(), "b".to_owned()];
+        let pixels = (0..count * SIDE * SIDE * 3)
+            .map(|i| ((i + salt).wrapping_mul(2_654_435_761) >> 7) as u8)
+            .collect();
+        let labels = (0..count).map(|i| (i % 2) as u32).collect();
+        Arc::new(ImageSet::new(classes, SIDE, SIDE, pixels, labels).unwrap())
+    }
+
+    #[test]
+    fn a_training_whose_last_step_spoils_the_weights_is_recorded_as_diverged() {
+        let (train, held_out) = (images(16, 0), images(8, 5));
+        let data = Data {
+            info: DataInfo {
+                classes: 2,
+                ..DataInfo::default()
+            },
+            set: DataSet {
+                stats: train.channel_stats(),
+                train,
+                val: Arc::clone(&held_out),
+                test: held_out,
+                note: String::new(),
+            },
+        };
+        for name in [HeadName::Gap, HeadName::Cov, HeadName::Mpn] {
+            let training = Training {
+                head: Head {
+                    name,
+                    ..Head::default()
+                },
+                recipe: Recipe {
+                    backbone: "e10net".to_owned(),
+                    batch: 16,
+                    ..Recipe::default()
+                },
+                lr: Some(1e30),
+            };
+            let tick: &mut Tick<'_> = &mut |_, _| ControlFlow::Continue(());
+            let outcome = run(&training, 0, false, Some(&data), tick).unwrap();
+            assert_eq!(outcome.measurements[0].metric, "top1_error");
+            assert!(outcome.measurements[0].value.is_nan(), "{outcome:?}");
+        }
     }
 }

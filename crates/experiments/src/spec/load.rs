@@ -3,7 +3,9 @@
 //! Every file is first checked alone, so that a mistake is reported with the file and line it is
 //! in; then the parts are merged (tables key by key, everything else replaced) and read again.
 
-use super::{Experiment, FigureKind, HeadName, Measure, Row, embedded};
+use super::{
+    Experiment, FigureKind, HeadName, Measure, Row, check_decomposition_size, check_size, embedded,
+};
 use crate::error::{Error, Result, nearest};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -208,7 +210,10 @@ fn check(e: &Experiment, file: &str) -> Result<()> {
         if !ids.insert(row.id.as_str()) {
             return fail(format!("two rows are called `{}`", row.id));
         }
-        if let Err(message) = check_row(row) {
+        if let Err(message) = check_row(row)
+            .and_then(|()| check_rates(e, row))
+            .and_then(|()| check_sizes(e, row))
+        {
             return fail(format!("row `{}`: {message}", row.id));
         }
     }
@@ -236,9 +241,15 @@ fn check(e: &Experiment, file: &str) -> Result<()> {
         if recipe.backbone.is_empty() || recipe.batch == 0 || recipe.side == 0 {
             return fail(format!("recipe `{name}` needs `backbone`, `batch`, `side`"));
         }
+        if recipe.epochs == 0 {
+            return fail(format!("recipe `{name}`: `epochs` must be at least 1"));
+        }
         let grid = e.rates.get(name).map_or(&[][..], |r| r.grid.as_slice());
         if trains && grid.is_empty() {
             return fail(format!("recipe `{name}` has no `rates.{name}.grid`"));
+        }
+        if grid.iter().any(|lr| !is_rate(*lr)) {
+            return fail(format!("`rates.{name}.grid` must hold positive numbers"));
         }
     }
     for figure in &e.figures {
@@ -257,6 +268,59 @@ fn check(e: &Experiment, file: &str) -> Result<()> {
     Ok(())
 }
 
+/// Whether SGD can train with it.
+fn is_rate(lr: f64) -> bool {
+    lr > 0.0 && lr.is_finite()
+}
+
+/// Every row that is trained has a rate for every recipe.
+fn check_rates(e: &Experiment, row: &Row) -> std::result::Result<(), String> {
+    if !row.measures.contains(&Measure::Train) {
+        return Ok(());
+    }
+    for name in e.recipes.keys() {
+        let rates = e.rates.get(name);
+        match rates.and_then(|r| r.heads.get(&row.id)) {
+            Some(head) if is_rate(head.lr) => {}
+            Some(head) => {
+                return Err(format!(
+                    "`lr = {}` in `rates.{name}.heads` must be a positive number",
+                    head.lr
+                ));
+            }
+            None if rates.is_some_and(|r| is_rate(r.fallback)) => {}
+            None => {
+                return Err(format!(
+                    "it has no rate in `rates.{name}.heads`, so `rates.{name}.fallback` must be a \
+                     positive number"
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What is timed or measured for a row has a size, and one that fits into memory.
+fn check_sizes(e: &Experiment, row: &Row) -> std::result::Result<(), String> {
+    for measure in &row.measures {
+        match measure {
+            Measure::LayerTime | Measure::RootError => {
+                check_size(e.layer.batch, e.layer.dim, e.layer.positions)
+                    .map_err(|m| format!("`[layer]`: {m}"))?;
+            }
+            Measure::DecompositionTime => {
+                check_decomposition_size(e.decomposition.batch, e.decomposition.dim)
+                    .map_err(|m| format!("`[decomposition]`: {m}"))?;
+            }
+            Measure::Train => {}
+        }
+    }
+    Ok(())
+}
+
+/// Steps that a schedule may have, as in `isqrt-linalg`.
+const MOST_STEPS: usize = 60;
+
 fn check_row(row: &Row) -> std::result::Result<(), String> {
     if row.measures.is_empty() {
         return match row.not_run {
@@ -265,6 +329,26 @@ fn check_row(row: &Row) -> std::result::Result<(), String> {
         };
     }
     let head = row.head.as_ref().ok_or("`measures` need a `head`")?;
+    let measures = |measure| row.measures.contains(&measure);
+    if measures(Measure::LayerTime) && head.name == HeadName::Gap {
+        return Err("`layer-time` needs a covariance layer: `cov`, `isqrt` or `mpn`".into());
+    }
+    let decomposes = match head.name {
+        HeadName::Eig | HeadName::Svd => true,
+        HeadName::Isqrt => head.iterations == Some(5) && head.schedule.is_none(),
+        _ => false,
+    };
+    if measures(Measure::DecompositionTime) && !decomposes {
+        return Err(
+            "`decomposition-time` needs head `eig`, `svd`, or `isqrt` with `iterations = 5`".into(),
+        );
+    }
+    let over = |steps: Option<usize>| steps.is_some_and(|s| s > MOST_STEPS);
+    if over(head.iterations) || over(head.steps) {
+        return Err(format!(
+            "`iterations` and `steps` must be at most {MOST_STEPS}"
+        ));
+    }
     match head.name {
         HeadName::Isqrt => match (head.iterations, head.schedule) {
             (Some(0), _) => Err("`iterations` must be at least 1".into()),

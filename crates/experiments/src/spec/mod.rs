@@ -7,8 +7,10 @@
 
 mod embedded;
 mod load;
+mod size;
 
 pub use load::Library;
+pub use size::{check_decomposition_size, check_size};
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -206,7 +208,8 @@ pub struct Head {
     /// Steps of the minimax schedule.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub steps: Option<usize>,
-    /// Lower bound of the spectrum that the minimax schedule is made for.
+    /// Lower bound of the square roots of the eigenvalues of `A` that matter, in (0, 1); the
+    /// minimax schedule is made for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lower: Option<f64>,
 }
@@ -265,21 +268,6 @@ impl Measure {
             Self::RootError => "root-error",
             Self::DecompositionTime => "decomposition-time",
         }
-    }
-
-    /// The metric that stands in the record's `metric` field; the others are in `more`.
-    pub fn headline(self) -> &'static str {
-        match self {
-            Self::Train => "top1_error",
-            Self::LayerTime => "forward_backward_ms",
-            Self::RootError => "root_error",
-            Self::DecompositionTime => "single_ms",
-        }
-    }
-
-    /// Whether the result depends on the machine, so that another machine must measure again.
-    pub fn is_timing(self) -> bool {
-        matches!(self, Self::LayerTime | Self::DecompositionTime)
     }
 }
 

@@ -2,7 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use isqrt_experiments::plan::{Plan, Request, Training, Work};
-use isqrt_experiments::record::{DataInfo, EpochRecord, Measurement, Store};
+use isqrt_experiments::record::{DataInfo, EpochRecord, Measurement, Record, Store};
 use isqrt_experiments::run::{Data, Lab, Outcome, Progress, Summary, Tick, run};
 use isqrt_experiments::spec::{Experiment, HeadName, Library};
 use isqrt_experiments::{Error, Result};
@@ -69,6 +69,14 @@ pub fn library() -> Library {
     Library::from_files([("small.toml", SMALL), ("_base/part.toml", PART)])
 }
 
+/// The small experiment under another id, changed by `change`.
+pub fn twin(change: impl Fn(&str) -> String) -> Experiment {
+    let text = change(SMALL);
+    Library::from_files([("twin.toml", text.as_str()), ("_base/part.toml", PART)])
+        .load("twin")
+        .unwrap()
+}
+
 pub fn small() -> Experiment {
     library().load("small").unwrap()
 }
@@ -87,9 +95,22 @@ pub fn info() -> DataInfo {
     }
 }
 
-/// Numbers that depend on the work alone; fails when its strength is used up, as a kill would.
+/// Numbers that depend on the work and `shift` alone; fails when its strength is used up, as a
+/// kill would. Trainings with a rate above `stable` diverge.
 pub struct MadeUp {
     pub strength: usize,
+    pub shift: f64,
+    pub stable: f64,
+}
+
+impl MadeUp {
+    pub fn new(strength: usize) -> Self {
+        Self {
+            strength,
+            shift: 0.0,
+            stable: f64::INFINITY,
+        }
+    }
 }
 
 impl Lab for MadeUp {
@@ -107,7 +128,9 @@ impl Lab for MadeUp {
             } else {
                 5.0
             };
-            let value = base + t.lr.unwrap() + seed.unwrap() as f64 * 0.01;
+            let lr = t.lr.unwrap();
+            let value = base + lr + seed.unwrap() as f64 * 0.01 + self.shift;
+            let value = if lr > self.stable { f64::NAN } else { value };
             Outcome {
                 measurements: vec![Measurement::new("top1_error", value, "%")],
                 epochs: (1..=3)
@@ -119,39 +142,56 @@ impl Lab for MadeUp {
                     .collect(),
             }
         };
+        let timed = |metric, ms: f64| {
+            let ms = ms + self.shift;
+            Measurement::with_spread(metric, ms, 0.9 * ms, 1.1 * ms, "ms/image")
+        };
         Ok(match work {
             Work::Train(t) | Work::Search(t) => train(t),
             _ => Outcome {
-                measurements: vec![
-                    Measurement::with_spread("forward_backward_ms", 1.5, 1.4, 1.6, "ms/image"),
-                    Measurement::with_spread("forward_ms", 0.5, 0.45, 0.55, "ms/image"),
-                ],
+                measurements: vec![timed("forward_backward_ms", 1.5), timed("forward_ms", 0.5)],
                 epochs: Vec::new(),
             },
         })
     }
 }
 
-struct Silent;
-impl Progress for Silent {}
+/// Keeps the records that it hears of.
+#[derive(Default)]
+pub struct Heard {
+    pub records: Vec<Record>,
+}
+
+impl Progress for Heard {
+    fn finished(&mut self, record: &Record) {
+        self.records.push(record.clone());
+    }
+}
 
 /// Plans and runs the small experiment in a folder.
 pub fn run_small(dir: &Path, request: &Request, strength: usize) -> Result<Summary> {
+    run_of(&[small()], dir, request, &mut MadeUp::new(strength)).map(|(summary, _)| summary)
+}
+
+/// Plans and runs some experiments in a folder.
+pub fn run_of(
+    experiments: &[Experiment],
+    dir: &Path,
+    request: &Request,
+    lab: &mut dyn Lab,
+) -> Result<(Summary, Heard)> {
     let mut store = Store::open(dir)?;
-    let mut plan = plan_small(request, &store);
-    let mut lab = MadeUp { strength };
-    run(
-        &mut plan,
-        request,
-        dir,
-        &mut store,
-        None,
-        &mut lab,
-        &mut Silent,
-    )
+    let mut plan = plan_of(experiments, request, &store);
+    let mut heard = Heard::default();
+    let summary = run(&mut plan, request, dir, &mut store, None, lab, &mut heard)?;
+    Ok((summary, heard))
 }
 
 pub fn plan_small(request: &Request, store: &Store) -> Plan {
+    plan_of(&[small()], request, store)
+}
+
+pub fn plan_of(experiments: &[Experiment], request: &Request, store: &Store) -> Plan {
     let command = |id: &str| format!("isqrt reproduce {id}");
-    Plan::new(&[small()], request, Some(&info()), store, command).unwrap()
+    Plan::new(experiments, request, Some(&info()), store, command).unwrap()
 }

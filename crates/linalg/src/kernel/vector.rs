@@ -69,6 +69,8 @@ impl Element for f64 {
 /// # Safety
 /// The methods may be called only where the instruction set is present, and the pointers must be
 /// valid for `LANES` elements (for [`Vector::store_transposed`]: for the block it describes).
+// What each method needs is said above, once.
+#[allow(clippy::missing_safety_doc)]
 pub trait Vector: Copy {
     /// Its elements.
     type T: Element;

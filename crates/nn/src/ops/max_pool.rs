@@ -52,6 +52,7 @@ impl MaxPool {
             .zip(x.par_chunks_exact(self.windows.plane()))
             .for_each(|((y, winners), x)| {
                 if self.windows.lanes > 1 {
+                    // Two widths: single and double precision.
                     match self.windows.lanes {
                         16 => blocked_plane::<T, 16>(&self.windows, y, winners, x),
                         _ => blocked_plane::<T, 8>(&self.windows, y, winners, x),
@@ -104,12 +105,13 @@ fn blocked_plane<T: Element, const L: usize>(
             *winners = [first as u32; L];
             for row in down {
                 let start = row * columns.input;
-                for at in start + across.start..start + across.end {
+                let pixels = &x[start + across.start..start + across.end];
+                for (at, pixel) in (start + across.start..).zip(pixels) {
                     for lane in 0..L {
                         // `v != v` holds for NaN alone.
                         #[allow(clippy::eq_op)]
-                        let wins = (x[at][lane] > y[lane]) | (x[at][lane] != x[at][lane]);
-                        y[lane] = if wins { x[at][lane] } else { y[lane] };
+                        let wins = (pixel[lane] > y[lane]) | (pixel[lane] != pixel[lane]);
+                        y[lane] = if wins { pixel[lane] } else { y[lane] };
                         winners[lane] = if wins { at as u32 } else { winners[lane] };
                     }
                 }
