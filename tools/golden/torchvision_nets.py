@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Makes crates/models/tests/golden/torchvision.safetensors: torchvision's networks in f64.
+"""Makes crates/models/tests/golden/{torchvision,curve}.safetensors: torchvision's networks in f64.
 
 The weights are too many to keep. Both sides compute them (and the images) from the names: value i
 of the tensor `name` is a hash of (name, i), exactly the same number in Python and in Rust
 (crates/models/tests/torchvision.rs). The file holds the results alone: logits in training and in
-evaluation after it, the gradient of the images, and two numbers for each parameter's gradient.
+evaluation after it, the gradient of the images, and two numbers for each parameter's gradient;
+and the losses of twenty SGD steps of a ResNet-18, each on a batch of its own.
 
     python3 tools/golden/torchvision_nets.py
 
@@ -86,8 +87,36 @@ class Pooled(nn.Module):
         return self.fc(self.features(x).mean((2, 3)))
 
 
+def curve(steps=20):
+    """Losses of training steps, batch 8 at 64x64."""
+    net = resnet.resnet18(num_classes=CLASSES).double()
+    fill(net)
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
+    losses = []
+    for step in range(steps):
+        labels = torch.tensor([(3 * step + i) % CLASSES for i in range(8)])
+        # Something to learn: a class has its own brightness in each channel.
+        images = uniform(f"batch {step}", (8, 3, 64, 64))
+        images = images + uniform("classes", (CLASSES, 3, 1, 1))[labels]
+        loss = nn.functional.cross_entropy(net(images), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.detach())
+    save({"losses": torch.stack(losses)}, TARGET.with_name("curve.safetensors"))
+
+
+def save(tensors, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(HERE.read_bytes()).hexdigest()
+    metadata = {"generator": "tools/golden/torchvision_nets.py", "sha256": digest, "torch": torch.__version__}
+    save_file(tensors, target, metadata=metadata)
+    print(f"wrote {target} ({target.stat().st_size} bytes)")
+
+
 def main():
     torch.set_default_dtype(torch.float64)
+    curve()
     tensors = {}
     networks = {
         "resnet18": resnet.resnet18(num_classes=CLASSES),
@@ -111,11 +140,7 @@ def main():
         with torch.no_grad():
             tensors[f"{key}.eval"] = net.eval()(x)
 
-    TARGET.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(HERE.read_bytes()).hexdigest()
-    metadata = {"generator": "tools/golden/torchvision_nets.py", "sha256": digest, "torch": torch.__version__}
-    save_file(tensors, TARGET, metadata=metadata)
-    print(f"wrote {TARGET} ({TARGET.stat().st_size} bytes)")
+    save(tensors, TARGET)
 
 
 if __name__ == "__main__":
