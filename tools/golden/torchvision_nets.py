@@ -109,7 +109,9 @@ def curve(steps=20):
 def save(tensors, target):
     target.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(HERE.read_bytes()).hexdigest()
-    metadata = {"generator": "tools/golden/torchvision_nets.py", "sha256": digest, "torch": torch.__version__}
+    # One entry: several are stored in any order.
+    script = "tools/golden/torchvision_nets.py"
+    metadata = {"generator": f"{script}, sha256 {digest}, torch {torch.__version__}"}
     save_file(tensors, target, metadata=metadata)
     print(f"wrote {target} ({target.stat().st_size} bytes)")
 

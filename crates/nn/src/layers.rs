@@ -163,12 +163,13 @@ impl Dropout {
     /// Drops each value with probability `p`. No parameters.
     ///
     /// # Errors
-    /// [`Error::Option`] for a `p` outside of `[0, 1)`.
-    pub fn new(scope: Scope<'_>, p: f64) -> Result<Self> {
+    /// [`Error::Option`] for a `p` outside of `[0, 1)`, [`Error::Duplicate`] where the scope has a
+    /// source of random numbers already.
+    pub fn new(mut scope: Scope<'_>, p: f64) -> Result<Self> {
         ops::dropout::check(p)?;
         Ok(Self {
             p,
-            source: scope.source(),
+            source: scope.source()?,
         })
     }
 

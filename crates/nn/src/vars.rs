@@ -4,7 +4,7 @@
 //! Parameters learn; buffers (running statistics) are saved with them but never given to an
 //! optimiser.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -64,6 +64,8 @@ pub struct Vars {
     device: Device,
     parameters: BTreeMap<String, Var>,
     buffers: BTreeMap<String, Buffer>,
+    /// Layers that draw random numbers.
+    sources: BTreeSet<String>,
     step: Step,
 }
 
@@ -99,6 +101,7 @@ impl Vars {
             device: device.clone(),
             parameters: BTreeMap::new(),
             buffers: BTreeMap::new(),
+            sources: BTreeSet::new(),
             step: Step(Arc::new(AtomicU64::new(Step::UNSET))),
         }
     }
@@ -269,12 +272,16 @@ impl Scope<'_> {
     }
 
     /// Random numbers of the layer that lives here.
-    pub(crate) fn source(&self) -> Source {
-        Source {
+    pub(crate) fn source(&mut self) -> Result<Source> {
+        // One name, one stream: two layers of a name would draw the same numbers.
+        if !self.vars.sources.insert(self.prefix.clone()) {
+            return Err(Error::Duplicate(self.prefix.clone()));
+        }
+        Ok(Source {
             seed: self.vars.seed,
             layer: fnv1a(self.prefix.as_bytes()) as u64,
             step: self.vars.step.clone(),
-        }
+        })
     }
 
     fn path(&self, name: &str) -> String {

@@ -111,6 +111,35 @@ fn blocked_maps() {
         ];
         check(&inputs, |t| conv2d(&t[0], &t[1], Conv { stride, padding }));
     }
+    for (i, (kernel, stride)) in [(3, 1), (1, 2), (3, 2)].into_iter().enumerate() {
+        for relu in [false, true] {
+            for mode in [Mode::Train, Mode::Eval] {
+                let seed = 30 + i as u64;
+                let gamma = (random(&[16], seed) + 2.0).unwrap();
+                let weight = random(&[16, 16, kernel, kernel], seed + 1);
+                let inputs = [block(&x).unwrap(), weight, gamma, random(&[16], seed + 2)];
+                let options = Conv {
+                    stride,
+                    padding: kernel / 2,
+                };
+                check(&inputs, |t| {
+                    let norm = norm(16, relu);
+                    conv_norm(&t[0], &t[1], options, (&t[2], &t[3]), &norm, mode)
+                });
+                let (known, fused) = (norm(16, relu), norm(16, relu));
+                let [x, w, gamma, beta] = &inputs;
+                let y = conv2d(x, w, options).unwrap();
+                let y = batch_norm(&y, gamma, beta, &known, mode).unwrap();
+                let z = conv_norm(x, w, options, (gamma, beta), &fused, mode).unwrap();
+                let off = |a: &Tensor, b: &Tensor| {
+                    let off = (a - b).unwrap().abs().unwrap().max_all().unwrap();
+                    off.to_scalar::<f64>().unwrap()
+                };
+                assert!(off(&y, &z) < 1e-12);
+                assert!(off(&known.running_var.get(), &fused.running_var.get()) < 1e-12);
+            }
+        }
+    }
     let maps = block(&apart(&[2, 16, 5, 6], 5)).unwrap();
     for (kernel, stride, padding) in [(3, 2, 1), (2, 2, 0), (3, 1, 1)] {
         let window = Window {

@@ -5,8 +5,8 @@ use candle_core::{DType, Device, Tensor, Var};
 use isqrt_nn::layers::Dropout;
 use isqrt_nn::ops::{
     BatchNorm, Conv, LocalResponseNorm, MaskKey, Pool, Window, avg_pool2d, batch_norm, block,
-    conv2d, cross_entropy, dropout, global_avg_pool, linear, local_response_norm, max_pool2d, relu,
-    unblock,
+    conv_norm, conv2d, cross_entropy, dropout, global_avg_pool, linear, local_response_norm,
+    max_pool2d, relu, unblock,
 };
 use isqrt_nn::{Buffer, Decay, Init, Mode, Optimizer, Sgd, SgdConfig, Vars};
 use isqrt_testkit::{assert_close, randn};
@@ -297,6 +297,9 @@ fn dropout_layers_follow_seed_name_and_step() {
             y.flatten_all().unwrap().to_vec1::<f32>().unwrap()
         })
     };
+    let mut vars = Vars::new(1, DType::F32, &Device::Cpu);
+    Dropout::new(vars.root().sub("a"), 0.5).unwrap();
+    assert!(Dropout::new(vars.root().sub("a"), 0.5).is_err());
     let first = masks(1, 0);
     assert_eq!(first, masks(1, 0));
     assert_ne!(first[0], first[1]);
@@ -398,6 +401,49 @@ fn results_do_not_depend_on_threads() {
                 .map(f32::to_bits)
                 .collect::<Vec<_>>()
         );
+    }
+}
+
+#[test]
+fn blocked_ops_do_not_depend_on_threads() {
+    let x = randn(&[5, 16, 9, 9], 1, DType::F32).unwrap();
+    let w = randn(&[48, 16, 3, 3], 2, DType::F32).unwrap();
+    let one = Tensor::ones(48, DType::F32, &Device::Cpu).unwrap();
+    let options = Conv {
+        stride: 1,
+        padding: 1,
+    };
+    let window = Window {
+        kernel: 3,
+        stride: 2,
+        padding: 1,
+    };
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        pool.unwrap().install(|| {
+            let (x, w) = (Var::from_tensor(&x).unwrap(), Var::from_tensor(&w).unwrap());
+            let buffer = || Buffer::new(one.clone());
+            let norm = BatchNorm {
+                running_mean: buffer(),
+                running_var: buffer(),
+                relu: true,
+                ..norm(DType::F32)
+            };
+            let y = block(&x).unwrap();
+            let y = conv_norm(&y, &w, options, (&one, &one), &norm, Mode::Train).unwrap();
+            let y = unblock(&max_pool2d(&y, window).unwrap()).unwrap();
+            let gradients = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            let bits = |t: &Tensor| -> Vec<u32> {
+                let values = t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                values.into_iter().map(f32::to_bits).collect()
+            };
+            let [dx, dw] = [&x, &w].map(|v| bits(gradients.get(v.as_tensor()).unwrap()));
+            [bits(&y), dx, dw]
+        })
+    };
+    let first = run(1);
+    for threads in [2, 3, 5] {
+        assert!(first == run(threads), "{threads} threads");
     }
 }
 

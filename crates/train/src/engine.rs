@@ -173,6 +173,8 @@ impl Run<'_> {
                 source: Box::new(source),
             };
             let (images, labels) = tensors(batch?, &self.device)?;
+            // Masks of dropout follow the step.
+            self.network.vars().set_step(step as u64);
             let (loss, right) = self.step(&images, &labels, rate).map_err(at)?;
             if !loss.is_finite() {
                 return Err(Error::NonFinite {

@@ -16,10 +16,10 @@ use std::borrow::Cow;
 
 use super::kernel::{Correlate, Gather, Isa, Lanes};
 use super::{dims, width};
-use crate::Result;
 use crate::element::{Unwritten, dispatch, read, values};
 use crate::error::shape_error;
 use crate::ops::{Conv, dims4};
+use crate::{Error, Result};
 
 /// Output pixels that share a pass over the weights: several small images together.
 const PIXELS: usize = 192;
@@ -63,14 +63,21 @@ impl Geometry {
         let [batch, panels, height, columns] = dims("conv2d", x)?;
         let [out, channels, kh, kw] = dims4("conv2d weight", weight)?;
         let Conv { stride, padding } = options;
-        let fits = height + 2 * padding >= kh && columns + 2 * padding >= kw && stride > 0;
+        if stride == 0 {
+            return Err(Error::Option {
+                what: "convolution stride",
+                value: "0".to_owned(),
+                expected: "at least 1",
+            });
+        }
+        let fits = height + 2 * padding >= kh && columns + 2 * padding >= kw;
         let lanes = width(x.dtype()).unwrap_or(1);
         if panels * lanes != channels || out % lanes != 0 || !fits {
             return shape_error(
                 "conv2d",
                 format!(
-                    "weight {:?} with stride {stride}, padding {padding} does not fit blocked \
-                     input {:?}",
+                    "weight {:?} with padding {padding} does not fit blocked input {:?} (output \
+                     channels come in blocks of {lanes} too)",
                     weight.dims(),
                     x.dims()
                 ),
@@ -202,7 +209,7 @@ impl Geometry {
         let source = self.source();
         let x = pad(x, self.input, source);
         // At stride 1 all rows of an image are one run, if the output has the source's width;
-        // its extra columns are zeros, so whatever they meet counts nothing.
+        // its extra columns are zeros, so the finite numbers that they meet count nothing.
         let line = if s == 1 { source.width } else { self.output.1 };
         let target = Padded {
             height: self.output.0,

@@ -45,11 +45,6 @@ pub(super) struct Correlate<'a, T> {
     pub dy_panel: usize,
 }
 
-// SAFETY: whoever builds a job vouches for its pointers, and jobs write disjoint places.
-unsafe impl<T: Sync> Sync for Gather<'_, T> {}
-// SAFETY: as above.
-unsafe impl<T: Sync> Sync for Correlate<'_, T> {}
-
 /// Blocks whose weights stay in the first-level cache while the pixels pass by.
 const CHUNK: usize = 16;
 

@@ -4,7 +4,7 @@
 //! A convolution then needs no column matrix: a pixel's channels are contiguous, and so are the
 //! weights of a block of channels. Backbones enter with [`block`], keep their maps blocked from
 //! layer to layer, and leave with [`unblock`]. The ops of [`crate::ops`] tell the layouts apart by
-//! the rank.
+//! the rank and the last dimension, so a volume of that shape would be taken for blocked maps.
 
 mod conv;
 mod conv_norm;
@@ -27,9 +27,10 @@ use crate::ops::dims4;
 
 /// Channels beside each other, or `None` for element types that are not computed in.
 pub(crate) fn width(dtype: DType) -> Option<usize> {
+    use isqrt_linalg::simd::Element;
     match dtype {
-        DType::F32 => Some(16),
-        DType::F64 => Some(8),
+        DType::F32 => Some(f32::WIDTH),
+        DType::F64 => Some(f64::WIDTH),
         _ => None,
     }
 }

@@ -140,6 +140,20 @@ impl BatchNormOp {
                 ),
             );
         }
+        for (name, buffer) in [
+            ("mean", &norm.running_mean),
+            ("variance", &norm.running_var),
+        ] {
+            if buffer.get().dims() != [channels] {
+                return shape_error(
+                    "batch_norm",
+                    format!(
+                        "{channels} channels need as many values of the running {name}, got {:?}",
+                        buffer.get().dims()
+                    ),
+                );
+            }
+        }
         let fixed = match mode {
             Mode::Train => None,
             Mode::Eval => Some(Statistics {
