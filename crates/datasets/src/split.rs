@@ -93,7 +93,7 @@ pub fn split(folder: Folder, seed: u64) -> Result<Split> {
         }
     };
     let note = format!(
-        "{how}: {} train, {} validation, {} test images in {} classes.",
+        "{how}: {} train, {} validation, {} test images in {} classes",
         train.len(),
         val.len(),
         test.len(),

@@ -238,3 +238,15 @@ fn the_example_of_the_documentation_loads() {
     let mine = Library::from_files(files).load("mine").unwrap();
     assert_eq!(mine.rows.len(), 2);
 }
+
+#[test]
+fn a_folder_without_experiments_and_an_unknown_backbone_are_told() {
+    let none = Library::from_files([]);
+    let text = none.load_many(&[]).unwrap_err().to_string();
+    assert!(text.contains("no experiment"), "{text}");
+    refused(
+        SMALL,
+        &PART.replace("e10net", "e10nett"),
+        "did you mean `e10net`?",
+    );
+}

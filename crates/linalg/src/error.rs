@@ -43,9 +43,7 @@ pub enum Error {
         expected: &'static str,
     },
     /// The instruction set that was asked for is not there.
-    #[error(
-        "the {kernel} kernel was asked for, but this processor has no {kernel}; use Kernel::Auto"
-    )]
+    #[error("the {kernel} kernel was asked for, but this processor has no {kernel}; choose auto")]
     Kernel {
         /// Name of the kernel.
         kernel: &'static str,

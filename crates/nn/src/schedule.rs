@@ -107,7 +107,12 @@ impl Schedule {
             }
             Self::Logarithmic { from, to, .. } => {
                 let sane = |x: &f64| x.abs() <= 30.0;
-                check(sane(from), "schedule.from", *from, "a power of ten within ±30")?;
+                check(
+                    sane(from),
+                    "schedule.from",
+                    *from,
+                    "a power of ten within ±30",
+                )?;
                 check(sane(to), "schedule.to", *to, "a power of ten within ±30")
             }
         }

@@ -7,6 +7,7 @@ use super::{
     Experiment, FigureKind, HeadName, Measure, Row, check_decomposition_size, check_size, embedded,
 };
 use crate::error::{Error, Result, nearest};
+use isqrt_models::BACKBONES;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -91,6 +92,13 @@ impl Library {
     pub fn load_many(&self, ids: &[String]) -> Result<Vec<Experiment>> {
         let all = self.ids();
         let ids = if ids.is_empty() { &all } else { ids };
+        if ids.is_empty() {
+            return Err(Error::Spec {
+                file: "the folder of experiments".to_owned(),
+                line: None,
+                message: "holds no experiment: a `.toml` file directly in it is one".to_owned(),
+            });
+        }
         let mut seen = BTreeSet::new();
         ids.iter()
             .filter(|id| seen.insert(id.as_str()))
@@ -243,6 +251,16 @@ fn check(e: &Experiment, file: &str) -> Result<()> {
         }
         if recipe.epochs == 0 {
             return fail(format!("recipe `{name}`: `epochs` must be at least 1"));
+        }
+        let backbones = || BACKBONES.iter().map(|b| b.name());
+        if !backbones().any(|b| b == recipe.backbone) {
+            let near = nearest(&recipe.backbone, backbones())
+                .map(|n| format!("; did you mean `{n}`?"))
+                .unwrap_or_default();
+            return fail(format!(
+                "recipe `{name}`: there is no backbone `{}`{near}",
+                recipe.backbone
+            ));
         }
         let grid = e.rates.get(name).map_or(&[][..], |r| r.grid.as_slice());
         if trains && grid.is_empty() {

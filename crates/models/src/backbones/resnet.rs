@@ -64,8 +64,14 @@ impl BackboneEntry for Entry {
 
     fn about(&self) -> &'static str {
         match self.kind {
-            Kind::Basic => "residual network of basic blocks; 224x224 images to 7x7x512",
-            Kind::Bottleneck => "residual network of bottlenecks; 224x224 images to 7x7x2048",
+            Kind::Basic => {
+                "residual network of basic blocks; 224x224 images to 7x7x512; options last_stride (2 or \
+                 1), reduction (to so many channels)"
+            }
+            Kind::Bottleneck => {
+                "residual network of bottlenecks; 224x224 images to 7x7x2048; options last_stride (2 or \
+                 1), reduction (to so many channels)"
+            }
         }
     }
 
