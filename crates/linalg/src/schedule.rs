@@ -53,11 +53,11 @@ pub enum Schedule {
     Given(Vec<[f64; 3]>),
 }
 
-/// Steps that a schedule may have; more only grow the null space (by `c₀` a step, 1.5 for
-/// Newton–Schulz) beyond f32.
-const MOST: usize = 60;
-
 impl Schedule {
+    /// Steps that a schedule may have; more only grow the null space (by `c₀` a step, 1.5 for
+    /// Newton–Schulz) beyond f32.
+    pub const MOST_STEPS: usize = 60;
+
     /// The polynomial of each step.
     ///
     /// # Errors
@@ -65,7 +65,7 @@ impl Schedule {
     /// coefficients that are not finite.
     pub fn coefficients(&self) -> Result<Vec<Polynomial>> {
         let count = |option, steps: usize| {
-            if (1..=MOST).contains(&steps) {
+            if (1..=Self::MOST_STEPS).contains(&steps) {
                 Ok(steps)
             } else {
                 Err(out_of_range(option, steps, "1 to 60 steps"))

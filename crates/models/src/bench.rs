@@ -119,7 +119,7 @@ const CONVOLUTIONS: [ConvCase; 5] = [
 ];
 
 /// Times the ops of a ResNet at its shapes (a row each: five convolutions, batch norm with ReLU,
-/// max-pooling) through candle's tape, as a training step does. `budget` is shared among them.
+/// max-pooling) on plain maps through candle's tape; past its stem a ResNet runs on blocked ones. `budget` is shared among them.
 ///
 /// # Errors
 /// Those of the ops.

@@ -7,6 +7,7 @@ use super::{
     Experiment, FigureKind, HeadName, Measure, Row, check_decomposition_size, check_size, embedded,
 };
 use crate::error::{Error, Result, nearest};
+use isqrt_linalg::Schedule;
 use isqrt_models::BACKBONES;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -336,9 +337,6 @@ fn check_sizes(e: &Experiment, row: &Row) -> std::result::Result<(), String> {
     Ok(())
 }
 
-/// Steps that a schedule may have, as in `isqrt-linalg`.
-const MOST_STEPS: usize = 60;
-
 fn check_row(row: &Row) -> std::result::Result<(), String> {
     if row.measures.is_empty() {
         return match row.not_run {
@@ -361,11 +359,10 @@ fn check_row(row: &Row) -> std::result::Result<(), String> {
             "`decomposition-time` needs head `eig`, `svd`, or `isqrt` with `iterations = 5`".into(),
         );
     }
-    let over = |steps: Option<usize>| steps.is_some_and(|s| s > MOST_STEPS);
+    let most = Schedule::MOST_STEPS;
+    let over = |steps: Option<usize>| steps.is_some_and(|s| s > most);
     if over(head.iterations) || over(head.steps) {
-        return Err(format!(
-            "`iterations` and `steps` must be at most {MOST_STEPS}"
-        ));
+        return Err(format!("`iterations` and `steps` must be at most {most}"));
     }
     match head.name {
         HeadName::Isqrt => match (head.iterations, head.schedule) {

@@ -1,6 +1,7 @@
 //! Networks from images to feature maps, and their registry.
 
 mod e10net;
+mod reduction;
 mod residual;
 mod resnet;
 mod tinyresnet;

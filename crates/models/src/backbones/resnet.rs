@@ -11,6 +11,7 @@ use isqrt_nn::ops::{self, Window, can_block, max_pool2d, unblock};
 use isqrt_nn::{Mode, Scope};
 use serde::Deserialize;
 
+use super::reduction::reduce;
 use super::residual::Block;
 use super::{Backbone, BackboneEntry, Options};
 use crate::{Error, Result};
@@ -87,15 +88,11 @@ impl BackboneEntry for Entry {
             last_stride,
             reduction,
         } = options.read(self.name)?;
-        let wrong = |message: &str| Error::Options {
-            name: self.name.to_owned(),
-            message: message.to_owned(),
-        };
         if !(1..=2).contains(&last_stride) {
-            return Err(wrong("last_stride must be 1 or 2"));
-        }
-        if reduction == Some(0) {
-            return Err(wrong("reduction needs at least 1 channel"));
+            return Err(Error::Options {
+                name: self.name.to_owned(),
+                message: "last_stride must be 1 or 2".to_owned(),
+            });
         }
 
         let stem = ConvNorm::new(&mut scope, ("conv1", "bn1"), (3, 64), 7, 2, true)?;
@@ -118,12 +115,7 @@ impl BackboneEntry for Entry {
                 channels = outputs;
             }
         }
-        let mut reduce = None;
-        if let Some(reduced) = reduction {
-            let (names, shape) = (("layer_reduce", "layer_reduce_bn"), (channels, reduced));
-            reduce = Some(ConvNorm::new(&mut scope, names, shape, 1, 1, true)?);
-            channels = reduced;
-        }
+        let (reduce, channels) = reduce(self.name, &mut scope, channels, reduction)?;
         Ok(Box::new(ResNet {
             stem,
             blocks,

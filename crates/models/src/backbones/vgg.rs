@@ -12,8 +12,9 @@ use isqrt_nn::ops::{Conv, Window, max_pool2d, relu};
 use isqrt_nn::{Init, Mode, Scope};
 use serde::Deserialize;
 
+use super::reduction::reduce;
 use super::{Backbone, BackboneEntry, Options};
-use crate::{Error, Result};
+use crate::Result;
 
 pub(super) const VGG16: Entry = Entry {
     name: "vgg16",
@@ -74,12 +75,6 @@ impl BackboneEntry for Entry {
             last_pool,
             reduction,
         } = options.read(self.name)?;
-        if reduction == Some(0) {
-            return Err(Error::Options {
-                name: self.name.to_owned(),
-                message: "reduction needs at least 1 channel".to_owned(),
-            });
-        }
         let mut layers = Vec::new();
         let mut channels = 3;
         // torchvision counts every module: convolution, norm, ReLU, pooling.
@@ -101,12 +96,7 @@ impl BackboneEntry for Entry {
                 place += 1;
             }
         }
-        let mut reduce = None;
-        if let Some(reduced) = reduction {
-            let (names, shape) = (("layer_reduce", "layer_reduce_bn"), (channels, reduced));
-            reduce = Some(ConvNorm::new(&mut scope, names, shape, 1, 1, true)?);
-            channels = reduced;
-        }
+        let (reduce, channels) = reduce(self.name, &mut scope, channels, reduction)?;
         Ok(Box::new(Vgg {
             layers,
             reduce,

@@ -16,10 +16,10 @@ use std::borrow::Cow;
 
 use super::kernel::{Correlate, Gather, Isa, Lanes};
 use super::{dims, width};
+use crate::Result;
 use crate::element::{Unwritten, dispatch, read, values};
 use crate::error::shape_error;
 use crate::ops::{Conv, dims4};
-use crate::{Error, Result};
 
 /// Output pixels that share a pass over the weights: several small images together.
 const PIXELS: usize = 192;
@@ -63,13 +63,7 @@ impl Geometry {
         let [batch, panels, height, columns] = dims("conv2d", x)?;
         let [out, channels, kh, kw] = dims4("conv2d weight", weight)?;
         let Conv { stride, padding } = options;
-        if stride == 0 {
-            return Err(Error::Option {
-                what: "convolution stride",
-                value: "0".to_owned(),
-                expected: "at least 1",
-            });
-        }
+        options.check()?;
         let fits = height + 2 * padding >= kh && columns + 2 * padding >= kw;
         let lanes = width(x.dtype()).unwrap_or(1);
         if panels * lanes != channels || out % lanes != 0 || !fits {

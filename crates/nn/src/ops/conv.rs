@@ -37,6 +37,19 @@ impl Default for Conv {
     }
 }
 
+impl Conv {
+    pub(crate) fn check(self) -> Result<()> {
+        if self.stride > 0 {
+            return Ok(());
+        }
+        Err(Error::Option {
+            what: "convolution stride",
+            value: "0".to_owned(),
+            expected: "at least 1",
+        })
+    }
+}
+
 /// Convolution of `x` with `weight`.
 ///
 /// # Shapes
@@ -74,13 +87,7 @@ impl Geometry {
         let [batch, channels, height, width] = dims4("conv2d", x)?;
         let [out, expected, kh, kw] = dims4("conv2d weight", weight)?;
         let Conv { stride, padding } = options;
-        if stride == 0 {
-            return Err(Error::Option {
-                what: "convolution stride",
-                value: "0".to_owned(),
-                expected: "at least 1",
-            });
-        }
+        options.check()?;
         if expected != channels || height + 2 * padding < kh || width + 2 * padding < kw {
             return shape_error(
                 "conv2d",
