@@ -35,6 +35,19 @@ WINDOWS = [
 # size, alpha, beta, k
 NORMS = [(5, 1e-4, 0.75, 1.0), (5, 2.5, 0.75, 2.0), (4, 0.5, 0.5, 1.5), (1, 1.0, 1.0, 0.5), (20, 3.0, 0.75, 1.0)]
 
+# x, weight, stride, padding, dilation, groups, bias; the Rust side reads the options from the name.
+CONVOLUTIONS = [
+    ((2, 3, 9, 8), (4, 3, 3, 3), (1, 1), (1, 1), (1, 1), 1, False),
+    ((2, 3, 9, 8), (4, 3, 7, 7), (2, 2), (3, 3), (1, 1), 1, True),
+    ((2, 3, 9, 8), (4, 3, 1, 1), (2, 1), (0, 0), (1, 1), 1, True),
+    ((2, 3, 9, 8), (4, 3, 3, 2), (1, 2), (4, 1), (2, 3), 1, True),
+    ((2, 4, 6, 7), (6, 2, 3, 3), (2, 2), (1, 1), (1, 1), 2, True),
+    ((2, 4, 6, 7), (8, 1, 3, 3), (1, 1), (2, 2), (2, 2), 4, False),
+    ((2, 16, 5, 6), (16, 16, 3, 3), (1, 1), (1, 1), (1, 1), 1, True),
+    ((1, 16, 6, 7), (32, 16, 3, 3), (2, 2), (2, 2), (2, 2), 1, False),
+    ((1, 32, 5, 6), (32, 16, 3, 1), (1, 2), (1, 0), (1, 1), 2, True),
+]
+
 
 def pooling(record):
     x = torch.randn(2, 2, 8, 7)
@@ -47,6 +60,23 @@ def pooling(record):
                 x,
                 lambda x: F.avg_pool2d(x, kernel, stride, padding, ceil_mode=ceil, count_include_pad=include),
             )
+
+
+def convolutions(tensors):
+    for shape, weight, stride, padding, dilation, groups, biased in CONVOLUTIONS:
+        inputs = [torch.randn(shape), torch.randn(weight)] + [torch.randn(weight[0])] * biased
+        inputs = [t.requires_grad_(True) for t in inputs]
+        bias = inputs[2] if biased else None
+        y = F.conv2d(inputs[0], inputs[1], bias, stride, padding, dilation, groups)
+        g = torch.randn_like(y)
+        options = (*shape, *weight, *stride, *padding, *dilation, groups)
+        name = "conv2d." + "-".join(str(v) for v in options)
+        gradients = torch.autograd.grad(y, inputs, g)
+        keys = ("x", "w", "b")
+        for key, value in {"y": y, "g": g, **dict(zip(keys, inputs))}.items():
+            tensors[f"{name}.{key}"] = value.detach().contiguous()
+        for key, value in zip(keys, gradients):
+            tensors[f"{name}.d{key}"] = value.contiguous()
 
 
 def norms(record):
@@ -194,6 +224,7 @@ def main():
     optimisers(tensors)
     schedule_factors(tensors)
     initialisers(tensors)
+    convolutions(tensors)
 
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(HERE.read_bytes()).hexdigest()

@@ -128,17 +128,14 @@ pub fn ops(batch: usize, budget: Duration) -> Result<Vec<OpTiming>> {
     let share = budget / (CONVOLUTIONS.len() as u32 + 2);
     let mut rows = Vec::new();
     for (name, (inputs, outputs), side, kernel, stride) in CONVOLUTIONS {
-        let options = Conv {
-            stride,
-            padding: kernel / 2,
-        };
+        let options = Conv::new(stride, kernel / 2);
         let x = Var::from_tensor(&random("x", &[batch, inputs, side, side])?)?;
         let weight = random("weight", &[outputs, inputs, kernel, kernel])?;
         let weight = Var::from_tensor(&weight)?;
         let fixed = x.as_detached_tensor();
         let [forward_ms, backward_ms, dx_ms, dw_ms] = medians(share, || {
-            let (forward, backward) = pass(|| conv2d(&x, &weight, options))?;
-            let (_, dw) = pass(|| conv2d(&fixed, &weight, options))?;
+            let (forward, backward) = pass(|| conv2d(&x, &weight, None, options))?;
+            let (_, dw) = pass(|| conv2d(&fixed, &weight, None, options))?;
             Ok([forward, backward, backward - dw, dw])
         })?;
         let pixels = side.div_ceil(stride).pow(2);

@@ -3,32 +3,77 @@
 
 use candle_core::Tensor;
 
+use crate::error::shape_error;
 use crate::ops::{self, BatchNorm as Norm, Conv, MaskKey};
 use crate::vars::Source;
 use crate::{Error, Init, Mode, Result, Scope};
 
-/// A convolution without bias.
+/// A convolution with a square kernel, without or with bias.
 #[derive(Debug, Clone)]
 pub struct Conv2d {
     weight: Tensor,
+    bias: Option<Tensor>,
     options: Conv,
 }
 
 impl Conv2d {
-    /// A square kernel with Kaiming fan-out initial weights; parameter `weight`.
+    /// Kaiming fan-out initial weights, no bias; parameter `weight`.
     ///
     /// # Errors
-    /// [`crate::Error::Duplicate`] where the scope has a `weight` already.
+    /// As [`with_bias`](Self::with_bias).
     pub fn new(
-        mut scope: Scope<'_>,
+        scope: Scope<'_>,
         inputs: usize,
         outputs: usize,
         kernel: usize,
         options: Conv,
     ) -> Result<Self> {
-        let shape = [outputs, inputs, kernel, kernel];
-        let weight = scope.parameter("weight", &shape, Init::KaimingFanOut)?;
-        Ok(Self { weight, options })
+        Self::build(
+            scope,
+            (inputs, outputs),
+            kernel,
+            options,
+            (Init::KaimingFanOut, None),
+        )
+    }
+
+    /// As given by `init`: weights, bias; parameters `weight`, `bias`.
+    ///
+    /// # Errors
+    /// [`Error::Duplicate`] where the scope has such names already, [`Error::Shape`] for channels
+    /// that cannot be shared out among the groups.
+    pub fn with_bias(
+        scope: Scope<'_>,
+        channels: (usize, usize),
+        kernel: usize,
+        options: Conv,
+        init: (Init, Init),
+    ) -> Result<Self> {
+        Self::build(scope, channels, kernel, options, (init.0, Some(init.1)))
+    }
+
+    fn build(
+        mut scope: Scope<'_>,
+        (inputs, outputs): (usize, usize),
+        kernel: usize,
+        options: Conv,
+        (weight, bias): (Init, Option<Init>),
+    ) -> Result<Self> {
+        let groups = options.groups.max(1);
+        if inputs % groups != 0 || outputs % groups != 0 {
+            return shape_error(
+                "conv2d",
+                format!("{inputs} to {outputs} channels cannot be shared among {groups} groups"),
+            );
+        }
+        let shape = [outputs, inputs / groups, kernel, kernel];
+        let weight = scope.parameter("weight", &shape, weight)?;
+        let bias = bias.map(|init| scope.parameter("bias", &[outputs], init));
+        Ok(Self {
+            weight,
+            bias: bias.transpose()?,
+            options,
+        })
     }
 
     /// See [`ops::conv2d`].
@@ -36,7 +81,7 @@ impl Conv2d {
     /// # Errors
     /// As there.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::conv2d(x, &self.weight, self.options)
+        ops::conv2d(x, &self.weight, self.bias.as_ref(), self.options)
     }
 }
 
@@ -98,14 +143,17 @@ impl ConvNorm {
         stride: usize,
         relu: bool,
     ) -> Result<Self> {
-        let options = Conv {
-            stride,
-            padding: kernel / 2,
-        };
+        let options = Conv::new(stride, kernel / 2);
         Ok(Self {
             conv: Conv2d::new(scope.sub(names.0), inputs, outputs, kernel, options)?,
             norm: BatchNorm2d::new(scope.sub(names.1), outputs, relu)?,
         })
+    }
+
+    /// Channels of the result.
+    #[must_use]
+    pub fn outputs(&self) -> usize {
+        self.conv.weight.dims()[0]
     }
 
     /// Convolution, normalisation, ReLU.

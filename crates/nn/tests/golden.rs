@@ -3,7 +3,8 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use isqrt_nn::ops::{
-    LocalResponseNorm, Pool, avg_pool2d, cross_entropy, local_response_norm, max_pool2d,
+    Conv, LocalResponseNorm, Pool, avg_pool2d, block, can_block, conv2d, cross_entropy,
+    local_response_norm, max_pool2d, unblock,
 };
 use isqrt_nn::{
     AdamW, AdamWConfig, Decay, Ema, Init, Optimizer, ParamGroup, Result, Schedule, Sgd, SgdConfig,
@@ -38,6 +39,67 @@ fn agrees(op: &str, cases: usize, layer: impl Fn(&Tensor, &[f64]) -> Result<Tens
             let loss = (y * g).unwrap().sum_all().unwrap();
             let dx = loss.backward().unwrap().remove(&x).unwrap();
             assert_close!(dx, *tensor("dx"), rtol = tolerance, atol = tolerance);
+        }
+    }
+}
+
+#[test]
+fn conv2d_agrees_with_pytorch() {
+    let golden = golden();
+    let names = golden.names().filter_map(|n| n.strip_suffix(".y"));
+    let names: Vec<&str> = names.filter(|n| n.starts_with("conv2d.")).collect();
+    assert_eq!(names.len(), 9);
+    let (f64s, f32s) = ((DType::F64, 1e-12), (DType::F32, 1e-5));
+    for (name, (dtype, tolerance)) in names.iter().flat_map(|&n| [(n, f64s), (n, f32s)]) {
+        let options = name["conv2d.".len()..].split('-');
+        let o: Vec<usize> = options.map(|v| v.parse().unwrap()).collect();
+        let options = Conv {
+            stride: (o[8], o[9]),
+            padding: (o[10], o[11]),
+            dilation: (o[12], o[13]),
+            groups: o[14],
+            relu: false,
+        };
+        let tensor = |key: &str| {
+            let name = format!("{name}.{key}");
+            golden
+                .names()
+                .any(|n| n == name)
+                .then(|| golden[name.as_str()].to_dtype(dtype).unwrap())
+        };
+        let var = |key| tensor(key).map(|t| Var::from_tensor(&t).unwrap());
+        let (x, w, b) = (var("x").unwrap(), var("w").unwrap(), var("b"));
+        for blocked in [false, true] {
+            if blocked && !(can_block(o[1], dtype) && can_block(o[4], dtype)) {
+                continue;
+            }
+            let maps = if blocked {
+                block(&x).unwrap()
+            } else {
+                x.as_tensor().clone()
+            };
+            let y = conv2d(&maps, &w, b.as_deref(), options).unwrap();
+            let y = if blocked { unblock(&y).unwrap() } else { y };
+            let close = |found: &Tensor, key: &str| {
+                let known = tensor(key).unwrap();
+                let scale = known
+                    .abs()
+                    .unwrap()
+                    .max_all()
+                    .unwrap()
+                    .to_dtype(DType::F64)
+                    .unwrap();
+                let atol = tolerance * scale.to_scalar::<f64>().unwrap();
+                assert_close!(found, &known, rtol = 0.0, atol = atol);
+            };
+            close(&y, "y");
+            let loss = (&y * tensor("g").unwrap()).unwrap().sum_all().unwrap();
+            let gradients = loss.backward().unwrap();
+            close(gradients.get(&x).unwrap(), "dx");
+            close(gradients.get(&w).unwrap(), "dw");
+            if let Some(b) = &b {
+                close(gradients.get(b).unwrap(), "db");
+            }
         }
     }
 }

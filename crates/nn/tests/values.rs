@@ -30,13 +30,21 @@ fn conv2d_agrees_with_candle_in_both_types() {
             random(&[5, 4, kernel, kernel], 2),
         );
         let expected = x.conv2d(&w, padding, stride, 1, 1).unwrap();
-        let options = Conv { stride, padding };
-        assert_close!(conv2d(&x, &w, options).unwrap(), expected, atol = 1e-12);
+        let options = Conv::new(stride, padding);
+        assert_close!(
+            conv2d(&x, &w, None, options).unwrap(),
+            expected,
+            atol = 1e-12
+        );
         let (x, w) = (
             x.to_dtype(DType::F32).unwrap(),
             w.to_dtype(DType::F32).unwrap(),
         );
-        assert_close!(conv2d(&x, &w, options).unwrap(), expected, atol = 1e-4);
+        assert_close!(
+            conv2d(&x, &w, None, options).unwrap(),
+            expected,
+            atol = 1e-4
+        );
     }
 }
 
@@ -357,15 +365,7 @@ fn results_do_not_depend_on_threads() {
             .unwrap();
         pool.install(|| {
             let w = Var::from_tensor(&w).unwrap();
-            let y = conv2d(
-                &x,
-                &w,
-                Conv {
-                    stride: 1,
-                    padding: 1,
-                },
-            )
-            .unwrap();
+            let y = conv2d(&x, &w, None, Conv::new(1, 1)).unwrap();
             let buffers = || Buffer::new(one.clone());
             let norm = BatchNorm {
                 running_mean: buffers(),
@@ -409,10 +409,7 @@ fn blocked_ops_do_not_depend_on_threads() {
     let x = randn(&[5, 16, 9, 9], 1, DType::F32).unwrap();
     let w = randn(&[48, 16, 3, 3], 2, DType::F32).unwrap();
     let one = Tensor::ones(48, DType::F32, &Device::Cpu).unwrap();
-    let options = Conv {
-        stride: 1,
-        padding: 1,
-    };
+    let options = Conv::new(1, 1);
     let window = Window {
         kernel: 3,
         stride: 2,
@@ -452,24 +449,22 @@ fn mistakes_are_named() {
     let told = |result: isqrt_nn::Result<Tensor>| result.unwrap_err().to_string();
     let x = random(&[2, 3, 4, 4], 1);
     let w = |shape: &[usize]| random(shape, 2);
-    let message = told(conv2d(&x, &w(&[2, 4, 3, 3]), Conv::default()));
+    let message = told(conv2d(&x, &w(&[2, 4, 3, 3]), None, Conv::default()));
     assert!(
         message.contains("[2, 4, 3, 3]") && message.contains("[2, 3, 4, 4]"),
         "{message}"
     );
-    assert!(told(conv2d(&x, &w(&[2, 3, 5, 5]), Conv::default())).contains("does not fit"));
+    assert!(told(conv2d(&x, &w(&[2, 3, 5, 5]), None, Conv::default())).contains("does not fit"));
+    assert!(told(conv2d(&x, &w(&[2, 3, 1, 1]), None, Conv::new(0, 0))).contains("stride"));
     assert!(
         told(conv2d(
-            &x,
+            &w(&[2, 2]),
             &w(&[2, 3, 1, 1]),
-            Conv {
-                stride: 0,
-                padding: 0
-            }
+            None,
+            Conv::default()
         ))
-        .contains("stride")
+        .contains("height")
     );
-    assert!(told(conv2d(&w(&[2, 2]), &w(&[2, 3, 1, 1]), Conv::default())).contains("height"));
     let window = Window {
         kernel: 2,
         stride: 2,

@@ -86,6 +86,8 @@ pub trait Vector: Copy {
     unsafe fn fma(self, a: Self, b: Self) -> Self;
     /// `self * other`
     unsafe fn mul(self, other: Self) -> Self;
+    /// `max(self, 0)`; a NaN stays one.
+    unsafe fn relu(self) -> Self;
     /// Stores `rows` as columns: `to[lane * stride + r] = rows[r][lane]`.
     #[inline(always)]
     unsafe fn store_transposed<const MR: usize>(
@@ -143,6 +145,11 @@ impl<T: Element> Vector for Quad<T> {
         }
         self
     }
+    #[inline(always)]
+    unsafe fn relu(self) -> Self {
+        let zero = T::default();
+        Self(self.0.map(|x| if x < zero { zero } else { x }))
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -152,7 +159,7 @@ mod x86 {
 
     macro_rules! vector {
         ($register:ty, $element:ty, $lanes:literal, $splat:ident, $load:ident, $store:ident,
-         $fma:ident, $mul:ident $(, $transpose:item)?) => {
+         $fma:ident, $mul:ident, $max:ident $(, $transpose:item)?) => {
             // SAFETY (all): the caller promises the instruction set and the pointers.
             impl Vector for $register {
                 type T = $element;
@@ -177,6 +184,11 @@ mod x86 {
                 unsafe fn mul(self, other: Self) -> Self {
                     unsafe { $mul(self, other) }
                 }
+                #[inline(always)]
+                unsafe fn relu(self) -> Self {
+                    // Of a NaN and a number the second operand is the result.
+                    unsafe { $max($splat(0.0), self) }
+                }
                 $($transpose)?
             }
         };
@@ -191,6 +203,7 @@ mod x86 {
         _mm512_storeu_ps,
         _mm512_fmadd_ps,
         _mm512_mul_ps,
+        _mm512_max_ps,
         /// 4x4 transposes inside the 128-bit lanes, then one 16-byte store a lane.
         #[inline(always)]
         unsafe fn store_transposed<const MR: usize>(
@@ -231,6 +244,7 @@ mod x86 {
         _mm256_storeu_ps,
         _mm256_fmadd_ps,
         _mm256_mul_ps,
+        _mm256_max_ps,
         #[inline(always)]
         unsafe fn store_transposed<const MR: usize>(
             rows: &[Self; MR],
@@ -286,7 +300,8 @@ mod x86 {
         _mm512_loadu_pd,
         _mm512_storeu_pd,
         _mm512_fmadd_pd,
-        _mm512_mul_pd
+        _mm512_mul_pd,
+        _mm512_max_pd
     );
     vector!(
         __m256d,
@@ -296,6 +311,7 @@ mod x86 {
         _mm256_loadu_pd,
         _mm256_storeu_pd,
         _mm256_fmadd_pd,
-        _mm256_mul_pd
+        _mm256_mul_pd,
+        _mm256_max_pd
     );
 }

@@ -7,11 +7,11 @@
 
 use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
-use isqrt_nn::ops::{self, Window, can_block, max_pool2d, unblock};
+use isqrt_nn::ops::{self, Window, max_pool2d};
 use isqrt_nn::{Mode, Scope};
 use serde::Deserialize;
 
-use super::reduction::reduce;
+use super::reduction::{leave_blocks, reduce};
 use super::residual::Block;
 use super::{Backbone, BackboneEntry, Options};
 use crate::{Error, Result};
@@ -145,13 +145,7 @@ impl Backbone for ResNet {
         for block in &self.blocks {
             x = block.forward(&x, mode)?;
         }
-        match &self.reduce {
-            Some(reduce) if can_block(self.channels, x.dtype()) => {
-                Ok(unblock(&reduce.forward(&x, mode)?)?)
-            }
-            Some(reduce) => Ok(reduce.forward(&unblock(&x)?, mode)?),
-            None => Ok(unblock(&x)?),
-        }
+        leave_blocks(&x, self.reduce.as_ref(), mode)
     }
 
     fn out_channels(&self) -> usize {

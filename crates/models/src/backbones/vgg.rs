@@ -8,11 +8,11 @@
 
 use candle_core::Tensor;
 use isqrt_nn::layers::{BatchNorm2d, Conv2d, ConvNorm};
-use isqrt_nn::ops::{Conv, Window, max_pool2d, relu};
+use isqrt_nn::ops::{Conv, Window, block, is_blocked, max_pool2d};
 use isqrt_nn::{Init, Mode, Scope};
 use serde::Deserialize;
 
-use super::reduction::reduce;
+use super::reduction::{leave_blocks, reduce};
 use super::{Backbone, BackboneEntry, Options};
 use crate::Result;
 
@@ -130,11 +130,12 @@ impl Backbone for Vgg {
                 Layer::Conv(conv) => conv.forward(&x, mode)?,
                 Layer::Pool => max_pool2d(&x, HALVE)?,
             };
+            // Blocked from the first convolution on: three input channels would fill no block.
+            if !is_blocked(&x) {
+                x = block(&x)?;
+            }
         }
-        match &self.reduce {
-            Some(reduce) => Ok(reduce.forward(&x, mode)?),
-            None => Ok(x),
-        }
+        leave_blocks(&x, self.reduce.as_ref(), mode)
     }
 
     fn out_channels(&self) -> usize {
@@ -146,7 +147,6 @@ impl Backbone for Vgg {
 /// nothing), the norm if there is one, and ReLU.
 struct BiasedConv {
     conv: Conv2d,
-    bias: Tensor,
     norm: Option<BatchNorm2d>,
 }
 
@@ -154,33 +154,27 @@ impl BiasedConv {
     fn new(
         scope: &mut Scope<'_>,
         place: usize,
-        (inputs, outputs): (usize, usize),
+        channels: (usize, usize),
         norm: bool,
     ) -> Result<Self> {
         let options = Conv {
-            stride: 1,
-            padding: 1,
+            relu: !norm,
+            ..Conv::new(1, 1)
         };
-        let conv = Conv2d::new(scope.sub(place), inputs, outputs, 3, options)?;
-        let zero = Init::Constant(0.0);
-        let bias = scope.sub(place).parameter("bias", &[outputs], zero)?;
+        let init = (Init::KaimingFanOut, Init::Constant(0.0));
+        let conv = Conv2d::with_bias(scope.sub(place), channels, 3, options, init)?;
         let mut after = None;
         if norm {
-            after = Some(BatchNorm2d::new(scope.sub(place + 1), outputs, true)?);
+            after = Some(BatchNorm2d::new(scope.sub(place + 1), channels.1, true)?);
         }
-        Ok(Self {
-            conv,
-            bias,
-            norm: after,
-        })
+        Ok(Self { conv, norm: after })
     }
 
     fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
         let y = self.conv.forward(x)?;
-        let y = y.broadcast_add(&self.bias.reshape((1, (), 1, 1))?)?;
         match &self.norm {
             Some(norm) => Ok(norm.forward(&y, mode)?),
-            None => Ok(relu(&y)?),
+            None => Ok(y),
         }
     }
 }

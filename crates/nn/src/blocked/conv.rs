@@ -2,52 +2,21 @@
 //!
 //! Forward, an output pixel is the sum over taps and panels of 16 channels times 16 rows of
 //! weights ([`Gather`]). The gradient of the input is the same sum with the weights transposed:
-//! an input pixel `y` with `(y + padding) mod stride = r` meets the taps `r, r + stride, …` at
-//! output rows `(y + padding) / stride - t`, so each of the `stride²` phases is such a sum. The
-//! gradient of the weights runs over the pixels ([`Correlate`]); there each thread owns weights,
-//! so nothing is added up between threads. Weights are packed into blocks once a call.
+//! an input pixel `y` with `(y + padding) mod stride = r` meets the taps `k` with
+//! `k·dilation mod stride = r` at output rows `(y + padding) / stride - k·dilation / stride`, so
+//! each phase `r` is such a sum. The gradient of the weights runs over the pixels ([`Correlate`]);
+//! there each thread owns weights, so nothing is added up between threads. Weights are packed into
+//! blocks once a call.
 
-use candle_core::{
-    CpuStorage, CustomOp2, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
-};
-use isqrt_linalg::Kernel;
 use rayon::prelude::*;
 use std::borrow::Cow;
 
 use super::kernel::{Correlate, Gather, Isa, Lanes};
-use super::{dims, width};
-use crate::Result;
-use crate::element::{Unwritten, dispatch, read, values};
-use crate::error::shape_error;
-use crate::ops::{Conv, dims4};
+use crate::element::Unwritten;
+use crate::ops::ConvShapes as Shapes;
 
 /// Output pixels that share a pass over the weights: several small images together.
 const PIXELS: usize = 192;
-
-/// As [`crate::ops::conv2d`] for blocked `x`; the output is blocked.
-pub(crate) fn conv2d(x: &Tensor, weight: &Tensor, options: Conv) -> Result<Tensor> {
-    let geometry = Geometry::new(x, weight, options)?;
-    Ok(x.contiguous()?.apply_op2(
-        &weight.contiguous()?,
-        Op {
-            geometry,
-            kernel: Kernel::Auto,
-        },
-    )?)
-}
-
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Geometry {
-    pub batch: usize,
-    /// Panels of channels in and out.
-    pub panels: (usize, usize),
-    input: (usize, usize),
-    pub output: (usize, usize),
-    kernel: (usize, usize),
-    stride: usize,
-    padding: usize,
-    pub width: usize,
-}
 
 /// A map with zeros around it.
 #[derive(Debug, Clone, Copy)]
@@ -58,135 +27,154 @@ struct Padded {
     left: usize,
 }
 
-impl Geometry {
-    pub(super) fn new(x: &Tensor, weight: &Tensor, options: Conv) -> Result<Self> {
-        let [batch, panels, height, columns] = dims("conv2d", x)?;
-        let [out, channels, kh, kw] = dims4("conv2d weight", weight)?;
-        let Conv { stride, padding } = options;
-        options.check()?;
-        let fits = height + 2 * padding >= kh && columns + 2 * padding >= kw;
-        let lanes = width(x.dtype()).unwrap_or(1);
-        if panels * lanes != channels || out % lanes != 0 || !fits {
-            return shape_error(
-                "conv2d",
-                format!(
-                    "weight {:?} with padding {padding} does not fit blocked input {:?} (output \
-                     channels come in blocks of {lanes} too)",
-                    weight.dims(),
-                    x.dims()
-                ),
-            );
-        }
-        let side = |side: usize, kernel| (side + 2 * padding - kernel) / stride + 1;
-        Ok(Self {
-            batch,
-            panels: (panels, out / lanes),
-            input: (height, columns),
-            output: (side(height, kh), side(columns, kw)),
-            kernel: (kh, kw),
-            stride,
-            padding,
-            width: lanes,
-        })
+impl Padded {
+    /// Pixels of a plane.
+    fn plane(self) -> usize {
+        self.height * self.width
+    }
+}
+
+impl Shapes {
+    /// Panels of channels in and out, of each group.
+    fn panels(&self) -> (usize, usize) {
+        let width = self.lanes * self.groups;
+        (self.channels.0 / width, self.channels.1 / width)
     }
 
-    /// Of the output, as a tensor.
-    pub(super) fn shape(&self) -> Shape {
-        let (height, columns) = self.output;
-        Shape::from((self.batch, self.panels.1, height, columns, self.width))
+    fn input(&self) -> (usize, usize) {
+        (self.rows.input, self.columns.input)
     }
 
-    fn taps(&self) -> usize {
-        self.kernel.0 * self.kernel.1
+    fn output(&self) -> (usize, usize) {
+        (self.rows.output, self.columns.output)
     }
 
+    /// The input with its padding.
     fn source(&self) -> Padded {
-        let p = self.padding;
         Padded {
-            height: self.input.0 + 2 * p,
-            width: self.input.1 + 2 * p,
-            top: p,
-            left: p,
+            height: self.rows.input + 2 * self.rows.padding,
+            width: self.columns.input + 2 * self.columns.padding,
+            top: self.rows.padding,
+            left: self.columns.padding,
         }
     }
 
-    pub(super) fn forward<T: Lanes>(&self, x: &[T], weight: &[T], isa: &Isa<T>) -> Vec<T> {
-        let source = self.source();
-        let x = pad(x, self.input, source);
-        let (inputs, outputs) = self.panels;
-        let weight = pack(weight, (outputs, inputs, self.taps()), false);
-        let (w, s) = (self.width, self.stride);
-        let mut pixels = Vec::with_capacity(self.output.0 * self.output.1);
-        for y in 0..self.output.0 {
-            for x in 0..self.output.1 {
-                let place = (y * self.output.1 + x) * w;
-                pixels.push(((y * s * source.width + x * s) * w, place));
-            }
-        }
-        let mut blocks = Vec::with_capacity(inputs * self.taps());
-        for panel in 0..inputs {
-            for tap in 0..self.taps() {
-                let (ky, kx) = (tap / self.kernel.1, tap % self.kernel.1);
-                let at = panel * source.height * source.width + ky * source.width + kx;
-                blocks.push((at * w, (panel * self.taps() + tap) * w * w));
-            }
-        }
-        let mut y = Unwritten::new(self.batch * outputs * w * self.output.0 * self.output.1);
-        Pass {
-            x: &x,
-            x_image: inputs * source.height * source.width * w,
-            weight: &weight,
-            weight_panel: inputs * self.taps() * w * w,
-            y_panel: self.output.0 * self.output.1 * w,
-            y_panels: outputs,
-            batch: self.batch,
-        }
-        .run(y.places(), &pixels, &blocks, isa);
-        // SAFETY: every panel of every image has every output pixel as a row of a tile.
-        unsafe { y.written() }
+    /// For each tap where it is in the padded input, in pixels.
+    fn tap_places(&self) -> Vec<usize> {
+        let width = self.source().width;
+        let row = |ky: usize| ky * self.rows.dilation * width;
+        let column = |kx: usize| kx * self.columns.dilation;
+        let taps = |ky| (0..self.columns.kernel).map(move |kx| row(ky) + column(kx));
+        (0..self.rows.kernel).flat_map(taps).collect()
     }
+}
 
-    pub(super) fn input_gradient<T: Lanes>(&self, dy: &[T], weight: &[T], isa: &Isa<T>) -> Vec<T> {
-        let ((inputs, outputs), (w, s)) = (self.panels, (self.width, self.stride));
-        // Input row y meets output row (y + padding) / stride - t, for t up to `reach`.
-        let reach = ((self.kernel.0 - 1) / s, (self.kernel.1 - 1) / s);
-        let most = |side: usize| (side - 1 + self.padding) / s + 1;
-        let source = Padded {
-            height: (most(self.input.0).max(self.output.0)) + reach.0,
-            width: (most(self.input.1).max(self.output.1)) + reach.1,
-            top: reach.0,
-            left: reach.1,
-        };
-        let dy = pad(dy, self.output, source);
-        let weight = pack(weight, (outputs, inputs, self.taps()), true);
-        let mut dx = Unwritten::new(self.batch * inputs * w * self.input.0 * self.input.1);
-        let pass = Pass {
-            x: &dy,
-            x_image: outputs * source.height * source.width * w,
-            weight: &weight,
-            weight_panel: outputs * self.taps() * w * w,
-            y_panel: self.input.0 * self.input.1 * w,
-            y_panels: inputs,
-            batch: self.batch,
-        };
-        for phase in 0..s * s {
-            let phase = (phase / s, phase % s);
+/// See [`Shapes::forward`].
+pub(crate) fn forward<T: Lanes>(
+    shapes: &Shapes,
+    x: &[T],
+    weight: &[T],
+    (bias, relu): (Option<&[T]>, bool),
+    isa: &Isa<T>,
+) -> Vec<T> {
+    let source = shapes.source();
+    let x = pad(x, shapes.input(), source);
+    let (inputs, outputs) = shapes.panels();
+    let taps = shapes.tap_places();
+    let block = T::WIDTH * T::WIDTH;
+    let weight = pack(shapes, weight, false);
+    let mut pixels = Vec::with_capacity(shapes.pixels());
+    for y in 0..shapes.rows.output {
+        for x in 0..shapes.columns.output {
+            let from = y * shapes.rows.stride * source.width + x * shapes.columns.stride;
+            pixels.push((from * T::WIDTH, pixels.len() * T::WIDTH));
+        }
+    }
+    let mut blocks = Vec::with_capacity(inputs * taps.len());
+    for panel in 0..inputs {
+        for tap in &taps {
+            let from = panel * source.plane() + tap;
+            blocks.push((from * T::WIDTH, blocks.len() * block));
+        }
+    }
+    let mut y = Unwritten::new(shapes.batch * shapes.channels.1 * shapes.pixels());
+    Pass {
+        x: &x,
+        x_group: inputs * source.plane() * T::WIDTH,
+        weight: &weight,
+        weight_panel: inputs * taps.len() * block,
+        y_panel: shapes.pixels() * T::WIDTH,
+        y_panels: outputs,
+        groups: shapes.groups,
+        batch: shapes.batch,
+        bias,
+        relu,
+    }
+    .run(y.places(), &pixels, &blocks, isa);
+    // SAFETY: every panel of every image has every output pixel as a row of a tile.
+    unsafe { y.written() }
+}
+
+/// The gradient of the input.
+pub(crate) fn input_gradient<T: Lanes>(
+    shapes: &Shapes,
+    dy: &[T],
+    weight: &[T],
+    isa: &Isa<T>,
+) -> Vec<T> {
+    let Shapes { rows, columns, .. } = *shapes;
+    let (inputs, outputs) = shapes.panels();
+    // Input row y meets output row (y + padding) / stride - t, for t up to `reach`.
+    let reach = (rows.reach() / rows.stride, columns.reach() / columns.stride);
+    let most = |axis: crate::ops::ConvAxis| (axis.input - 1 + axis.padding) / axis.stride + 1;
+    let source = Padded {
+        height: most(rows).max(rows.output) + reach.0,
+        width: most(columns).max(columns.output) + reach.1,
+        top: reach.0,
+        left: reach.1,
+    };
+    let dy = pad(dy, shapes.output(), source);
+    let weight = pack(shapes, weight, true);
+    let block = T::WIDTH * T::WIDTH;
+    let pixels = rows.input * columns.input;
+    let mut dx = Unwritten::new(shapes.batch * shapes.channels.0 * pixels);
+    let pass = Pass {
+        x: &dy,
+        x_group: outputs * source.plane() * T::WIDTH,
+        weight: &weight,
+        weight_panel: outputs * shapes.taps() * block,
+        y_panel: pixels * T::WIDTH,
+        y_panels: inputs,
+        groups: shapes.groups,
+        batch: shapes.batch,
+        bias: None,
+        relu: false,
+    };
+    for a in 0..rows.stride {
+        for b in 0..columns.stride {
             let mut pixels = Vec::new();
-            for y in (0..self.input.0).filter(|y| (y + self.padding) % s == phase.0) {
-                for x in (0..self.input.1).filter(|x| (x + self.padding) % s == phase.1) {
-                    let (row, column) = ((y + self.padding) / s, (x + self.padding) / s);
-                    let from = (row * source.width + column) * w;
-                    pixels.push((from, (y * self.input.1 + x) * w));
+            for y in (0..rows.input).filter(|y| (y + rows.padding) % rows.stride == a) {
+                for x in (0..columns.input).filter(|x| (x + columns.padding) % columns.stride == b)
+                {
+                    let row = (y + rows.padding) / rows.stride;
+                    let column = (x + columns.padding) / columns.stride;
+                    let from = row * source.width + column;
+                    pixels.push((from * T::WIDTH, (y * columns.input + x) * T::WIDTH));
                 }
             }
             let mut blocks = Vec::new();
             for panel in 0..outputs {
-                for ky in (phase.0..self.kernel.0).step_by(s) {
-                    for kx in (phase.1..self.kernel.1).step_by(s) {
-                        let (row, column) = (reach.0 - ky / s, reach.1 - kx / s);
-                        let at = (panel * source.height + row) * source.width + column;
-                        let tap = ky * self.kernel.1 + kx;
-                        blocks.push((at * w, (panel * self.taps() + tap) * w * w));
+                for ky in (0..rows.kernel).filter(|ky| ky * rows.dilation % rows.stride == a) {
+                    let row = reach.0 - ky * rows.dilation / rows.stride;
+                    for kx in 0..columns.kernel {
+                        let at = kx * columns.dilation;
+                        if at % columns.stride != b {
+                            continue;
+                        }
+                        let column = reach.1 - at / columns.stride;
+                        let from = panel * source.plane() + row * source.width + column;
+                        let tap = panel * shapes.taps() + ky * columns.kernel + kx;
+                        blocks.push((from * T::WIDTH, tap * block));
                     }
                 }
             }
@@ -194,73 +182,94 @@ impl Geometry {
                 pass.run(dx.places(), &pixels, &blocks, isa);
             }
         }
-        // SAFETY: the phases together have every input pixel, and each was written.
-        unsafe { dx.written() }
     }
+    // SAFETY: the phases together have every input pixel, and each was written.
+    unsafe { dx.written() }
+}
 
-    pub(super) fn weight_gradient<T: Lanes>(&self, x: &[T], dy: &[T], isa: &Isa<T>) -> Vec<T> {
-        let ((inputs, outputs), (w, s)) = (self.panels, (self.width, self.stride));
-        let source = self.source();
-        let x = pad(x, self.input, source);
-        // At stride 1 all rows of an image are one run, if the output has the source's width;
-        // its extra columns are zeros, so the finite numbers that they meet count nothing.
-        let line = if s == 1 { source.width } else { self.output.1 };
-        let target = Padded {
-            height: self.output.0,
-            width: line,
-            top: 0,
-            left: 0,
-        };
-        let dy = pad(dy, self.output, target);
-        let x_panel = source.height * source.width * w;
-        let dy_panel = self.output.0 * line * w;
-        let (runs, length) = if s == 1 {
-            let of_image = |i: usize| (i * inputs * x_panel, i * outputs * dy_panel);
-            let runs: Vec<_> = (0..self.batch).map(of_image).collect();
-            (runs, (self.output.0 - 1) * line + self.output.1)
-        } else {
-            let mut runs = Vec::new();
-            for image in 0..self.batch {
-                for row in 0..self.output.0 {
-                    let from = image * inputs * x_panel + row * s * source.width * w;
-                    runs.push((from, image * outputs * dy_panel + row * line * w));
-                }
-            }
-            (runs, self.output.1)
-        };
-        let jobs = pieces(&runs, length, s * w, w);
-        let mut dw = vec![T::ZERO; inputs * outputs * self.taps() * w * w];
-        // Panels of outputs that go together lie beside each other: [outputs][inputs][taps].
-        let block = self.taps() * w * w;
-        let groups = outputs.div_ceil(isa.panels);
-        let place = Shared(dw.as_mut_ptr());
-        (0..inputs * groups).into_par_iter().for_each(|task| {
-            let (panel, first) = (task / groups, task % groups * isa.panels);
-            let panels = isa.panels.min(outputs - first);
-            let dw = place.at((first * inputs + panel) * block);
-            for (runs, count) in &jobs {
-                for tap in 0..self.taps() {
-                    let (ky, kx) = (tap / self.kernel.1, tap % self.kernel.1);
-                    let at = panel * x_panel + (ky * source.width + kx) * w;
-                    let job = Correlate {
-                        x: x[at..].as_ptr(),
-                        dy: dy[first * dy_panel..].as_ptr(),
-                        dw: dw.wrapping_add(tap * w * w),
-                        runs,
-                        count: *count,
-                        step: s * w,
-                        panels,
-                        dw_panel: inputs * block,
-                        dy_panel,
-                    };
-                    // SAFETY: a run's last pixel with the last tap is the last of its padded
-                    // image; each task writes blocks of its own.
-                    unsafe { isa.correlate(&job) };
-                }
-            }
-        });
-        unpack(&dw, (outputs, inputs, self.taps()))
+/// The gradient of the weights.
+pub(crate) fn weight_gradient<T: Lanes>(
+    shapes: &Shapes,
+    x: &[T],
+    dy: &[T],
+    isa: &Isa<T>,
+) -> Vec<T> {
+    let Shapes { rows, columns, .. } = *shapes;
+    let (inputs, outputs) = shapes.panels();
+    let (w, taps) = (T::WIDTH, shapes.tap_places());
+    let source = shapes.source();
+    let x = pad(x, shapes.input(), source);
+    // At stride 1 all rows of an image are one run, if the output has the source's width;
+    // its extra columns are zeros, so the finite numbers that they meet count nothing.
+    let one_run = (rows.stride, columns.stride) == (1, 1);
+    let line = if one_run {
+        source.width
+    } else {
+        columns.output
+    };
+    let target = Padded {
+        height: rows.output,
+        width: line,
+        top: 0,
+        left: 0,
+    };
+    let dy = pad(dy, shapes.output(), target);
+    let x_panel = source.plane() * w;
+    let dy_panel = target.plane() * w;
+    let of_image = |image: usize| {
+        let panels = image * shapes.groups;
+        (panels * inputs * x_panel, panels * outputs * dy_panel)
+    };
+    let mut runs = Vec::new();
+    for (from, place) in (0..shapes.batch).map(of_image) {
+        if one_run {
+            runs.push((from, place));
+            continue;
+        }
+        for row in 0..rows.output {
+            let from = from + row * rows.stride * source.width * w;
+            runs.push((from, place + row * line * w));
+        }
     }
+    let length = match one_run {
+        true => (rows.output - 1) * line + columns.output,
+        false => columns.output,
+    };
+    let step = columns.stride * w;
+    let jobs = pieces(&runs, length, step, w);
+    let block = taps.len() * w * w;
+    let mut dw = vec![T::ZERO; shapes.groups * inputs * outputs * block];
+    // Panels of outputs that go together lie beside each other: [outputs][inputs][taps].
+    let together = outputs.div_ceil(isa.panels);
+    let place = Shared(dw.as_mut_ptr());
+    let tasks = shapes.groups * inputs * together;
+    (0..tasks).into_par_iter().for_each(|task| {
+        let (panel, task) = (task / together, task % together);
+        let (group, panel) = (panel / inputs, panel % inputs);
+        let first = task * isa.panels;
+        let panels = isa.panels.min(outputs - first);
+        let first = group * outputs + first;
+        let dw = place.at((first * inputs + panel) * block);
+        for (runs, count) in &jobs {
+            for (tap, at) in taps.iter().enumerate() {
+                let job = Correlate {
+                    x: x[(group * inputs + panel) * x_panel + at * w..].as_ptr(),
+                    dy: dy[first * dy_panel..].as_ptr(),
+                    dw: dw.wrapping_add(tap * w * w),
+                    runs,
+                    count: *count,
+                    step,
+                    panels,
+                    dw_panel: inputs * block,
+                    dy_panel,
+                };
+                // SAFETY: a run's last pixel with the last tap is the last of its padded
+                // image; each task writes blocks of its own.
+                unsafe { isa.correlate(&job) };
+            }
+        }
+    });
+    unpack(shapes, &dw)
 }
 
 /// Equally long runs, cut into jobs of pieces that stay in the first-level cache.
@@ -309,42 +318,54 @@ impl<T> Shared<T> {
 /// A sum over blocks for the pixels of a batch.
 struct Pass<'a, T> {
     x: &'a [T],
-    x_image: usize,
+    /// Size of a group of an image.
+    x_group: usize,
     weight: &'a [T],
     weight_panel: usize,
     y_panel: usize,
+    /// Of a group.
     y_panels: usize,
+    groups: usize,
     batch: usize,
+    /// Of all output channels.
+    bias: Option<&'a [T]>,
+    relu: bool,
 }
 
 impl<T: Lanes> Pass<'_, T> {
     /// `pixels` and `blocks` as in [`Gather`], of one image and one panel.
     fn run(&self, y: &mut [T], pixels: &[(usize, usize)], blocks: &[(usize, usize)], isa: &Isa<T>) {
         let together = PIXELS.div_ceil(pixels.len()).min(self.batch);
-        let y_image = self.y_panel * self.y_panels;
-        assert!(y.len() >= self.batch * y_image && self.x.len() >= self.batch * self.x_image);
+        let x_image = self.x_group * self.groups;
+        let y_image = self.y_panel * self.y_panels * self.groups;
+        assert!(y.len() >= self.batch * y_image && self.x.len() >= self.batch * x_image);
         let table: Vec<(usize, usize)> = (0..together)
             .flat_map(|image| {
                 let moved =
-                    move |&(x, y): &(usize, usize)| (x + image * self.x_image, y + image * y_image);
+                    move |&(x, y): &(usize, usize)| (x + image * x_image, y + image * y_image);
                 pixels.iter().map(moved)
             })
             .collect();
-        let groups = self.y_panels.div_ceil(isa.panels);
+        let passes = self.y_panels.div_ceil(isa.panels);
         let place = Shared(y.as_mut_ptr());
-        let tasks = self.batch.div_ceil(together) * groups;
+        let tasks = self.batch.div_ceil(together) * self.groups * passes;
         (0..tasks).into_par_iter().for_each(|task| {
-            let (image, first) = (task / groups * together, task % groups * isa.panels);
+            let (task, first) = (task / passes, task % passes * isa.panels);
+            let (image, group) = (task / self.groups * together, task % self.groups);
             let images = together.min(self.batch - image);
+            let panel = group * self.y_panels + first;
+            let bias = self.bias.map(|bias| bias[panel * T::WIDTH..].as_ptr());
             let job = Gather {
-                x: self.x[image * self.x_image..].as_ptr(),
-                weight: self.weight[first * self.weight_panel..].as_ptr(),
-                y: place.at(image * y_image + first * self.y_panel),
+                x: self.x[image * x_image + group * self.x_group..].as_ptr(),
+                weight: self.weight[panel * self.weight_panel..].as_ptr(),
+                y: place.at(image * y_image + panel * self.y_panel),
                 pixels: &table[..images * pixels.len()],
                 blocks,
                 panels: isa.panels.min(self.y_panels - first),
                 weight_panel: self.weight_panel,
                 y_panel: self.y_panel,
+                bias: bias.unwrap_or(std::ptr::null()),
+                relu: self.relu,
             };
             // SAFETY: a pixel's last block is the last of its padded image (the maps were padded
             // for that); tasks write panels and images of their own.
@@ -383,19 +404,19 @@ fn pad<T: Lanes>(x: &[T], (height, columns): (usize, usize), to: Padded) -> Cow<
     Cow::Owned(unsafe { out.written() })
 }
 
-/// Weights `(out, in, taps)` into blocks: `[out panel][in panel][tap][in][out]`, or transposed
-/// `[in panel][out panel][tap][out][in]`.
-fn pack<T: Lanes>(
-    weight: &[T],
-    (outputs, inputs, taps): (usize, usize, usize),
-    transposed: bool,
-) -> Vec<T> {
+/// Weights `(out, in / groups, taps)` into blocks: `[out panel][in panel][tap][in][out]`, or
+/// transposed `[in panel][out panel][tap][out][in]`, where the second panel runs over a group.
+fn pack<T: Lanes>(shapes: &Shapes, weight: &[T], transposed: bool) -> Vec<T> {
     let w = T::WIDTH;
+    let ((inputs, outputs), taps) = (shapes.panels(), shapes.taps());
     let mut packed = Unwritten::new(weight.len());
     let blocks = packed.places().par_chunks_exact_mut(taps * w * w);
     blocks.enumerate().for_each(|(index, blocks)| {
         let (out, panel) = match transposed {
-            true => (index % outputs, index / outputs),
+            true => {
+                let (panel, out) = (index / outputs, index % outputs);
+                (panel / inputs * outputs + out, panel % inputs)
+            }
             false => (index / inputs, index % inputs),
         };
         let (o_apart, c_apart) = if transposed { (w, 1) } else { (1, w) };
@@ -414,10 +435,10 @@ fn pack<T: Lanes>(
 }
 
 /// The inverse of [`pack`] without transposition.
-fn unpack<T: Lanes>(packed: &[T], (outputs, inputs, taps): (usize, usize, usize)) -> Vec<T> {
+fn unpack<T: Lanes>(shapes: &Shapes, packed: &[T]) -> Vec<T> {
     let w = T::WIDTH;
+    let ((inputs, _), taps) = (shapes.panels(), shapes.taps());
     let mut weight = Unwritten::new(packed.len());
-    debug_assert_eq!(packed.len(), outputs * inputs * taps * w * w);
     let row = inputs * w * taps;
     let panels = weight.places().par_chunks_exact_mut(row * w);
     panels
@@ -438,109 +459,86 @@ fn unpack<T: Lanes>(packed: &[T], (outputs, inputs, taps): (usize, usize, usize)
     unsafe { weight.written() }
 }
 
-struct Op {
-    geometry: Geometry,
-    kernel: Kernel,
-}
-
-impl CustomOp2 for Op {
-    fn name(&self) -> &'static str {
-        "conv2d"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let g = &self.geometry;
-        let y = dispatch!("conv2d", s1.dtype(), T => {
-            let y = g.forward::<T>(values(s1, l1)?, values(s2, l2)?, T::isa(self.kernel));
-            Ok(T::to_cpu_storage_owned(y))
-        })?;
-        Ok((y, g.shape()))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        weight: &Tensor,
-        _y: &Tensor,
-        dy: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
-        let g = &self.geometry;
-        let (xs, ws, dys) = (read(x), read(weight), read(&dy));
-        dispatch!("conv2d", x.dtype(), T => {
-            let (xs, ws, dys) = (xs.values::<T>()?, ws.values()?, dys.values()?);
-            let isa = T::isa(self.kernel);
-            let dx = match x.track_op() {
-                true => {
-                    let dx = g.input_gradient(dys, ws, isa);
-                    Some(Tensor::from_vec(dx, x.shape(), x.device())?)
-                }
-                false => None,
-            };
-            let dw = g.weight_gradient(xs, dys, isa);
-            Ok((dx, Some(Tensor::from_vec(dw, weight.shape(), x.device())?)))
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::*;
-    use crate::blocked::{block, unblock};
-    use candle_core::{DType, Var};
+    use candle_core::{DType, Tensor, Var};
+    use isqrt_linalg::Kernel;
     use isqrt_testkit::randn;
 
-    /// Output and gradients of `sum(conv(x, w) * g)`, by this op or by the one that is not blocked.
-    fn run(kernel: Option<Kernel>, x: &Tensor, w: &Tensor, options: Conv) -> [Tensor; 3] {
-        let (x, w) = (Var::from_tensor(x).unwrap(), Var::from_tensor(w).unwrap());
+    use super::Shapes;
+    use crate::blocked::{block, unblock};
+    use crate::ops::{Conv, ConvOp, conv2d};
+
+    /// Output and gradients of `sum(conv(x, w, b) * g)`, by this op or by the one of plain maps.
+    fn run(kernel: Option<Kernel>, tensors: [&Tensor; 3], options: Conv) -> [Tensor; 4] {
+        let [x, w, b] = tensors.map(|t| Var::from_tensor(t).unwrap());
         let y = match kernel {
-            None => crate::ops::conv2d(&x, &w, options).unwrap(),
+            None => conv2d(&x, &w, Some(&b), options).unwrap(),
             Some(kernel) => {
                 let x = block(&x).unwrap();
-                let geometry = Geometry::new(&x, &w, options).unwrap();
-                let op = Op { geometry, kernel };
-                unblock(&x.apply_op2(&w, op).unwrap()).unwrap()
+                let op = ConvOp {
+                    shapes: Shapes::new(&x, &w, options).unwrap(),
+                    relu: options.relu,
+                    kernel,
+                };
+                unblock(&x.apply_op3(&w, &b, op).unwrap()).unwrap()
             }
         };
         let g = randn(y.dims(), 9, y.dtype()).unwrap();
         let loss = (&y * g).unwrap().sum_all().unwrap();
         let mut gradients = loss.backward().unwrap();
-        let [dx, dw] = [x, w].map(|v| gradients.remove(&v).unwrap());
-        [y, dx, dw]
+        let [dx, dw, db] = [x, w, b].map(|v| gradients.remove(&v).unwrap());
+        [y, dx, dw, db]
     }
 
     #[test]
-    fn equals_the_convolution_that_is_not_blocked_on_every_kernel() {
-        // (batch, in, height, width), (out, kernel height, kernel width), stride, padding
+    fn equals_the_convolution_of_plain_maps_on_every_kernel() {
+        let conv = Conv::new;
+        let dilated = |dilation, conv| Conv { dilation, ..conv };
+        let grouped = |groups, conv| Conv { groups, ..conv };
+        let uneven = Conv {
+            stride: (2, 3),
+            padding: (0, 4),
+            dilation: (3, 2),
+            ..conv(1, 0)
+        };
+        // (batch, in, height, width), (out, in / groups, kernel height, kernel width)
         let cases = [
-            ([2, 16, 5, 6], (32, 3, 3), 1, 1),
-            ([3, 32, 7, 7], (16, 1, 1), 1, 0),
-            ([1, 32, 9, 9], (48, 1, 1), 2, 0),
-            ([5, 16, 7, 7], (16, 3, 3), 2, 1),
-            ([2, 16, 12, 9], (16, 5, 3), 2, 2),
-            ([1, 16, 6, 6], (16, 2, 2), 3, 0),
-            ([2, 16, 20, 17], (48, 3, 3), 1, 0),
-            ([1, 16, 3, 3], (16, 1, 1), 1, 2),
-            ([2, 16, 4, 5], (16, 4, 5), 1, 0),
+            ([2, 16, 5, 6], [32, 16, 3, 3], conv(1, 1)),
+            ([3, 32, 7, 7], [16, 32, 1, 1], conv(1, 0)),
+            ([1, 32, 9, 9], [48, 32, 1, 1], conv(2, 0)),
+            ([5, 16, 7, 7], [16, 16, 3, 3], conv(2, 1)),
+            ([2, 16, 12, 9], [16, 16, 5, 3], conv(2, 2)),
+            ([1, 16, 6, 6], [16, 16, 2, 2], conv(3, 0)),
+            ([2, 16, 20, 17], [48, 16, 3, 3], conv(1, 0)),
+            ([1, 16, 3, 3], [16, 16, 1, 1], conv(1, 2)),
+            ([2, 16, 4, 5], [16, 16, 4, 5], conv(1, 0)),
+            ([2, 16, 9, 8], [16, 16, 3, 3], dilated((2, 2), conv(1, 2))),
+            ([2, 16, 11, 9], [16, 16, 3, 3], dilated((2, 3), conv(2, 3))),
+            ([2, 16, 11, 9], [16, 16, 2, 3], uneven),
+            ([2, 64, 6, 5], [32, 32, 3, 3], grouped(2, conv(1, 1))),
+            ([1, 96, 7, 6], [144, 32, 3, 3], grouped(3, conv(2, 1))),
+            ([3, 32, 5, 5], [96, 16, 1, 1], grouped(2, conv(1, 0))),
         ];
         for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 2e-6)] {
-            for (i, (x, (out, kh, kw), stride, padding)) in cases.into_iter().enumerate() {
-                let w = randn(&[out, x[1], kh, kw], 100 + i as u64, dtype).unwrap();
-                let x = randn(&x, i as u64, dtype).unwrap();
-                let options = Conv { stride, padding };
-                let known = run(None, &x, &w, options);
+            for (i, (x, w, options)) in cases.into_iter().enumerate() {
+                let seed = i as u64;
+                let (b, w) = (
+                    randn(&[w[0]], 200 + seed, dtype),
+                    randn(&w, 100 + seed, dtype),
+                );
+                let tensors = [&randn(&x, seed, dtype).unwrap(), &w.unwrap(), &b.unwrap()];
+                let options = Conv {
+                    relu: i % 2 == 1,
+                    ..options
+                };
+                let known = run(None, tensors, options);
                 for kernel in [Kernel::Portable, Kernel::Avx2, Kernel::Avx512] {
                     if kernel.resolve().is_err() {
                         continue;
                     }
-                    for (found, known) in run(Some(kernel), &x, &w, options).iter().zip(&known) {
+                    for (found, known) in run(Some(kernel), tensors, options).iter().zip(&known) {
                         let norm = |t: &Tensor| {
                             let t = t.to_dtype(DType::F64).unwrap().sqr().unwrap();
                             t.sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt()
@@ -554,6 +552,23 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn nan_passes_through_the_relu() {
+        let x = Tensor::full(f32::NAN, (1, 16, 1, 1), &candle_core::Device::Cpu).unwrap();
+        let w = Tensor::ones((16, 16, 1, 1), DType::F32, x.device()).unwrap();
+        let options = Conv {
+            relu: true,
+            ..Conv::default()
+        };
+        for x in [block(&x).unwrap(), x] {
+            let y = conv2d(&x, &w, None, options)
+                .unwrap()
+                .flatten_all()
+                .unwrap();
+            assert!(y.to_vec1::<f32>().unwrap().into_iter().all(f32::is_nan));
         }
     }
 }

@@ -10,10 +10,9 @@ use candle_core::{
 };
 use isqrt_linalg::Kernel;
 
-use super::Lanes;
-use super::conv::Geometry;
+use super::{Lanes, dims};
 use crate::element::{dispatch, read, values};
-use crate::ops::{BatchNorm, BatchNormOp, Conv, check_affine};
+use crate::ops::{BatchNorm, BatchNormOp, Conv, ConvShapes, check_affine};
 use crate::{Mode, Result};
 
 /// [`batch_norm`](crate::ops::batch_norm) of [`conv2d`](crate::ops::conv2d) for blocked maps.
@@ -33,13 +32,18 @@ pub fn conv_norm(
     norm: &BatchNorm,
     mode: Mode,
 ) -> Result<Tensor> {
-    let conv = Geometry::new(x, weight, options)?;
-    let channels = conv.panels.1 * conv.width;
+    dims("conv_norm", x)?;
+    if options.relu || !super::fills_blocks(weight, options.groups) {
+        let y = crate::ops::conv2d(x, weight, None, options)?;
+        return crate::ops::batch_norm(&y, affine.0, affine.1, norm, mode);
+    }
+    let conv = ConvShapes::new(x, weight, options)?;
+    let channels = conv.channels.1;
     check_affine("conv_norm", channels, affine.0, affine.1)?;
-    let plane = conv.output.0 * conv.output.1;
+    let plane = conv.pixels();
     let op = Op {
         conv,
-        norm: BatchNormOp::new((conv.batch, channels, conv.width), plane, norm, mode)?,
+        norm: BatchNormOp::new((conv.batch, channels, conv.lanes), plane, norm, mode)?,
         keeps: x.track_op() || weight.track_op() || affine.0.track_op() || affine.1.track_op(),
         convolved: OnceLock::new(),
     };
@@ -54,7 +58,7 @@ pub fn conv_norm(
 }
 
 struct Op {
-    conv: Geometry,
+    conv: ConvShapes,
     norm: BatchNormOp,
     /// Whether a backward pass may follow.
     keeps: bool,
@@ -77,8 +81,8 @@ impl CustomOp3 for Op {
         l3: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let y = dispatch!("conv_norm", s1.dtype(), T => {
-            let isa = T::isa(Kernel::Auto);
-            let convolved = self.conv.forward::<T>(values(s1, l1)?, values(s2, l2)?, isa);
+            let (x, weight) = (values::<T>(s1, l1)?, values(s2, l2)?);
+            let convolved = self.conv.forward(x, weight, (None, false), Kernel::Auto);
             let (gamma, beta) = halves(values::<T>(s3, l3)?);
             let y = self.norm.forward(&convolved, gamma, beta)?;
             if self.keeps {
@@ -105,22 +109,16 @@ impl CustomOp3 for Op {
         let (xs, ws, gs, ys, dys) = (read(x), read(weight), read(affine), read(y), read(&dy));
         let device = x.device();
         dispatch!("conv_norm", x.dtype(), T => {
-            let isa = T::isa(Kernel::Auto);
             let (gamma, _) = halves(gs.values::<T>()?);
             let convolved = convolved.as_slice::<T>()?;
             let (between, mut dgamma, dbeta) =
                 self.norm.backward(convolved, gamma, ys.values()?, dys.values()?)?;
-            let dx = match x.track_op() {
-                true => {
-                    let dx = self.conv.input_gradient::<T>(&between, ws.values()?, isa);
-                    Some(Tensor::from_vec(dx, x.shape(), device)?)
-                }
-                false => None,
-            };
-            let dw = self.conv.weight_gradient::<T>(xs.values()?, &between, isa);
+            let (x_values, wants_dx) = (xs.values::<T>()?, x.track_op());
+            let (dx, dw) =
+                self.conv.backward(x_values, ws.values()?, &between, wants_dx, Kernel::Auto);
             dgamma.extend(dbeta);
             Ok((
-                dx,
+                dx.map(|dx| Tensor::from_vec(dx, x.shape(), device)).transpose()?,
                 Some(Tensor::from_vec(dw, weight.shape(), device)?),
                 Some(Tensor::from_vec(dgamma, affine.shape(), device)?),
             ))

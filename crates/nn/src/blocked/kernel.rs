@@ -11,7 +11,7 @@
 use isqrt_linalg::Kernel;
 use isqrt_linalg::simd::{Element, Quad, Vector};
 
-/// `y[pixel] = sum over blocks of x[pixel + block] . weight[block]`.
+/// `y[pixel] = bias + sum over blocks of x[pixel + block] . weight[block]`.
 #[derive(Clone, Copy)]
 pub(super) struct Gather<'a, T> {
     pub x: *const T,
@@ -26,6 +26,10 @@ pub(super) struct Gather<'a, T> {
     pub panels: usize,
     pub weight_panel: usize,
     pub y_panel: usize,
+    /// A value for each channel of these panels, or null.
+    pub bias: *const T,
+    /// Whether negative sums become 0.
+    pub relu: bool,
 }
 
 /// `dw[c][o] += sum over pixels of x[pixel][c] dy[pixel][o]`, for `WIDTH` channels `c`.
@@ -88,6 +92,14 @@ unsafe fn gather_tile<V: Vector, const MR: usize, const NV: usize>(
             y[r] = job.y.add(place);
         }
         let mut acc = [[V::splat(V::T::default()); NV]; MR];
+        if from == 0 && !job.bias.is_null() {
+            for v in 0..NV {
+                let bias = V::load(job.bias.add(v * lanes));
+                for r in 0..MR {
+                    acc[r][v] = bias;
+                }
+            }
+        }
         if from > 0 {
             for r in 0..MR {
                 for v in 0..NV {
@@ -113,6 +125,13 @@ unsafe fn gather_tile<V: Vector, const MR: usize, const NV: usize>(
                     for v in 0..NV {
                         acc[r][v] = acc[r][v].fma(a, b[v]);
                     }
+                }
+            }
+        }
+        if job.relu && to == job.blocks.len() {
+            for r in 0..MR {
+                for v in 0..NV {
+                    acc[r][v] = acc[r][v].relu();
                 }
             }
         }

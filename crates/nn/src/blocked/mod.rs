@@ -6,12 +6,11 @@
 //! layer to layer, and leave with [`unblock`]. The ops of [`crate::ops`] tell the layouts apart by
 //! the rank and the last dimension, so a volume of that shape would be taken for blocked maps.
 
-mod conv;
+pub(crate) mod conv;
 mod conv_norm;
 mod kernel;
 pub(crate) mod norm;
 
-pub(crate) use conv::conv2d;
 pub use conv_norm::conv_norm;
 pub(crate) use kernel::Lanes;
 
@@ -43,6 +42,15 @@ pub fn is_blocked(x: &Tensor) -> bool {
 /// Whether maps of these channels can be blocked.
 pub fn can_block(channels: usize, dtype: DType) -> bool {
     width(dtype).is_some_and(|w| channels.is_multiple_of(w))
+}
+
+/// Whether the channels of each group of such a convolution fill blocks.
+pub(crate) fn fills_blocks(weight: &Tensor, groups: usize) -> bool {
+    let fills = |channels| can_block(channels, weight.dtype());
+    match *weight.dims() {
+        [out, inputs, ..] => fills(inputs) && fills(out / groups.max(1)),
+        _ => true,
+    }
 }
 
 /// `(batch, panels, height, width)` of blocked maps.

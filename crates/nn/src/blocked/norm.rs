@@ -25,11 +25,15 @@ fn row<T: Lanes>(values: impl Fn(usize) -> f64) -> [T; ROW] {
     std::array::from_fn(|i| <T as candle_core::WithDType>::from_f64(values(i % T::WIDTH)))
 }
 
+/// Sums of the pixels of a panel, for each channel.
+pub(crate) fn channel_sums<T: Lanes>(x: &[T]) -> Vec<f64> {
+    by_channel::<T>(&deviations(x, &[T::ZERO; ROW]).0)
+}
+
 /// Mean and squared deviations from it, for each channel of a panel.
 pub(crate) fn statistics<T: Lanes>(x: &[T]) -> Vec<(f64, f64)> {
     let pixels = (x.len() / T::WIDTH) as f64;
-    let zero = [T::ZERO; ROW];
-    let sums = by_channel::<T>(&deviations(x, &zero).0);
+    let sums = channel_sums(x);
     let center: [T; ROW] = row(|c| sums[c] / pixels);
     let (rest, squares) = deviations(x, &center);
     let (rest, squares) = (by_channel::<T>(&rest), by_channel::<T>(&squares));

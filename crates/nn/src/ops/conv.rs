@@ -1,358 +1,318 @@
-//! Two-dimensional convolution (cross-correlation, as everywhere in the field), without bias.
+//! Two-dimensional convolution (cross-correlation, as everywhere in the field).
 //!
-//! Each image is a matrix product `W (O, K) · columns (K, P)` with `K = C·kh·kw` and `P` output
-//! pixels. A 1x1 kernel with stride 1 takes the image itself as its columns. Otherwise the padded
-//! image is first split into its `stride²` phases (rows and columns of equal remainder), in which
-//! every row of `columns` is a run of contiguous pixels, whatever the stride.
-//!
-//! Backward, image by image: `dW += dY · columnsᵀ` and `columns' = Wᵀ · dY`, added back through
-//! the same phases. Tasks take a fixed number of images each and their `dW` are added in order.
+//! Plain maps go through matrix products (`conv/plain.rs`), blocked ones through loops of their
+//! own (`blocked/conv.rs`); options, shapes and the node of the tape are the same.
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor, backend::BackendStorage};
+mod plain;
+
+use candle_core::{
+    CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
+};
+use isqrt_linalg::Kernel;
 use rayon::prelude::*;
 
 use super::dims4;
-use crate::element::{
-    Element, Matrix, Unwritten, dispatch, images_per_task, product, read, sum_partials, values,
-    with_scratch,
-};
+use super::relu::backward as through_relu;
+use crate::blocked::{self, Lanes};
+use crate::element::{dispatch, lane_sums, read, values};
 use crate::error::shape_error;
 use crate::{Error, Result};
 
-/// Options of a convolution.
+/// Options of a convolution, with PyTorch's defaults. Pairs are (height, width).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Conv {
     /// Distance of output pixels in the input.
-    pub stride: usize,
-    /// Zeros added on each side.
-    pub padding: usize,
+    pub stride: (usize, usize),
+    /// Zeros added above and below, left and right.
+    pub padding: (usize, usize),
+    /// Distance of the kernel's pixels in the input.
+    pub dilation: (usize, usize),
+    /// Parts of the channels that do not see each other: output channels of a part are made of
+    /// the input channels of the same part.
+    pub groups: usize,
+    /// Whether a ReLU follows, with derivative 0 at 0.
+    pub relu: bool,
 }
 
 impl Default for Conv {
     fn default() -> Self {
-        Self {
-            stride: 1,
-            padding: 0,
-        }
+        Self::new(1, 0)
     }
 }
 
 impl Conv {
-    pub(crate) fn check(self) -> Result<()> {
-        if self.stride > 0 {
-            return Ok(());
+    /// Of this stride and padding, both ways.
+    #[must_use]
+    pub fn new(stride: usize, padding: usize) -> Self {
+        Self {
+            stride: (stride, stride),
+            padding: (padding, padding),
+            dilation: (1, 1),
+            groups: 1,
+            relu: false,
         }
-        Err(Error::Option {
-            what: "convolution stride",
-            value: "0".to_owned(),
-            expected: "at least 1",
-        })
     }
 }
 
-/// Convolution of `x` with `weight`.
+/// Convolution of `x` with `weight`, plus `bias`.
 ///
 /// # Shapes
 /// - `x`: `(batch, in, height, width)`, or blocked ([`super::block`]), and so the result
-/// - `weight`: `(out, in, kernel height, kernel width)`
-/// - returns `(batch, out, height', width')` with `height' = (height + 2·padding − kernel) / stride + 1`
+/// - `weight`: `(out, in / groups, kernel height, kernel width)`
+/// - `bias`: `(out)`
+/// - returns `(batch, out, height', width')` with
+///   `height' = (height + 2·padding − dilation·(kernel − 1) − 1) / stride + 1`
 ///
 /// # Errors
-/// [`Error::Shape`] where these do not fit, [`Error::Option`] for a stride of 0.
-pub fn conv2d(x: &Tensor, weight: &Tensor, options: Conv) -> Result<Tensor> {
-    if x.rank() == 5 {
-        return crate::blocked::conv2d(x, weight, options);
+/// [`Error::Shape`] where these do not fit, [`Error::Option`] for a stride, dilation or number of
+/// groups of 0.
+pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv) -> Result<Tensor> {
+    if x.rank() == 5 && !blocked::fills_blocks(weight, options.groups) {
+        let y = conv2d(&blocked::unblock(x)?, weight, bias, options)?;
+        return blocked::block(&y);
     }
-    let geometry = Geometry::new(x, weight, options)?;
-    Ok(x.contiguous()?
-        .apply_op2(&weight.contiguous()?, ConvOp(geometry))?)
+    let shapes = Shapes::new(x, weight, options)?;
+    let (x, weight) = (x.contiguous()?, weight.contiguous()?);
+    let op = ConvOp {
+        shapes,
+        relu: options.relu,
+        kernel: Kernel::Auto,
+    };
+    let Some(bias) = bias else {
+        return Ok(x.apply_op2(&weight, op)?);
+    };
+    if bias.dims() != [shapes.channels.1] {
+        return shape_error(
+            "conv2d",
+            format!(
+                "{} output channels need as many values of bias, got {:?}",
+                shapes.channels.1,
+                bias.dims()
+            ),
+        );
+    }
+    Ok(x.apply_op3(&weight, &bias.contiguous()?, op)?)
 }
 
+/// A convolution along one axis.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Axis {
+    pub input: usize,
+    pub output: usize,
+    pub kernel: usize,
+    pub stride: usize,
+    pub padding: usize,
+    pub dilation: usize,
+}
+
+impl Axis {
+    /// From the first place of the kernel to the last one.
+    pub(crate) fn reach(self) -> usize {
+        (self.kernel - 1) * self.dilation
+    }
+}
+
+/// What is convolved with what.
 #[derive(Debug, Clone, Copy)]
-struct Geometry {
-    batch: usize,
-    channels: usize,
-    height: usize,
-    width: usize,
-    out: usize,
-    kernel: (usize, usize),
-    stride: usize,
-    padding: usize,
-    out_height: usize,
-    out_width: usize,
+pub(crate) struct Shapes {
+    pub batch: usize,
+    /// Channels beside each other: 1, or those of a block.
+    pub lanes: usize,
+    /// In and out.
+    pub channels: (usize, usize),
+    pub groups: usize,
+    pub rows: Axis,
+    pub columns: Axis,
 }
 
-impl Geometry {
-    fn new(x: &Tensor, weight: &Tensor, options: Conv) -> Result<Self> {
-        let [batch, channels, height, width] = dims4("conv2d", x)?;
-        let [out, expected, kh, kw] = dims4("conv2d weight", weight)?;
-        let Conv { stride, padding } = options;
-        options.check()?;
-        if expected != channels || height + 2 * padding < kh || width + 2 * padding < kw {
-            return shape_error(
-                "conv2d",
-                format!(
-                    "weight {:?} with padding {padding} does not fit input {:?}",
-                    weight.dims(),
-                    x.dims()
-                ),
-            );
-        }
-        Ok(Self {
-            batch,
-            channels,
-            height,
-            width,
-            out,
-            kernel: (kh, kw),
+impl Shapes {
+    pub(crate) fn new(x: &Tensor, weight: &Tensor, options: Conv) -> Result<Self> {
+        let (lanes, [batch, channels, height, width]) = match x.rank() {
+            5 => (x.dim(4)?, blocked::dims("conv2d", x)?),
+            _ => (1, dims4("conv2d", x)?),
+        };
+        let channels = channels * lanes;
+        let [out, in_group, kh, kw] = dims4("conv2d weight", weight)?;
+        let Conv {
             stride,
             padding,
-            out_height: (height + 2 * padding - kh) / stride + 1,
-            out_width: (width + 2 * padding - kw) / stride + 1,
-        })
-    }
-
-    fn image(&self) -> usize {
-        self.channels * self.height * self.width
-    }
-    fn pixels(&self) -> usize {
-        self.out_height * self.out_width
-    }
-    fn rows(&self) -> usize {
-        self.channels * self.kernel.0 * self.kernel.1
-    }
-    /// Whether an image is its own column matrix.
-    fn direct(&self) -> bool {
-        self.kernel == (1, 1) && self.stride == 1 && self.padding == 0
-    }
-    /// Phases down and across that the kernel reaches.
-    fn phases(&self) -> (usize, usize) {
-        (
-            self.stride.min(self.kernel.0),
-            self.stride.min(self.kernel.1),
-        )
-    }
-    /// Height and width of a phase.
-    fn plane(&self) -> (usize, usize) {
-        (
-            (self.height + 2 * self.padding).div_ceil(self.stride),
-            (self.width + 2 * self.padding).div_ceil(self.stride),
-        )
-    }
-    fn phases_len(&self) -> usize {
-        let ((a, b), (h, w)) = (self.phases(), self.plane());
-        self.channels * a * b * h * w
-    }
-    fn columns_len(&self) -> usize {
-        self.rows() * self.pixels()
-    }
-
-    /// Calls `visit(pixel of the image, place in the phases, count)` for runs of every
-    /// `stride`-th pixel of a row, which are neighbours in a phase.
-    #[inline(always)]
-    fn for_each_run(&self, mut visit: impl FnMut(usize, usize, usize)) {
-        let ((down, across), (ph, pw)) = (self.phases(), self.plane());
-        let (s, p) = (self.stride, self.padding);
-        for c in 0..self.channels {
-            for y in 0..self.height {
-                let (row, a) = ((y + p) / s, (y + p) % s);
-                if a >= down {
-                    continue;
-                }
-                for b in 0..across {
-                    // The first column x with (x + p) % s == b.
-                    let first = (b + s - p % s) % s;
-                    if first >= self.width {
-                        continue;
-                    }
-                    let from = (c * self.height + y) * self.width + first;
-                    let to = (((c * down + a) * across + b) * ph + row) * pw + (first + p) / s;
-                    visit(from, to, (self.width - first).div_ceil(s));
-                }
-            }
-        }
-    }
-
-    fn split<T: Element>(&self, image: &[T], phases: &mut [T]) {
-        phases.fill(T::ZERO);
-        let s = self.stride;
-        self.for_each_run(|from, to, count| {
-            let to = &mut phases[to..to + count];
-            if s == 1 {
-                to.copy_from_slice(&image[from..from + count]);
-            } else {
-                let pixels = image[from..].iter().step_by(s);
-                to.iter_mut().zip(pixels).for_each(|(to, &from)| *to = from);
-            }
-        });
-    }
-
-    fn join<T: Element>(&self, phases: &[T], image: &mut [T]) {
-        if self.phases() != (self.stride, self.stride) {
-            image.fill(T::ZERO);
-        }
-        let s = self.stride;
-        self.for_each_run(|from, to, count| {
-            let pixels = image[from..].iter_mut().step_by(s);
-            pixels
-                .zip(&phases[to..to + count])
-                .for_each(|(to, &from)| *to = from);
-        });
-    }
-
-    /// Calls `visit(place in the columns, place in the phases)` for each row of output pixels.
-    #[inline(always)]
-    fn for_each_row(&self, mut visit: impl FnMut(usize, usize)) {
-        let ((down, across), (ph, pw)) = (self.phases(), self.plane());
-        let s = self.stride;
-        let mut column = 0;
-        for c in 0..self.channels {
-            for ky in 0..self.kernel.0 {
-                for kx in 0..self.kernel.1 {
-                    let phase = (c * down + ky % s) * across + kx % s;
-                    let start = (phase * ph + ky / s) * pw + kx / s;
-                    for y in 0..self.out_height {
-                        visit(column, start + y * pw);
-                        column += self.out_width;
-                    }
-                }
-            }
-        }
-    }
-
-    fn gather<T: Element>(&self, phases: &[T], columns: &mut [T]) {
-        let w = self.out_width;
-        self.for_each_row(|column, phase| {
-            copy_run(&mut columns[column..column + w], &phases[phase..phase + w]);
-        });
-    }
-
-    fn scatter<T: Element>(&self, columns: &[T], phases: &mut [T]) {
-        let w = self.out_width;
-        phases.fill(T::ZERO);
-        self.for_each_row(|column, phase| {
-            let terms = &columns[column..column + w];
-            phases[phase..phase + w]
-                .iter_mut()
-                .zip(terms)
-                .for_each(|(to, &term)| *to += term);
-        });
-    }
-
-    fn forward<T: Element>(&self, x: &[T], weight: &[T]) -> Vec<T> {
-        let out_len = self.out * self.pixels();
-        let mut y = Unwritten::new(self.batch * out_len);
-        let weight = Matrix::new(weight, self.out, self.rows());
-        y.places()
-            .par_chunks_exact_mut(out_len)
-            .zip(x.par_chunks_exact(self.image()))
-            .for_each(|(y, x)| {
-                if self.direct() {
-                    return product(y, weight, Matrix::new(x, self.rows(), self.pixels()), false);
-                }
-                with_scratch(self.phases_len() + self.columns_len(), |scratch| {
-                    let (phases, columns) = scratch.split_at_mut(self.phases_len());
-                    self.split(x, phases);
-                    self.gather(phases, columns);
-                    product(
-                        y,
-                        weight,
-                        Matrix::new(columns, self.rows(), self.pixels()),
-                        false,
-                    );
+            dilation,
+            groups,
+            ..
+        } = options;
+        for (what, value) in [
+            ("convolution stride", stride.0.min(stride.1)),
+            ("convolution dilation", dilation.0.min(dilation.1)),
+            ("convolution groups", groups),
+        ] {
+            if value == 0 {
+                return Err(Error::Option {
+                    what,
+                    value: "0".to_owned(),
+                    expected: "at least 1",
                 });
-            });
-        // SAFETY: one image after the other, all written as products.
-        unsafe { y.written() }
+            }
+        }
+        let axis = |input: usize, kernel: usize, stride, padding: usize, dilation: usize| {
+            let padded = padding.checked_mul(2)?.checked_add(input)?;
+            let covered = (kernel - 1).checked_mul(dilation)?.checked_add(1)?;
+            Some(Axis {
+                input,
+                output: padded.checked_sub(covered)? / stride + 1,
+                kernel,
+                stride,
+                padding,
+                dilation,
+            })
+        };
+        let rows = axis(height, kh, stride.0, padding.0, dilation.0);
+        let columns = axis(width, kw, stride.1, padding.1, dilation.1);
+        let in_blocks =
+            (channels / groups).is_multiple_of(lanes) && (out / groups).is_multiple_of(lanes);
+        let fits = Some(channels) == in_group.checked_mul(groups) && out % groups == 0 && in_blocks;
+        match (rows, columns) {
+            (Some(rows), Some(columns)) if fits => Ok(Self {
+                batch,
+                lanes,
+                channels: (channels, out),
+                groups,
+                rows,
+                columns,
+            }),
+            _ => shape_error(
+                "conv2d",
+                format!(
+                    "weight {:?} with padding {padding:?}, dilation {dilation:?} and {groups} \
+                     group(s) does not fit input {:?}{}",
+                    weight.dims(),
+                    x.dims(),
+                    if lanes > 1 {
+                        ", whose channels come in blocks"
+                    } else {
+                        ""
+                    }
+                ),
+            ),
+        }
+    }
+
+    /// Pixels of an output plane.
+    pub(crate) fn pixels(&self) -> usize {
+        self.rows.output * self.columns.output
+    }
+
+    pub(crate) fn taps(&self) -> usize {
+        self.rows.kernel * self.columns.kernel
+    }
+
+    /// Of the output, as a tensor.
+    pub(crate) fn shape(&self) -> Shape {
+        let (rows, columns, out) = (self.rows.output, self.columns.output, self.channels.1);
+        match self.lanes {
+            1 => Shape::from((self.batch, out, rows, columns)),
+            lanes => Shape::from((self.batch, out / lanes, rows, columns, lanes)),
+        }
+    }
+
+    /// `bias` and ReLU after the convolution, where they are wanted.
+    pub(crate) fn forward<T: Lanes>(
+        &self,
+        x: &[T],
+        weight: &[T],
+        (bias, relu): (Option<&[T]>, bool),
+        kernel: Kernel,
+    ) -> Vec<T> {
+        match self.lanes {
+            1 => plain::forward(self, x, weight, (bias, relu)),
+            _ => blocked::conv::forward(self, x, weight, (bias, relu), T::isa(kernel)),
+        }
     }
 
     /// Gradients of input and weight; of the input only where it is wanted.
-    fn backward<T: Element>(
+    pub(crate) fn backward<T: Lanes>(
         &self,
         x: &[T],
         weight: &[T],
         dy: &[T],
         wants_dx: bool,
+        kernel: Kernel,
     ) -> (Option<Vec<T>>, Vec<T>) {
-        let weights = weight.len();
-        let per_task = images_per_task(self.batch, weights);
-        let tasks = self.batch.div_ceil(per_task);
-        let mut partials = vec![T::ZERO; tasks * weights];
-        let mut dx = Unwritten::new(if wants_dx { x.len() } else { 0 });
-        let weight = Matrix::new(weight, self.out, self.rows());
-        let mut dx_parts: Vec<Option<&mut [T]>> = match wants_dx {
-            true => dx
-                .places()
-                .chunks_mut(per_task * self.image())
-                .map(Some)
-                .collect(),
-            false => (0..tasks).map(|_| None).collect(),
-        };
-        let out_len = self.out * self.pixels();
-        partials
-            .par_chunks_exact_mut(weights)
-            .zip(x.par_chunks(per_task * self.image()))
-            .zip(dy.par_chunks(per_task * out_len))
-            .zip(&mut dx_parts)
-            .for_each(|(((dw, x), dy), dx)| {
-                let images = x.chunks_exact(self.image()).zip(dy.chunks_exact(out_len));
-                for (i, (x, dy)) in images.enumerate() {
-                    let place = i * self.image()..(i + 1) * self.image();
-                    let dx = dx.as_deref_mut().map(|dx| &mut dx[place]);
-                    self.backward_image(x, weight, dy, dw, dx, i > 0);
-                }
-            });
-        // SAFETY: every image's gradient has been written where it is wanted, else it is empty.
-        let dx = unsafe { dx.written() };
-        (wants_dx.then_some(dx), sum_partials(&partials, weights))
-    }
-
-    fn backward_image<T: Element>(
-        &self,
-        x: &[T],
-        weight: Matrix<'_, T>,
-        dy: &[T],
-        dw: &mut [T],
-        dx: Option<&mut [T]>,
-        add: bool,
-    ) {
-        let dy = Matrix::new(dy, self.out, self.pixels());
-        let (rows, pixels) = (self.rows(), self.pixels());
-        if self.direct() {
-            product(dw, dy, Matrix::new(x, rows, pixels).transposed(), add);
-            if let Some(dx) = dx {
-                product(dx, weight.transposed(), dy, false);
-            }
-            return;
+        if self.lanes == 1 {
+            return plain::backward(self, x, weight, dy, wants_dx);
         }
-        with_scratch(self.phases_len() + self.columns_len(), |scratch| {
-            let (phases, columns) = scratch.split_at_mut(self.phases_len());
-            self.split(x, phases);
-            self.gather(phases, columns);
-            product(dw, dy, Matrix::new(columns, rows, pixels).transposed(), add);
-            if let Some(dx) = dx {
-                product(columns, weight.transposed(), dy, false);
-                self.scatter(columns, phases);
-                self.join(phases, dx);
-            }
-        });
+        let isa = T::isa(kernel);
+        let dx = wants_dx.then(|| blocked::conv::input_gradient(self, dy, weight, isa));
+        (dx, blocked::conv::weight_gradient(self, x, dy, isa))
+    }
+
+    /// Sums of each output channel, plane by plane in the order of the images.
+    fn bias_gradient<T: Lanes>(&self, dy: &[T]) -> Vec<T> {
+        let mut planes = vec![0.0; self.batch * self.channels.1];
+        let dy = dy.par_chunks_exact(self.pixels() * self.lanes);
+        planes
+            .par_chunks_exact_mut(self.lanes)
+            .zip(dy)
+            .for_each(|(out, dy)| match self.lanes {
+                1 => out[0] = lane_sums([dy], |[d]| [d])[0].to_f64(),
+                _ => out.copy_from_slice(&blocked::norm::channel_sums(dy)),
+            });
+        let sum = |c: usize| planes.iter().skip(c).step_by(self.channels.1).sum();
+        (0..self.channels.1).map(|c| T::from_f64(sum(c))).collect()
     }
 }
 
-/// `copy_from_slice` without a call for the short runs that small images have.
-#[inline(always)]
-fn copy_run<T: Copy>(to: &mut [T], from: &[T]) {
-    let mut to = to.chunks_exact_mut(8);
-    let mut from = from.chunks_exact(8);
-    for (to, from) in to.by_ref().zip(from.by_ref()) {
-        to.copy_from_slice(from);
-    }
-    for (to, from) in to.into_remainder().iter_mut().zip(from.remainder()) {
-        *to = *from;
-    }
+/// The node on the tape, of two tensors or, with a bias, of three.
+pub(crate) struct ConvOp {
+    pub shapes: Shapes,
+    pub relu: bool,
+    pub kernel: Kernel,
 }
 
-struct ConvOp(Geometry);
+impl ConvOp {
+    fn forward(
+        &self,
+        (x, weight): ((&CpuStorage, &Layout), (&CpuStorage, &Layout)),
+        bias: Option<(&CpuStorage, &Layout)>,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let y = dispatch!("conv2d", x.0.dtype(), T => {
+            let (x, weight) = (values(x.0, x.1)?, values(weight.0, weight.1)?);
+            let bias = bias.map(|(s, l)| values(s, l)).transpose()?;
+            let y = self.shapes.forward::<T>(x, weight, (bias, self.relu), self.kernel);
+            Ok(T::to_cpu_storage_owned(y))
+        })?;
+        Ok((y, self.shapes.shape()))
+    }
+
+    fn backward(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        y: &Tensor,
+        dy: &Tensor,
+        biased: bool,
+    ) -> candle_core::Result<(Option<Tensor>, Tensor, Option<Tensor>)> {
+        let dy = if self.relu {
+            through_relu(y, dy)?
+        } else {
+            dy.contiguous()?
+        };
+        let (xs, ws, dys) = (read(x), read(weight), read(&dy));
+        let device = x.device();
+        dispatch!("conv2d", x.dtype(), T => {
+            let dys = dys.values::<T>()?;
+            // The first layer's images need no gradient.
+            let wants_dx = x.track_op();
+            let (dx, dw) =
+                self.shapes.backward(xs.values()?, ws.values()?, dys, wants_dx, self.kernel);
+            let db = biased.then(|| self.shapes.bias_gradient(dys));
+            Ok((
+                dx.map(|dx| Tensor::from_vec(dx, x.shape(), device)).transpose()?,
+                Tensor::from_vec(dw, weight.shape(), device)?,
+                db.map(|db| Tensor::from_vec(db, self.shapes.channels.1, device)).transpose()?,
+            ))
+        })
+    }
+}
 
 impl CustomOp2 for ConvOp {
     fn name(&self) -> &'static str {
@@ -366,29 +326,47 @@ impl CustomOp2 for ConvOp {
         s2: &CpuStorage,
         l2: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let g = &self.0;
-        let y = dispatch!("conv2d", s1.dtype(), T => {
-            let y = g.forward::<T>(values(s1, l1)?, values(s2, l2)?);
-            Ok(candle_core::WithDType::to_cpu_storage_owned(y))
-        })?;
-        Ok((y, Shape::from((g.batch, g.out, g.out_height, g.out_width))))
+        self.forward(((s1, l1), (s2, l2)), None)
     }
 
     fn bwd(
         &self,
         x: &Tensor,
         weight: &Tensor,
-        _y: &Tensor,
+        y: &Tensor,
         dy: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
-        let (xs, ws, dys) = (read(x), read(weight), read(&dy));
-        dispatch!("conv2d", x.dtype(), T => {
-            let (xs, ws, dys) = (xs.values::<T>()?, ws.values()?, dys.values()?);
-            // The first layer's images need no gradient.
-            let (dx, dw) = self.0.backward(xs, ws, dys, x.track_op());
-            let dx = dx.map(|dx| Tensor::from_vec(dx, x.shape(), x.device())).transpose()?;
-            Ok((dx, Some(Tensor::from_vec(dw, weight.shape(), x.device())?)))
-        })
+        let (dx, dw, _) = self.backward(x, weight, y, dy, false)?;
+        Ok((dx, Some(dw)))
+    }
+}
+
+impl CustomOp3 for ConvOp {
+    fn name(&self) -> &'static str {
+        "conv2d"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.forward(((s1, l1), (s2, l2)), Some((s3, l3)))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        _bias: &Tensor,
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (dx, dw, db) = self.backward(x, weight, y, dy, true)?;
+        Ok((dx, Some(dw), db))
     }
 }

@@ -16,6 +16,9 @@ mod window;
 
 pub use avg_pool::{avg_pool2d, global_avg_pool};
 pub use batch_norm::{BatchNorm, batch_norm};
+#[cfg(test)]
+pub(crate) use conv::ConvOp;
+pub(crate) use conv::{Axis as ConvAxis, Shapes as ConvShapes};
 pub use conv::{Conv, conv2d};
 pub use cross_entropy::cross_entropy;
 pub use dropout::{MaskKey, dropout};

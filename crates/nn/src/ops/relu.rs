@@ -39,12 +39,13 @@ pub fn add_relu(x: &Tensor, shortcut: &Tensor) -> Result<Tensor> {
         .apply_op2(&shortcut.contiguous()?, AddRelu)?)
 }
 
-fn clip<T: Element>(value: T) -> T {
+pub(super) fn clip<T: Element>(value: T) -> T {
     // Not `max`: a NaN must stay one.
     if value <= T::ZERO { T::ZERO } else { value }
 }
 
-fn backward(y: &Tensor, dy: &Tensor) -> candle_core::Result<Tensor> {
+/// `dy` where `y` is positive.
+pub(super) fn backward(y: &Tensor, dy: &Tensor) -> candle_core::Result<Tensor> {
     let dy = dy.contiguous()?;
     let (ys, dys) = (read(y), read(&dy));
     dispatch!("relu", y.dtype(), T => {
