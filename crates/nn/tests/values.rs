@@ -465,6 +465,42 @@ fn mistakes_are_named() {
         ))
         .contains("height")
     );
+    for (options, word) in [
+        (
+            Conv {
+                groups: 0,
+                ..Conv::default()
+            },
+            "groups",
+        ),
+        (
+            Conv {
+                dilation: (1, 0),
+                ..Conv::default()
+            },
+            "dilation",
+        ),
+        (
+            Conv {
+                groups: 2,
+                ..Conv::default()
+            },
+            "2 group(s) does not fit",
+        ),
+        (
+            Conv {
+                dilation: (5, 5),
+                ..Conv::default()
+            },
+            "does not fit",
+        ),
+        (Conv::new(1, usize::MAX), "does not fit"),
+    ] {
+        let message = told(conv2d(&x, &w(&[2, 3, 2, 2]), None, options));
+        assert!(message.contains(word), "{message}");
+    }
+    let bias = w(&[3]);
+    assert!(told(conv2d(&x, &w(&[2, 3, 1, 1]), Some(&bias), Conv::default())).contains("bias"));
     let window = Window {
         kernel: 2,
         stride: 2,
