@@ -203,6 +203,13 @@ def initialisers(tensors):
         tensors[f"init.{name}"] = draw(torch.empty(shape))
 
 
+def adaptive_pooling(record):
+    x = torch.randn(2, 2, 8, 7)
+    for size in ((3, 3), (8, 2), (5, 7), (1, 1), (11, 10)):
+        name = "-".join(str(v) for v in size)
+        record(f"adaptive_avg_pool2d.{name}", x, lambda x: F.adaptive_avg_pool2d(x, size))
+
+
 def main():
     torch.manual_seed(20180618)
     torch.set_default_dtype(torch.float64)
@@ -225,6 +232,7 @@ def main():
     schedule_factors(tensors)
     initialisers(tensors)
     convolutions(tensors)
+    adaptive_pooling(record)
 
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(HERE.read_bytes()).hexdigest()

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Times training steps of networks and their ops in PyTorch beside `isqrt bench network`.
 
-The PyTorch side is torchvision's network; with `--head isqrt` its last stage keeps the resolution,
-a 1x1 convolution brings the channels to 256, and the pooling is the authors' formulas as written
-in layer.py. Both memory layouts of PyTorch (NCHW and channels_last) are timed.
+The PyTorch side is torchvision's network (ResNets, VGG, AlexNet); with `--head isqrt` the last
+stage of a ResNet keeps the resolution, a 1x1 convolution brings the channels to 256, and the
+pooling is the authors' formulas as written in layer.py. Both memory layouts of PyTorch (NCHW and channels_last) are timed.
 
     python3 tools/peers/network.py --isqrt target/release/isqrt --model resnet50 --batch 8 --ops
 
@@ -27,9 +27,12 @@ import layer
 # The ops of `isqrt bench network --ops`, in its order: channels in, out, side, kernel, stride.
 CONVOLUTIONS = [
     (64, 64, 56, 3, 1),
+    (128, 128, 56, 3, 2),
     (256, 256, 14, 3, 1),
     (512, 512, 7, 3, 1),
     (256, 64, 56, 1, 1),
+    (64, 256, 56, 1, 1),
+    (512, 2048, 7, 1, 1),
     (3, 64, 224, 7, 2),
 ]
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -146,9 +149,11 @@ def op_times(batch, layout, seconds):
     x = images(64, 112)
     norm = nn.BatchNorm2d(64)
     pool = nn.MaxPool2d(3, 2, 1)
+    a, b = images(256, 56), images(256, 56)
     for forward, wanted in (
         (lambda: torch.relu_(norm(x)), (x, norm.weight, norm.bias)),
         (lambda: pool(x), (x,)),
+        (lambda: torch.relu_(a + b), (a, b)),
     ):
 
         def task():
@@ -161,7 +166,8 @@ def op_times(batch, layout, seconds):
 def ours(args):
     """The rows of `isqrt bench network`."""
     command = [args.isqrt, "bench", "network", "--json", "--threads", str(args.threads)]
-    command += ["--model", args.model, "--head", args.head, "--batch", str(args.batch)]
+    command += ["--model", args.model, "--batch", str(args.batch)]
+    command += ["--head", args.head] * (args.head != "own")
     command += ["--size", str(args.size), "--classes", str(args.classes)]
     command += ["--budget", str(args.seconds)] + ["--ops"] * args.ops
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -181,8 +187,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--isqrt", default="target/release/isqrt", help="the binary")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--model", default="resnet50", help="a ResNet, named as in torchvision")
-    parser.add_argument("--head", choices=["gap", "isqrt"], default="gap")
+    parser.add_argument("--model", default="resnet50", help="named as in torchvision")
+    parser.add_argument("--head", choices=["own", "isqrt"], default="own")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--classes", type=int, default=1000)
@@ -220,7 +226,7 @@ def main():
         for name, task in runs.items():
             steps[name].append(repeat(args.seconds, task))
             if args.ops:
-                share = args.seconds / (len(CONVOLUTIONS) + 2)
+                share = args.seconds / (len(CONVOLUTIONS) + 3)
                 ops[name].append(op_times(args.batch, LAYOUTS[name], share))
 
     def report(case, table, keys):

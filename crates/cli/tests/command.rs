@@ -373,8 +373,8 @@ fn bench_network_times_a_step_and_its_ops() {
     for key in ["forward_ms", "backward_ms", "step_ms", "images_per_s"] {
         assert!(rows[0][key].as_f64().unwrap() > 0.0, "{key}");
     }
-    assert_eq!(rows.len(), 8);
-    for row in &rows[1..6] {
+    assert_eq!(rows.len(), 12);
+    for row in &rows[1..9] {
         for key in ["forward_ms", "backward_ms", "dw_ms", "gflops", "peak_share"] {
             assert!(row[key].as_f64().unwrap() > 0.0, "{key} of {row}");
         }

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use isqrt_linalg::Kernel;
 use isqrt_linalg::bench::peak_gflops;
 use isqrt_nn::layers::BatchNorm2d;
-use isqrt_nn::ops::{Conv, Window, conv2d, cross_entropy, max_pool2d};
+use isqrt_nn::ops::{Conv, Window, add_relu, block, can_block, conv2d, cross_entropy, max_pool2d};
 use isqrt_nn::{Decay, Init, Mode, Optimizer, Sgd, SgdConfig, Vars};
 
 use crate::{ModelSpec, Network, Result};
@@ -59,7 +59,11 @@ pub fn network(case: &NetworkCase, budget: Duration) -> Result<NetworkTiming> {
         decay: Decay::All,
     };
     let mut sgd = Sgd::new(network.vars(), options)?;
+    // Masks of dropout follow the step.
+    let mut count = 0;
     let times = medians(budget, || {
+        network.vars().set_step(count);
+        count += 1;
         let mut watch = Watch::start();
         let logits = network.forward(&images, Mode::Train)?;
         let loss = cross_entropy(&logits, &labels, 0.0)?;
@@ -110,26 +114,31 @@ pub struct OpTiming {
 /// A convolution: name, channels in and out, side of the input, kernel, stride.
 type ConvCase = (&'static str, (usize, usize), usize, usize, usize);
 
-const CONVOLUTIONS: [ConvCase; 5] = [
+const CONVOLUTIONS: [ConvCase; 8] = [
     ("conv 3x3 64 at 56x56", (64, 64), 56, 3, 1),
+    ("conv 3x3 128 stride 2 at 56x56", (128, 128), 56, 3, 2),
     ("conv 3x3 256 at 14x14", (256, 256), 14, 3, 1),
     ("conv 3x3 512 at 7x7", (512, 512), 7, 3, 1),
     ("conv 1x1 256 to 64 at 56x56", (256, 64), 56, 1, 1),
+    ("conv 1x1 64 to 256 at 56x56", (64, 256), 56, 1, 1),
+    ("conv 1x1 512 to 2048 at 7x7", (512, 2048), 7, 1, 1),
     ("conv 7x7 stride 2, 3 to 64 at 224x224", (3, 64), 224, 7, 2),
 ];
+/// Ops whose limit is the memory.
+const OTHERS: u32 = 3;
 
-/// Times the ops of a ResNet at its shapes (a row each: five convolutions, batch norm with ReLU,
-/// max-pooling) on plain maps through candle's tape; past its stem a ResNet runs on blocked ones. `budget` is shared among them.
+/// Times the ops of a ResNet at its shapes through candle's tape, on the maps that it has there:
+/// blocked ones past the stem's convolution and norm. `budget` is shared among them.
 ///
 /// # Errors
 /// Those of the ops.
 pub fn ops(batch: usize, budget: Duration) -> Result<Vec<OpTiming>> {
     let peak = peak_gflops(Kernel::Auto)?;
-    let share = budget / (CONVOLUTIONS.len() as u32 + 2);
+    let share = budget / (CONVOLUTIONS.len() as u32 + OTHERS);
     let mut rows = Vec::new();
     for (name, (inputs, outputs), side, kernel, stride) in CONVOLUTIONS {
         let options = Conv::new(stride, kernel / 2);
-        let x = Var::from_tensor(&random("x", &[batch, inputs, side, side])?)?;
+        let x = maps(batch, inputs, side)?;
         let weight = random("weight", &[outputs, inputs, kernel, kernel])?;
         let weight = Var::from_tensor(&weight)?;
         let fixed = x.as_detached_tensor();
@@ -172,8 +181,12 @@ pub fn ops(batch: usize, budget: Duration) -> Result<Vec<OpTiming>> {
     };
     let times = medians(share, || Ok(pass(|| norm.forward(&x, Mode::Train))?.into()))?;
     rows.push(memory_bound("batch norm and ReLU, 64 at 112x112", times));
+    let x = maps(batch, 64, 112)?;
     let times = medians(share, || Ok(pass(|| max_pool2d(&x, window))?.into()))?;
     rows.push(memory_bound("max-pool 3x3 stride 2, 64 at 112x112", times));
+    let (x, shortcut) = (maps(batch, 256, 56)?, maps(batch, 256, 56)?);
+    let times = medians(share, || Ok(pass(|| add_relu(&x, &shortcut))?.into()))?;
+    rows.push(memory_bound("sum and ReLU, 256 at 56x56", times));
     Ok(rows)
 }
 
@@ -186,6 +199,13 @@ fn pass(forward: impl Fn() -> isqrt_nn::Result<Tensor>) -> Result<(f64, f64)> {
     let backward = watch.lap();
     drop(gradients);
     Ok((forward, backward))
+}
+
+/// Random maps as the ops of a ResNet meet them: blocked, if the channels fill blocks.
+fn maps(batch: usize, channels: usize, side: usize) -> Result<Var> {
+    let x = random("x", &[batch, channels, side, side])?;
+    let blocked = can_block(channels, x.dtype());
+    Ok(Var::from_tensor(&if blocked { block(&x)? } else { x })?)
 }
 
 /// Standard normal values, the same for the same name.

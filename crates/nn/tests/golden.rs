@@ -3,8 +3,8 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use isqrt_nn::ops::{
-    Conv, LocalResponseNorm, Pool, avg_pool2d, block, can_block, conv2d, cross_entropy,
-    local_response_norm, max_pool2d, unblock,
+    Conv, LocalResponseNorm, Pool, adaptive_avg_pool2d, avg_pool2d, block, can_block, conv2d,
+    cross_entropy, local_response_norm, max_pool2d, unblock,
 };
 use isqrt_nn::{
     AdamW, AdamWConfig, Decay, Ema, Init, Optimizer, ParamGroup, Result, Schedule, Sgd, SgdConfig,
@@ -123,6 +123,13 @@ fn max_pool2d_agrees_with_pytorch() {
 #[test]
 fn avg_pool2d_agrees_with_pytorch() {
     agrees("avg_pool2d", 18, |x, options| avg_pool2d(x, pool(options)));
+}
+
+#[test]
+fn adaptive_avg_pool2d_agrees_with_pytorch() {
+    agrees("adaptive_avg_pool2d", 5, |x, size| {
+        adaptive_avg_pool2d(x, (size[0] as usize, size[1] as usize))
+    });
 }
 
 #[test]

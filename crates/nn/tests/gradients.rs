@@ -3,9 +3,9 @@
 
 use candle_core::{DType, Device, Tensor};
 use isqrt_nn::ops::{
-    BatchNorm, Conv, LocalResponseNorm, MaskKey, Pool, Window, add_relu, avg_pool2d, batch_norm,
-    block, conv_norm, conv2d, cross_entropy, dropout, global_avg_pool, linear, local_response_norm,
-    max_pool2d, relu, unblock,
+    BatchNorm, Conv, LocalResponseNorm, MaskKey, Pool, Window, adaptive_avg_pool2d, add_relu,
+    avg_pool2d, batch_norm, block, conv_norm, conv2d, cross_entropy, dropout, global_avg_pool,
+    linear, local_response_norm, max_pool2d, relu, unblock,
 };
 use isqrt_nn::{Buffer, Mode};
 use isqrt_testkit::{Gradcheck, gradcheck, randn};
@@ -246,6 +246,9 @@ fn pooling_of_any_window() {
         });
         check(&[random(&[2, 2, 7, 6], i as u64)], |t| {
             avg_pool2d(&t[0], window)
+        });
+        check(&[random(&[2, 2, 7, 6], i as u64)], |t| {
+            adaptive_avg_pool2d(&t[0], (kernel, stride + 6))
         });
     }
     // Height and width apart: kernel, stride, padding.

@@ -269,8 +269,9 @@ impl DecompositionBench {
 
 /// A training step of a network, and the ops it is made of
 ///
-/// Covariance heads get the backbone that the paper gives them: last stage at stride 1, reduction
-/// to 256 channels where the backbone has these options.
+/// The head is that of the published network (average pooling, or the linear layers of AlexNet and
+/// VGG) unless another one is named. Covariance heads get the backbone that the paper gives them:
+/// last stage at stride 1, reduction to 256 channels where the backbone has these options.
 #[derive(Args)]
 #[command(after_help = "Examples:
   isqrt bench network --model resnet50 --batch 8 --size 224
@@ -279,9 +280,9 @@ pub struct NetworkBench {
     /// Backbone; `isqrt models` lists them
     #[arg(long, value_name = "NAME", default_value = "resnet50")]
     model: String,
-    /// Pooling head
-    #[arg(long, value_name = "NAME", default_value = "gap")]
-    head: String,
+    /// Pooling head; that of the published network by default
+    #[arg(long, value_name = "NAME")]
+    head: Option<String>,
     /// Images
     #[arg(long, value_name = "B", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
     batch: u16,
@@ -301,15 +302,23 @@ pub struct NetworkBench {
 
 impl NetworkBench {
     fn run(&self, json: bool) -> anyhow::Result<()> {
-        let backbone = match self.head.as_str() {
-            "gap" => BackboneSpec::new(&*self.model),
-            _ => BackboneSpec::second_order(&*self.model)?,
+        let backbone = BackboneSpec::new(&*self.model);
+        let own = backbone.entry()?.own_head();
+        let (backbone, representation) = match &self.head {
+            None => (backbone, own),
+            Some(name) if *name == own.name => (backbone, own),
+            Some(name) if name == "gap" => (backbone, RepresentationSpec::new("gap")),
+            Some(name) => {
+                let backbone = BackboneSpec::second_order(&*self.model)?;
+                (backbone, RepresentationSpec::new(&**name))
+            }
         };
+        let head = representation.name.clone();
         let batch = usize::from(self.batch);
         let case = NetworkCase {
             model: ModelSpec {
                 backbone,
-                representation: RepresentationSpec::new(&*self.head),
+                representation,
                 classes: self.classes,
             },
             batch,
@@ -317,8 +326,8 @@ impl NetworkBench {
         };
         let budget = Duration::try_from_secs_f64(self.budget).context("--budget")?;
         let name = format!(
-            "network {} {} batch={batch} size={}",
-            self.model, self.head, self.size
+            "network {} {head} batch={batch} size={}",
+            self.model, self.size
         );
         let time = network(&case, budget)?;
         // Before the ops, which need other memory.

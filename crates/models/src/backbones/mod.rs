@@ -1,5 +1,7 @@
 //! Networks from images to feature maps, and their registry.
 
+mod alexnet;
+mod chain;
 mod e10net;
 mod reduction;
 mod residual;
@@ -16,7 +18,7 @@ use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::options::{NoOptions, Options};
-use crate::{Error, Result};
+use crate::{Error, RepresentationSpec, Result};
 
 /// Makes feature maps of images.
 pub trait Backbone: Send + Sync {
@@ -44,6 +46,11 @@ pub trait BackboneEntry: Sync {
         Options::default()
     }
 
+    /// The representation that the published network has: global average pooling by default.
+    fn own_head(&self) -> RepresentationSpec {
+        RepresentationSpec::new("gap")
+    }
+
     /// A new one with its parameters in `scope`.
     ///
     /// # Errors
@@ -60,6 +67,7 @@ pub const BACKBONES: &[&dyn BackboneEntry] = &[
     &resnet::RESNET50,
     &resnet::RESNET101,
     &resnet::RESNET152,
+    &alexnet::ALEXNET,
     &vgg::VGG16,
     &vgg::VGG16_BN,
 ];

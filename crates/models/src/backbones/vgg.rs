@@ -6,15 +6,12 @@
 //! `layer_reduce`, `layer_reduce_bn`). Covariance heads take `last_pool = false, reduction = 256`,
 //! which gives 14x14x256 of a 224x224 image.
 
-use candle_core::Tensor;
-use isqrt_nn::layers::{BatchNorm2d, Conv2d, ConvNorm};
-use isqrt_nn::ops::{Conv, Window, block, is_blocked, max_pool2d};
-use isqrt_nn::{Init, Mode, Scope};
-use serde::Deserialize;
+use isqrt_nn::ops::{Conv, Window};
+use isqrt_nn::{Init, Scope};
 
-use super::reduction::{leave_blocks, reduce};
+use super::chain::{Chain, Keys};
 use super::{Backbone, BackboneEntry, Options};
-use crate::Result;
+use crate::{RepresentationSpec, Result};
 
 pub(super) const VGG16: Entry = Entry {
     name: "vgg16",
@@ -32,23 +29,6 @@ pub(super) struct Entry {
     name: &'static str,
     /// Whether batch norm follows each convolution.
     norm: bool,
-}
-
-/// The keys in a spec.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct Keys {
-    last_pool: bool,
-    reduction: Option<usize>,
-}
-
-impl Default for Keys {
-    fn default() -> Self {
-        Self {
-            last_pool: true,
-            reduction: None,
-        }
-    }
 }
 
 impl BackboneEntry for Entry {
@@ -70,38 +50,23 @@ impl BackboneEntry for Entry {
         options
     }
 
+    fn own_head(&self) -> RepresentationSpec {
+        RepresentationSpec::new("fc").with("side", 7)
+    }
+
     fn build(&self, options: &Options, mut scope: Scope<'_>) -> Result<Box<dyn Backbone>> {
-        let Keys {
-            last_pool,
-            reduction,
-        } = options.read(self.name)?;
-        let mut layers = Vec::new();
-        let mut channels = 3;
-        // torchvision counts every module: convolution, norm, ReLU, pooling.
-        let mut place = 0;
-        let mut features = scope.sub("features");
+        let keys: Keys = options.read(self.name)?;
+        let mut chain = Chain::new(&mut scope);
         for (stage, (outputs, count)) in STAGES.into_iter().enumerate() {
             for _ in 0..count {
-                layers.push(Layer::Conv(BiasedConv::new(
-                    &mut features,
-                    place,
-                    (channels, outputs),
-                    self.norm,
-                )?));
-                channels = outputs;
-                place += if self.norm { 3 } else { 2 };
+                let options = Conv::new(1, 1);
+                chain.conv(outputs, 3, options, Init::KaimingFanOut, self.norm)?;
             }
-            if last_pool || stage + 1 < STAGES.len() {
-                layers.push(Layer::Pool);
-                place += 1;
+            if keys.last_pool || stage + 1 < STAGES.len() {
+                chain.pool(HALVE);
             }
         }
-        let (reduce, channels) = reduce(self.name, &mut scope, channels, reduction)?;
-        Ok(Box::new(Vgg {
-            layers,
-            reduce,
-            channels,
-        }))
+        chain.finish(self.name, keys.reduction)
     }
 }
 
@@ -110,71 +75,3 @@ const HALVE: Window = Window {
     stride: 2,
     padding: 0,
 };
-
-enum Layer {
-    Conv(BiasedConv),
-    Pool,
-}
-
-struct Vgg {
-    layers: Vec<Layer>,
-    reduce: Option<ConvNorm>,
-    channels: usize,
-}
-
-impl Backbone for Vgg {
-    fn forward_features(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let mut x = x.clone();
-        for layer in &self.layers {
-            x = match layer {
-                Layer::Conv(conv) => conv.forward(&x, mode)?,
-                Layer::Pool => max_pool2d(&x, HALVE)?,
-            };
-            // Blocked from the first convolution on: three input channels would fill no block.
-            if !is_blocked(&x) {
-                x = block(&x)?;
-            }
-        }
-        leave_blocks(&x, self.reduce.as_ref(), mode)
-    }
-
-    fn out_channels(&self) -> usize {
-        self.channels
-    }
-}
-
-/// A 3x3 convolution with bias, which torchvision has before batch norm too (where it does
-/// nothing), the norm if there is one, and ReLU.
-struct BiasedConv {
-    conv: Conv2d,
-    norm: Option<BatchNorm2d>,
-}
-
-impl BiasedConv {
-    fn new(
-        scope: &mut Scope<'_>,
-        place: usize,
-        channels: (usize, usize),
-        norm: bool,
-    ) -> Result<Self> {
-        let options = Conv {
-            relu: !norm,
-            ..Conv::new(1, 1)
-        };
-        let init = (Init::KaimingFanOut, Init::Constant(0.0));
-        let conv = Conv2d::with_bias(scope.sub(place), channels, 3, options, init)?;
-        let mut after = None;
-        if norm {
-            after = Some(BatchNorm2d::new(scope.sub(place + 1), channels.1, true)?);
-        }
-        Ok(Self { conv, norm: after })
-    }
-
-    fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let y = self.conv.forward(x)?;
-        match &self.norm {
-            Some(norm) => Ok(norm.forward(&y, mode)?),
-            None => Ok(y),
-        }
-    }
-}

@@ -1,6 +1,7 @@
 //! Pooling heads, from feature maps to one vector an image, and their registry.
 
 mod cov;
+mod fc;
 mod gap;
 mod isqrt;
 mod mpn;
@@ -46,7 +47,7 @@ pub trait RepresentationEntry: Sync {
 
 /// All representations. Adding one is a file beside this one and a line here.
 pub const REPRESENTATIONS: &[&dyn RepresentationEntry] =
-    &[&gap::GAP, &cov::COV, &isqrt::ISQRT, &mpn::MPN];
+    &[&gap::GAP, &cov::COV, &isqrt::ISQRT, &mpn::MPN, &fc::FC];
 
 /// A representation by name with its options: in TOML
 /// `representation = { name = "isqrt", iterations = 5 }`.

@@ -30,6 +30,27 @@ pub fn avg_pool2d(x: &Tensor, window: impl Into<Pool>) -> Result<Tensor> {
     Ok(x.contiguous()?.apply_op1(op)?)
 }
 
+/// Mean of each of `rows x columns` windows that share the plane out as evenly as they can: window
+/// `i` of `n` covers the places from `i·size / n`, rounded down, to `(i + 1)·size / n`, rounded up.
+///
+/// # Shapes
+/// `(batch, channels, height, width)` to `(batch, channels, rows, columns)`
+///
+/// # Errors
+/// [`crate::Error::Shape`] where `x` has another rank or is empty, [`crate::Error::Option`] for no
+/// rows or columns.
+pub fn adaptive_avg_pool2d(x: &Tensor, output: (usize, usize)) -> Result<Tensor> {
+    let windows = Windows::adaptive("adaptive_avg_pool2d", x, output)?;
+    if output == (x.dim(2)?, x.dim(3)?) {
+        return Ok(x.clone());
+    }
+    let op = AvgPool {
+        windows,
+        count_include_pad: false,
+    };
+    Ok(x.contiguous()?.apply_op1(op)?)
+}
+
 /// Mean of each plane: `(batch, channels, height, width)` to `(batch, channels)`.
 ///
 /// # Errors

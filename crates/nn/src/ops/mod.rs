@@ -14,7 +14,7 @@ mod max_pool;
 mod relu;
 mod window;
 
-pub use avg_pool::{avg_pool2d, global_avg_pool};
+pub use avg_pool::{adaptive_avg_pool2d, avg_pool2d, global_avg_pool};
 pub use batch_norm::{BatchNorm, batch_norm};
 #[cfg(test)]
 pub(crate) use conv::ConvOp;

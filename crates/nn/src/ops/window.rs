@@ -76,9 +76,29 @@ pub(super) struct Axis {
     pub(super) input: usize,
     /// Number of windows.
     pub(super) output: usize,
+    /// Whether the windows share the input out as evenly as they can, whatever the kernel.
+    adaptive: bool,
 }
 
 impl Axis {
+    fn adaptive(input: usize, output: usize) -> Result<Self> {
+        if output == 0 {
+            return Err(Error::Option {
+                what: "pooling output",
+                value: output.to_string(),
+                expected: "at least 1",
+            });
+        }
+        Ok(Self {
+            kernel: 1,
+            stride: 1,
+            padding: 0,
+            input,
+            output,
+            adaptive: true,
+        })
+    }
+
     fn new(
         op: &'static str,
         input: usize,
@@ -119,11 +139,16 @@ impl Axis {
             padding,
             input,
             output,
+            adaptive: false,
         })
     }
 
     /// Places of the input that the window at `index` covers; never none.
     pub(super) fn range(self, index: usize) -> Range<usize> {
+        if self.adaptive {
+            let (start, end) = (index * self.input, (index + 1) * self.input);
+            return start / self.output..end.div_ceil(self.output);
+        }
         let start = index * self.stride;
         let end = (start + self.kernel).saturating_sub(self.padding);
         start.saturating_sub(self.padding)..end.min(self.input)
@@ -151,6 +176,22 @@ pub(super) struct Windows {
 impl Windows {
     pub(super) fn new(op: &'static str, x: &Tensor, pool: Pool) -> Result<Self> {
         Self::over(op, dims4(op, x)?, 1, pool)
+    }
+
+    /// Windows that share each plane out to `(rows, columns)`.
+    pub(super) fn adaptive(
+        op: &'static str,
+        x: &Tensor,
+        (rows, columns): (usize, usize),
+    ) -> Result<Self> {
+        let [batch, channels, height, width] = dims4(op, x)?;
+        Ok(Self {
+            batch,
+            channels,
+            lanes: 1,
+            rows: Axis::adaptive(height, rows)?,
+            columns: Axis::adaptive(width, columns)?,
+        })
     }
 
     /// As [`new`](Self::new), for maps that may be blocked.

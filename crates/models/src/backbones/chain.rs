@@ -1,0 +1,133 @@
+//! Chains of biased convolutions and max-pooling, the older networks, with torchvision's names:
+//! `features.N`, where N counts convolutions, norms, ReLUs and poolings.
+
+use candle_core::Tensor;
+use isqrt_nn::layers::{BatchNorm2d, Conv2d, ConvNorm};
+use isqrt_nn::ops::{Conv, Window, block, is_blocked, max_pool2d};
+use isqrt_nn::{Init, Mode, Scope};
+use serde::Deserialize;
+
+use super::Backbone;
+use super::reduction::{leave_blocks, reduce};
+use crate::Result;
+
+/// The keys in a spec.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Keys {
+    /// Whether max-pooling ends the last stage.
+    pub last_pool: bool,
+    pub reduction: Option<usize>,
+}
+
+impl Default for Keys {
+    fn default() -> Self {
+        Self {
+            last_pool: true,
+            reduction: None,
+        }
+    }
+}
+
+enum Layer {
+    Conv(Conv2d),
+    Norm(BatchNorm2d),
+    Pool(Window),
+}
+
+/// A chain in the making, from images on.
+pub(super) struct Chain<'a, 'b> {
+    scope: &'a mut Scope<'b>,
+    layers: Vec<Layer>,
+    channels: usize,
+    /// Modules of torchvision so far.
+    place: usize,
+}
+
+impl<'a, 'b> Chain<'a, 'b> {
+    pub(super) fn new(scope: &'a mut Scope<'b>) -> Self {
+        Self {
+            scope,
+            layers: Vec::new(),
+            channels: 3,
+            place: 0,
+        }
+    }
+
+    /// A convolution with bias, which torchvision has before batch norm too (where it does
+    /// nothing), the norm if there is one, and ReLU.
+    pub(super) fn conv(
+        &mut self,
+        outputs: usize,
+        kernel: usize,
+        options: Conv,
+        init: Init,
+        norm: bool,
+    ) -> Result<()> {
+        let mut scope = self.scope.sub("features");
+        let options = Conv {
+            relu: !norm,
+            ..options
+        };
+        // PyTorch's default of a bias has the bound of its weight.
+        let fan_in = (self.channels * kernel * kernel) as f64;
+        let bias = match init {
+            Init::UniformFanIn => Init::Uniform(1.0 / fan_in.sqrt()),
+            _ => Init::Constant(0.0),
+        };
+        let (channels, init) = ((self.channels, outputs), (init, bias));
+        let conv = Conv2d::with_bias(scope.sub(self.place), channels, kernel, options, init)?;
+        self.layers.push(Layer::Conv(conv));
+        if norm {
+            self.place += 1;
+            let norm = BatchNorm2d::new(scope.sub(self.place), outputs, true)?;
+            self.layers.push(Layer::Norm(norm));
+        }
+        self.place += 2;
+        self.channels = outputs;
+        Ok(())
+    }
+
+    pub(super) fn pool(&mut self, window: Window) {
+        self.layers.push(Layer::Pool(window));
+        self.place += 1;
+    }
+
+    /// The backbone called `name`, with a reduction to so many channels if it is wanted.
+    pub(super) fn finish(self, name: &str, reduction: Option<usize>) -> Result<Box<dyn Backbone>> {
+        let (reduce, channels) = reduce(name, self.scope, self.channels, reduction)?;
+        Ok(Box::new(Finished {
+            layers: self.layers,
+            reduce,
+            channels,
+        }))
+    }
+}
+
+struct Finished {
+    layers: Vec<Layer>,
+    reduce: Option<ConvNorm>,
+    channels: usize,
+}
+
+impl Backbone for Finished {
+    fn forward_features(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        let mut x = x.clone();
+        for layer in &self.layers {
+            x = match layer {
+                Layer::Conv(conv) => conv.forward(&x)?,
+                Layer::Norm(norm) => norm.forward(&x, mode)?,
+                Layer::Pool(window) => max_pool2d(&x, *window)?,
+            };
+            // Blocked from the first convolution on: three input channels would fill no block.
+            if !is_blocked(&x) {
+                x = block(&x)?;
+            }
+        }
+        leave_blocks(&x, self.reduce.as_ref(), mode)
+    }
+
+    fn out_channels(&self) -> usize {
+        self.channels
+    }
+}
