@@ -180,10 +180,10 @@ impl Dropout {
     /// would have the same mask.
     pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
         let Source { seed, layer, step } = &self.source;
-        let step = match (mode, step.get()) {
-            (Mode::Eval, _) => 0,
-            (Mode::Train, Some(step)) => step,
-            (Mode::Train, None) => {
+        let step = match step.get() {
+            Some(step) => step,
+            None if !mode.is_training() => 0,
+            None => {
                 return Err(Error::State {
                     what: "dropout",
                     message: "the step is not set: call Vars::set_step before each training pass"
