@@ -7,6 +7,8 @@ use crate::ops::{self, BatchNorm as Norm, Conv, MaskKey};
 use crate::vars::Source;
 use crate::{Error, Init, Mode, Result, Scope};
 
+pub use crate::checkpoint::GradientCheckpoint;
+
 /// A convolution without bias.
 #[derive(Debug, Clone)]
 pub struct Conv2d {

@@ -205,7 +205,8 @@ impl Run<'_> {
         let loss = cross_entropy(&logits, labels, self.config.label_smoothing)?;
         let value = loss.to_scalar::<f32>()?;
         if value.is_finite() {
-            self.optimiser.step(&loss.backward()?, rate)?;
+            let gradients = self.network.vars().backward(&loss)?;
+            self.optimiser.step(&gradients, rate)?;
         }
         Ok((value, correct(&logits, labels)?))
     }

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use isqrt_datasets::ImageSet;
-use isqrt_models::{ModelSpec, RepresentationSpec};
+use isqrt_models::{BackboneSpec, ModelSpec, RepresentationSpec};
 use isqrt_train::{
     AugmentConfig, EpochMetrics, Error, Observer, Silent, TrainConfig, TrainResult, train,
     train_network,
@@ -260,4 +260,22 @@ fn frozen_statistics_stay() {
             assert_eq!(stayed, frozen_norm, "{name}");
         }
     }
+}
+
+/// Checkpoints change what is kept and not one bit of the result.
+#[test]
+fn checkpointed_blocks_train_to_the_same_bits() {
+    let run = |checkpoint: bool| {
+        let backbone = BackboneSpec::new("resnet18").with("checkpoint", checkpoint);
+        let config = TrainConfig {
+            model: ModelSpec {
+                backbone,
+                ..config("gap").model
+            },
+            epochs: 1,
+            ..config("gap")
+        };
+        without_time(train(&config, stripes(16, 1), stripes(8, 2), &mut Silent).unwrap())
+    };
+    assert_eq!(run(true), run(false));
 }

@@ -291,6 +291,9 @@ pub struct NetworkBench {
     /// Outputs of the classifier
     #[arg(long, value_name = "K", default_value_t = 1000)]
     classes: usize,
+    /// Keep the inputs of residual blocks alone and compute the rest again in the backward pass
+    #[arg(long)]
+    checkpoint: bool,
     /// Time each kind of op too, at the shapes of a ResNet
     #[arg(long)]
     ops: bool,
@@ -301,10 +304,13 @@ pub struct NetworkBench {
 
 impl NetworkBench {
     fn run(&self, json: bool) -> anyhow::Result<()> {
-        let backbone = match self.head.as_str() {
+        let mut backbone = match self.head.as_str() {
             "gap" => BackboneSpec::new(&*self.model),
             _ => BackboneSpec::second_order(&*self.model)?,
         };
+        if self.checkpoint {
+            backbone = backbone.with("checkpoint", true);
+        }
         let batch = usize::from(self.batch);
         let case = NetworkCase {
             model: ModelSpec {
@@ -317,8 +323,11 @@ impl NetworkBench {
         };
         let budget = Duration::try_from_secs_f64(self.budget).context("--budget")?;
         let name = format!(
-            "network {} {} batch={batch} size={}",
-            self.model, self.head, self.size
+            "network {} {} batch={batch} size={}{}",
+            self.model,
+            self.head,
+            self.size,
+            if self.checkpoint { " checkpoint" } else { "" }
         );
         let time = network(&case, budget)?;
         // Before the ops, which need other memory.
