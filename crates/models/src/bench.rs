@@ -68,7 +68,7 @@ pub fn network(case: &NetworkCase, budget: Duration) -> Result<NetworkTiming> {
         let logits = network.forward(&images, Mode::Train)?;
         let loss = cross_entropy(&logits, &labels, 0.0)?;
         let forward = watch.lap();
-        let gradients = loss.backward()?;
+        let gradients = network.vars().backward(&loss)?;
         let backward = watch.lap();
         // So small a rate that the weights stay what they are, however many steps.
         sgd.step(&gradients, 1e-6)?;

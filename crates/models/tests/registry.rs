@@ -1,7 +1,7 @@
 //! Every backbone with every representation: builds, learns, saves and loads.
 #![allow(clippy::unwrap_used)]
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Var};
 use isqrt_models::{
     BACKBONES, BackboneSpec, ModelSpec, Network, REPRESENTATIONS, RepresentationSpec,
 };
@@ -214,5 +214,37 @@ fn a_spec_is_written_as_it_was_read() {
         let again = serde_json::to_string(&spec).unwrap();
         assert_eq!(serde_json::from_str::<BackboneSpec>(&again).unwrap(), spec);
         assert_eq!(again.starts_with('{'), backbone.starts_with('{'), "{again}");
+    }
+}
+
+/// Every gradient and buffer, bit for bit, of blocked maps and of plain ones.
+#[test]
+fn checkpointed_blocks_have_the_gradients_of_plain_ones() {
+    for (name, dtype) in [("resnet18", DType::F32), ("resnet50", DType::F64)] {
+        let images = Var::from_tensor(&randn((2, 3, 40, 40), 1, dtype).unwrap()).unwrap();
+        let [plain, ours] = [false, true].map(|checkpoint| {
+            let backbone = BackboneSpec::new(name)
+                .with("last_stride", 1)
+                .with("checkpoint", checkpoint);
+            let spec = spec(backbone, RepresentationSpec::new("gap"));
+            let network = Network::new(&spec, 7, dtype, &Device::Cpu).unwrap();
+            let logits = network.forward(&images, Mode::Train).unwrap();
+            let loss = cross_entropy(&logits, &[0, 2], 0.0).unwrap();
+            let gradients = network.vars().backward(&loss).unwrap();
+            (network, gradients)
+        });
+        let parameters = plain.0.vars().parameters();
+        let twins = ours.0.vars().parameters();
+        let pairs = parameters
+            .zip(twins)
+            .chain([(("x", &images), ("x", &images))]);
+        for ((name, known), (_, found)) in pairs {
+            let known = plain.1.get(known).unwrap_or_else(|| panic!("{name}"));
+            let found = ours.1.get(found).unwrap_or_else(|| panic!("{name}"));
+            assert_close!(found, known, atol = 0.0);
+        }
+        for ((_, found), (_, known)) in ours.0.vars().buffers().zip(plain.0.vars().buffers()) {
+            assert_close!(found.get(), known.get(), atol = 0.0);
+        }
     }
 }

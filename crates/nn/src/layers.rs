@@ -8,6 +8,8 @@ use crate::ops::{self, BatchNorm as Norm, Conv, MaskKey};
 use crate::vars::Source;
 use crate::{Error, Init, Mode, Result, Scope};
 
+pub use crate::checkpoint::GradientCheckpoint;
+
 /// A convolution with a square kernel, without or with bias.
 #[derive(Debug, Clone)]
 pub struct Conv2d {
@@ -228,10 +230,10 @@ impl Dropout {
     /// would have the same mask.
     pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
         let Source { seed, layer, step } = &self.source;
-        let step = match (mode, step.get()) {
-            (Mode::Eval, _) => 0,
-            (Mode::Train, Some(step)) => step,
-            (Mode::Train, None) => {
+        let step = match step.get() {
+            Some(step) => step,
+            None if !mode.is_training() => 0,
+            None => {
                 return Err(Error::State {
                     what: "dropout",
                     message: "the step is not set: call Vars::set_step before each training pass"

@@ -8,6 +8,7 @@
 //! bits for any number of threads.
 
 mod blocked;
+mod checkpoint;
 mod element;
 mod error;
 mod init;

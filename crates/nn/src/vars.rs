@@ -9,8 +9,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 
+use crate::checkpoint::{self, Aside};
 use crate::init::fnv1a;
 use crate::{Error, Init, Result};
 
@@ -67,6 +69,7 @@ pub struct Vars {
     /// Layers that draw random numbers.
     sources: BTreeSet<String>,
     step: Step,
+    aside: Aside,
 }
 
 /// Number of the training pass, shared with the layers that draw random numbers.
@@ -79,6 +82,12 @@ impl Step {
     /// The number, once it is set.
     pub(crate) fn get(&self) -> Option<u64> {
         Some(self.0.load(Ordering::Relaxed)).filter(|&step| step != Self::UNSET)
+    }
+
+    /// Sets the number and gives what it was.
+    pub(crate) fn replace(&self, step: Option<u64>) -> Option<u64> {
+        let old = self.0.swap(step.unwrap_or(Self::UNSET), Ordering::Relaxed);
+        Some(old).filter(|&step| step != Self::UNSET)
     }
 }
 
@@ -103,6 +112,7 @@ impl Vars {
             buffers: BTreeMap::new(),
             sources: BTreeSet::new(),
             step: Step(Arc::new(AtomicU64::new(Step::UNSET))),
+            aside: Aside::default(),
         }
     }
 
@@ -111,7 +121,17 @@ impl Vars {
     ///
     /// Each pass needs its own; a pass of one batch in several parts needs one a part.
     pub fn set_step(&self, step: u64) {
-        self.step.0.store(step, Ordering::Relaxed);
+        self.step.replace(Some(step));
+    }
+
+    /// Gradients of a scalar `loss`, those of parameters in checkpointed parts
+    /// ([`GradientCheckpoint`](crate::layers::GradientCheckpoint)) included, which
+    /// [`Tensor::backward`] refuses. Without such parts the two are the same.
+    ///
+    /// # Errors
+    /// Those of the ops; [`Error::State`] while another backward pass of these parameters runs.
+    pub fn backward(&self, loss: &Tensor) -> Result<GradStore> {
+        checkpoint::backward(&self.aside, loss)
     }
 
     /// Where the layers of a network make their parameters.
@@ -282,6 +302,11 @@ impl Scope<'_> {
             layer: fnv1a(self.prefix.as_bytes()) as u64,
             step: self.vars.step.clone(),
         })
+    }
+
+    /// What the passes through this network share.
+    pub(crate) fn pass(&self) -> (Step, Aside) {
+        (self.vars.step.clone(), Arc::clone(&self.vars.aside))
     }
 
     fn path(&self, name: &str) -> String {

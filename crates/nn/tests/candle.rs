@@ -1,48 +1,14 @@
-//! What we rely on candle for, checked by gradient, and what we do not, with the reason shown:
-//! the next candle release is judged by a test run.
+//! What we rely on candle for, checked by gradient, and what we do not, with the reason shown: the
+//! next candle release is judged by a test run. The list is [`isqrt_testkit::candle_ops`].
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use isqrt_nn::ops::{Window, max_pool2d, relu};
-use isqrt_testkit::{Gradcheck, assert_close, gradcheck, randn};
-
-fn random(shape: &[usize]) -> Tensor {
-    randn(shape, 3, DType::F64).unwrap()
-}
-
-#[track_caller]
-fn sound(f: impl Fn(&Tensor) -> Result<Tensor>) {
-    gradcheck(|t| f(&t[0]), &[random(&[2, 3, 4])], Gradcheck::default()).unwrap();
-}
+use isqrt_testkit::{assert_close, candle_ops, randn};
 
 #[test]
-fn shape_ops_that_networks_use() {
-    sound(|x| x.flatten_from(1));
-    sound(|x| x.reshape((4, 6)));
-    sound(|x| x.permute((2, 0, 1))?.contiguous());
-    sound(|x| x.narrow(1, 1, 2));
-    sound(|x| Tensor::cat(&[x, &x.sqr()?], 1));
-    sound(|x| x.copy());
-}
-
-#[test]
-fn arithmetic_that_losses_use() {
-    sound(|x| x + x.sqr()?);
-    sound(|x| (x * 3.0)? - 1.0);
-    sound(|x| x.sum_all());
-    sound(|x| x.mean_all());
-    sound(|x| x.sum(1));
-    sound(|x| x.broadcast_mul(&x.sum_keepdim(2)?));
-    sound(|x| x.matmul(&x.transpose(1, 2)?.contiguous()?));
-}
-
-/// A tensor that two nodes use gets the sum of both gradients: shortcuts depend on it.
-#[test]
-fn gradients_of_shared_tensors_add_up() {
-    sound(|x| {
-        let y = x.sqr()?;
-        y.mul(&y)? + &y
-    });
+fn what_training_relies_on_has_right_gradients() {
+    candle_ops::check_all(&Device::Cpu).unwrap();
 }
 
 fn gradient(f: impl Fn(&Tensor) -> Result<Tensor>, x: &[f64], shape: &[usize]) -> Tensor {
@@ -72,7 +38,7 @@ fn max_pool_of_candle_is_wrong_and_ours_is_not() {
         theirs[3], 1.0,
         "candle's gradient is right now: is our own still needed?"
     );
-    let overlapping = Var::from_tensor(&random(&[1, 1, 5, 5])).unwrap();
+    let overlapping = Var::from_tensor(&randn((1, 1, 5, 5), 3, DType::F64).unwrap()).unwrap();
     let pooled = overlapping.max_pool2d_with_stride(3, 2).unwrap();
     let refused = pooled.sum_all().unwrap().backward();
     assert!(

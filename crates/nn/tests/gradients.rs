@@ -10,6 +10,8 @@ use isqrt_nn::ops::{
 use isqrt_nn::{Buffer, Mode};
 use isqrt_testkit::{Gradcheck, gradcheck, randn};
 
+const MODES: [Mode; 4] = [Mode::Train, Mode::Frozen, Mode::Replay, Mode::Eval];
+
 fn random(shape: &[usize], seed: u64) -> Tensor {
     randn(shape, seed, DType::F64).unwrap()
 }
@@ -125,13 +127,13 @@ fn norm(channels: usize, relu: bool) -> BatchNorm {
 }
 
 #[test]
-fn batch_norm_in_both_modes_with_and_without_relu() {
+fn batch_norm_in_every_mode_with_and_without_relu() {
     for (i, shape) in [[4, 3, 2, 3], [2, 1, 5, 5], [3, 2, 1, 1]]
         .into_iter()
         .enumerate()
     {
         for relu in [false, true] {
-            for mode in [Mode::Train, Mode::Eval] {
+            for mode in MODES {
                 let channels = shape[1];
                 let seed = 10 * i as u64;
                 let gamma = (random(&[channels], seed + 1) + 2.0).unwrap();
@@ -165,7 +167,7 @@ fn blocked_maps() {
     }
     for (i, (kernel, stride)) in [(3, 1), (1, 2), (3, 2)].into_iter().enumerate() {
         for relu in [false, true] {
-            for mode in [Mode::Train, Mode::Eval] {
+            for mode in MODES {
                 let seed = 30 + i as u64;
                 let gamma = (random(&[16], seed) + 2.0).unwrap();
                 let weight = random(&[16, 16, kernel, kernel], seed + 1);
@@ -203,7 +205,7 @@ fn blocked_maps() {
         assert_eq!(equal.to_scalar::<f64>().unwrap(), 0.0);
     }
     for relu in [false, true] {
-        for mode in [Mode::Train, Mode::Eval] {
+        for mode in MODES {
             let gamma = (random(&[16], 2) + 2.0).unwrap();
             let inputs = [block(&x).unwrap(), gamma, random(&[16], 3)];
             check(&inputs, |t| {
@@ -298,7 +300,7 @@ fn dropout_of_any_share() {
             layer: 2,
             step: i as u64,
         };
-        for mode in [Mode::Train, Mode::Eval] {
+        for mode in MODES {
             check(&[random(&shape, i as u64)], |t| {
                 dropout(&t[0], p, key, mode)
             });

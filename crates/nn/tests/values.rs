@@ -101,6 +101,90 @@ fn batch_norm_normalises_and_keeps_unbiased_statistics() {
     assert!((power - 1e-4 / (1e-4 + 1e-5)).abs() < 0.02, "{power}");
 }
 
+/// `γ·(x − running mean)/√(running variance + ε) + β`, as PyTorch computes it in evaluation: plain
+/// and blocked maps, alone and after a convolution. A single value a channel will do.
+#[test]
+fn frozen_batch_norm_takes_the_running_statistics_and_leaves_them() {
+    let options = Conv::default();
+    let (gamma, beta) = (random(&[16], 2), random(&[16], 3));
+    let mean = random(&[16], 4);
+    let var = (random(&[16], 5).sqr().unwrap() + 0.1).unwrap();
+    let weight = random(&[16, 16, 1, 1], 6);
+    let channel = |t: &Tensor| t.reshape((1, 16, 1, 1)).unwrap();
+    let formula = |x: &Tensor| {
+        let x = x.broadcast_sub(&channel(&mean)).unwrap();
+        let deviation = (&var + 1e-5).unwrap().sqrt().unwrap();
+        let x = x.broadcast_div(&channel(&deviation)).unwrap();
+        let x = x.broadcast_mul(&channel(&gamma)).unwrap();
+        x.broadcast_add(&channel(&beta)).unwrap()
+    };
+    let norm = BatchNorm {
+        running_mean: Buffer::new(mean.clone()),
+        running_var: Buffer::new(var.clone()),
+        ..norm(DType::F64)
+    };
+    for shape in [[3, 16, 4, 5], [1, 16, 1, 1]] {
+        let x = random(&shape, 1);
+        let y = batch_norm(&x, &gamma, &beta, &norm, Mode::Frozen).unwrap();
+        assert_close!(y, formula(&x), rtol = 1e-12, atol = 1e-12);
+        let x = block(&x).unwrap();
+        let y = batch_norm(&x, &gamma, &beta, &norm, Mode::Frozen).unwrap();
+        let known = formula(&unblock(&x).unwrap());
+        assert_close!(unblock(&y).unwrap(), known, rtol = 1e-12, atol = 1e-12);
+        let convolved = conv2d(&x, &weight, None, options).unwrap();
+        let y = conv_norm(&x, &weight, options, (&gamma, &beta), &norm, Mode::Frozen).unwrap();
+        let known = formula(&unblock(&convolved).unwrap());
+        assert_close!(unblock(&y).unwrap(), known, rtol = 1e-12, atol = 1e-12);
+    }
+    assert_close!(norm.running_mean.get(), mean, atol = 0.0);
+    assert_close!(norm.running_var.get(), var, atol = 0.0);
+}
+
+/// Output and gradients of the pass that it repeats, bit for bit; statistics stay.
+#[test]
+fn a_replayed_pass_is_that_of_training_without_its_update() {
+    let x = Var::from_tensor(&random(&[3, 2, 4, 4], 1)).unwrap();
+    let maps = Var::from_tensor(&block(&random(&[3, 16, 4, 4], 2)).unwrap()).unwrap();
+    let weight = random(&[16, 16, 3, 3], 3);
+    let options = Conv::new(1, 1);
+    let ones = |n| Tensor::ones(n, DType::F64, &Device::Cpu).unwrap();
+    let wide = |start: f64| Buffer::new((ones(16) * start).unwrap());
+    let run = |mode| {
+        let plain = norm(DType::F64);
+        let fused = BatchNorm {
+            running_mean: wide(0.0),
+            running_var: wide(1.0),
+            ..norm(DType::F64)
+        };
+        let y = batch_norm(&x, &ones(2), &ones(2), &plain, mode).unwrap();
+        let affine = (&ones(16), &ones(16));
+        let z = conv_norm(&maps, &weight, options, affine, &fused, mode).unwrap();
+        let loss = |y: &Tensor| y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        let values = [
+            y.clone(),
+            z.clone(),
+            loss(&y).remove(&x).unwrap(),
+            loss(&z).remove(&maps).unwrap(),
+        ];
+        let statistics = [plain, fused].map(|norm| (norm.running_mean, norm.running_var));
+        (values, statistics)
+    };
+    let (known, moved) = run(Mode::Train);
+    let (found, kept) = run(Mode::Replay);
+    for (found, known) in found.iter().zip(&known) {
+        assert_close!(found, known, atol = 0.0);
+    }
+    for (mean, var) in kept {
+        let n = mean.get().elem_count();
+        assert_close!(mean.get(), vec![0.0; n], atol = 0.0);
+        assert_close!(var.get(), vec![1.0; n], atol = 0.0);
+    }
+    for (mean, _) in moved {
+        let off = mean.get().abs().unwrap().min_all().unwrap();
+        assert!(off.to_scalar::<f64>().unwrap() > 0.0);
+    }
+}
+
 #[test]
 fn batch_norm_of_blocked_maps_is_that_of_plain_ones() {
     for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 2e-5)] {

@@ -3,7 +3,7 @@
 //! The scalar `L(x) = Σ w·f(x)` with random weights `w` is differentiated twice: by candle's
 //! backward pass, and as `Σ w·(f(x + h e_i) - f(x - h e_i)) / 2h` for every element `i`, in f64.
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Result, Tensor, Var};
 
 use crate::close::{Tolerance, compare, position};
 use crate::random::randn;
@@ -35,7 +35,7 @@ impl Default for Gradcheck {
 
 /// Checks the gradient of `f` with respect to each of `inputs` (f64).
 ///
-/// `f` must be smooth within one step of the inputs: keep them away from kinks.
+/// Works on the inputs' device. `f` must be smooth within one step of the inputs: keep them away from kinks.
 ///
 /// # Errors
 /// A message that names the input and the worst element: no gradient where one is expected, a
@@ -64,7 +64,9 @@ pub fn gradcheck(
         .map_err(text("inputs"))?;
     let tracked: Vec<Tensor> = variables.iter().map(|v| v.as_tensor().clone()).collect();
     let out = f(&tracked).map_err(text("forward"))?;
-    let weights = randn(out.shape(), options.seed, DType::F64).map_err(text("weights"))?;
+    let weights = randn(out.shape(), options.seed, DType::F64)
+        .and_then(|w| w.to_device(out.device()))
+        .map_err(text("weights"))?;
     let gradients = (&out * &weights)
         .and_then(|l| l.sum_all())
         .and_then(|l| l.backward())
@@ -73,7 +75,7 @@ pub fn gradcheck(
     let weights = flat(&weights)?;
     let evaluate = |which: usize, values: Vec<f64>| -> std::result::Result<Vec<f64>, String> {
         let mut moved = inputs.to_vec();
-        moved[which] = Tensor::from_vec(values, inputs[which].shape(), &Device::Cpu)
+        moved[which] = Tensor::from_vec(values, inputs[which].shape(), inputs[which].device())
             .map_err(text("inputs"))?;
         flat(&f(&moved).map_err(text("forward"))?)
     };
@@ -136,6 +138,7 @@ fn flat(tensor: &Tensor) -> std::result::Result<Vec<f64>, String> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use candle_core::Device;
 
     #[test]
     fn a_right_gradient_passes() {

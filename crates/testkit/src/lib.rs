@@ -3,6 +3,7 @@
 //!
 //! A dev-dependency only. Start with [`gradcheck`] and [`assert_close!`].
 
+pub mod candle_ops;
 mod close;
 mod golden;
 mod gradcheck;

@@ -2,7 +2,7 @@
 
 use isqrt_datasets::Augment;
 use isqrt_models::ModelSpec;
-use isqrt_nn::{Decay, Schedule, SgdConfig};
+use isqrt_nn::{Decay, Mode, Schedule, SgdConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -40,6 +40,10 @@ pub struct TrainConfig {
     /// Random changes of the training images; none by default.
     #[serde(default)]
     pub augment: AugmentConfig,
+    /// Batch norm trains with its running statistics as constants, see [`Mode::Frozen`]; for
+    /// networks that are trained already. Off by default.
+    #[serde(default)]
+    pub frozen_norm: bool,
     /// Fixes weights, order and augmentation.
     pub seed: u64,
 }
@@ -91,6 +95,14 @@ impl TrainConfig {
             return bad("label_smoothing", value, "at least 0 and less than 1");
         }
         Ok(self.schedule.check()?)
+    }
+
+    /// What the forward pass of a step is.
+    pub(crate) fn mode(&self) -> Mode {
+        match self.frozen_norm {
+            true => Mode::Frozen,
+            false => Mode::Train,
+        }
     }
 
     pub(crate) fn sgd(&self) -> SgdConfig {

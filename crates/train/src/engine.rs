@@ -201,11 +201,12 @@ impl Run<'_> {
 
     /// Forward, backward, update. The loss and the number of right answers are from before it.
     fn step(&mut self, images: &Tensor, labels: &[u32], rate: f64) -> Result<(f32, usize)> {
-        let logits = self.network.forward(images, Mode::Train)?;
+        let logits = self.network.forward(images, self.config.mode())?;
         let loss = cross_entropy(&logits, labels, self.config.label_smoothing)?;
         let value = loss.to_scalar::<f32>()?;
         if value.is_finite() {
-            self.optimiser.step(&loss.backward()?, rate)?;
+            let gradients = self.network.vars().backward(&loss)?;
+            self.optimiser.step(&gradients, rate)?;
         }
         Ok((value, correct(&logits, labels)?))
     }

@@ -119,11 +119,13 @@ mod tests {
     }
 
     /// Every way by which an error of the covariance heads can come up.
-    fn ways(make: &dyn Fn() -> isqrt_linalg::Error) -> [Error; 4] {
+    fn ways(make: &dyn Fn() -> isqrt_linalg::Error) -> [Error; 5] {
         let wrapped = || candle_core::Error::from(make());
         [
             isqrt_models::Error::from(make()).into(),
             isqrt_models::Error::from(wrapped()).into(),
+            // From the backward pass, within checkpointed blocks too.
+            isqrt_nn::Error::from(wrapped()).into(),
             wrapped().into(),
             isqrt_models::Error::from(isqrt_linalg::Error::from(wrapped().context("backward")))
                 .into(),

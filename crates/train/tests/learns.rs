@@ -5,9 +5,10 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use isqrt_datasets::ImageSet;
-use isqrt_models::{ModelSpec, RepresentationSpec};
+use isqrt_models::{BackboneSpec, ModelSpec, RepresentationSpec};
 use isqrt_train::{
     AugmentConfig, EpochMetrics, Error, Observer, Silent, TrainConfig, TrainResult, train,
+    train_network,
 };
 
 const SIDE: usize = 16;
@@ -235,4 +236,46 @@ fn mistakes_are_named_before_anything_runs() {
         ),
         Err(Error::Config { what: "batch", .. })
     ));
+}
+
+/// One epoch of a residual network with frozen statistics: they stay what they were made.
+#[test]
+fn frozen_statistics_stay() {
+    for frozen_norm in [false, true] {
+        let config = TrainConfig {
+            model: ModelSpec {
+                backbone: "tinyresnet".into(),
+                ..config("gap").model
+            },
+            epochs: 1,
+            frozen_norm,
+            ..config("gap")
+        };
+        let (network, _) =
+            train_network(&config, stripes(16, 1), stripes(8, 2), &mut Silent).unwrap();
+        for (name, buffer) in network.vars().buffers() {
+            let start = f32::from(name.ends_with("running_var"));
+            let values = buffer.get().to_vec1::<f32>().unwrap();
+            let stayed = values.iter().all(|&v| v == start);
+            assert_eq!(stayed, frozen_norm, "{name}");
+        }
+    }
+}
+
+/// Checkpoints change what is kept and not one bit of the result.
+#[test]
+fn checkpointed_blocks_train_to_the_same_bits() {
+    let run = |checkpoint: bool| {
+        let backbone = BackboneSpec::new("resnet18").with("checkpoint", checkpoint);
+        let config = TrainConfig {
+            model: ModelSpec {
+                backbone,
+                ..config("gap").model
+            },
+            epochs: 1,
+            ..config("gap")
+        };
+        without_time(train(&config, stripes(16, 1), stripes(8, 2), &mut Silent).unwrap())
+    };
+    assert_eq!(run(true), run(false));
 }

@@ -292,6 +292,9 @@ pub struct NetworkBench {
     /// Outputs of the classifier
     #[arg(long, value_name = "K", default_value_t = 1000)]
     classes: usize,
+    /// Keep the inputs of residual blocks alone and compute the rest again in the backward pass
+    #[arg(long)]
+    checkpoint: bool,
     /// Time each kind of op too, at the shapes of a ResNet
     #[arg(long)]
     ops: bool,
@@ -304,7 +307,7 @@ impl NetworkBench {
     fn run(&self, json: bool) -> anyhow::Result<()> {
         let backbone = BackboneSpec::new(&*self.model);
         let own = backbone.entry()?.own_head();
-        let (backbone, representation) = match &self.head {
+        let (mut backbone, representation) = match &self.head {
             None => (backbone, own),
             Some(name) if *name == own.name => (backbone, own),
             Some(name) if name == "gap" => (backbone, RepresentationSpec::new("gap")),
@@ -314,6 +317,9 @@ impl NetworkBench {
             }
         };
         let head = representation.name.clone();
+        if self.checkpoint {
+            backbone = backbone.with("checkpoint", true);
+        }
         let batch = usize::from(self.batch);
         let case = NetworkCase {
             model: ModelSpec {
@@ -326,8 +332,10 @@ impl NetworkBench {
         };
         let budget = Duration::try_from_secs_f64(self.budget).context("--budget")?;
         let name = format!(
-            "network {} {head} batch={batch} size={}",
-            self.model, self.size
+            "network {} {head} batch={batch} size={}{}",
+            self.model,
+            self.size,
+            if self.checkpoint { " checkpoint" } else { "" }
         );
         let time = network(&case, budget)?;
         // Before the ops, which need other memory.

@@ -88,6 +88,7 @@ fn config(training: &Training, seed: u64, classes: usize) -> Option<TrainConfig>
             flip: recipe.flip,
             pad_crop: recipe.pad_crop,
         },
+        frozen_norm: false,
         seed,
     })
 }

@@ -3,9 +3,7 @@
 use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
 use isqrt_nn::ops::add_relu;
-use isqrt_nn::{Mode, Scope};
-
-use crate::Result;
+use isqrt_nn::{Mode, Result, Scope};
 
 /// Convolutions beside a shortcut, which is a 1x1 convolution where the shape changes. ReLU after
 /// each convolution but the last, and after the sum.

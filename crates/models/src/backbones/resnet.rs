@@ -4,9 +4,13 @@
 //! `reduction` (a 1x1 convolution to so many channels with batch norm and ReLU after the last
 //! stage; none by default). iSQRT-COV takes `last_stride = 1, reduction = 256`, which gives
 //! 14x14x256 of a 224x224 image; names `layer_reduce`, `layer_reduce_bn` as in the authors' code.
+//! `checkpoint` (false) keeps the inputs of blocks alone for the backward pass and computes the
+//! rest again: less memory, about a third more time.
+
+use std::sync::Arc;
 
 use candle_core::Tensor;
-use isqrt_nn::layers::ConvNorm;
+use isqrt_nn::layers::{ConvNorm, GradientCheckpoint};
 use isqrt_nn::ops::{self, Window, max_pool2d};
 use isqrt_nn::{Mode, Scope};
 use serde::Deserialize;
@@ -35,7 +39,7 @@ enum Kind {
 }
 
 /// A block in a scope, of these channels in and out, with this stride.
-type MakeBlock = fn(Scope<'_>, (usize, usize), usize) -> Result<Block>;
+type MakeBlock = fn(Scope<'_>, (usize, usize), usize) -> isqrt_nn::Result<Block>;
 
 const fn entry(name: &'static str, kind: Kind, depths: [usize; 4]) -> Entry {
     Entry { name, kind, depths }
@@ -47,6 +51,7 @@ const fn entry(name: &'static str, kind: Kind, depths: [usize; 4]) -> Entry {
 struct Keys {
     last_stride: usize,
     reduction: Option<usize>,
+    checkpoint: bool,
 }
 
 impl Default for Keys {
@@ -54,6 +59,7 @@ impl Default for Keys {
         Self {
             last_stride: 2,
             reduction: None,
+            checkpoint: false,
         }
     }
 }
@@ -67,11 +73,11 @@ impl BackboneEntry for Entry {
         match self.kind {
             Kind::Basic => {
                 "residual network of basic blocks; 224x224 images to 7x7x512; options last_stride (2 or \
-                 1), reduction (to so many channels)"
+                 1), reduction (to so many channels), checkpoint (false)"
             }
             Kind::Bottleneck => {
                 "residual network of bottlenecks; 224x224 images to 7x7x2048; options last_stride (2 or \
-                 1), reduction (to so many channels)"
+                 1), reduction (to so many channels), checkpoint (false)"
             }
         }
     }
@@ -87,6 +93,7 @@ impl BackboneEntry for Entry {
         let Keys {
             last_stride,
             reduction,
+            checkpoint,
         } = options.read(self.name)?;
         if !(1..=2).contains(&last_stride) {
             return Err(Error::Options {
@@ -111,7 +118,7 @@ impl BackboneEntry for Entry {
                     (0, 3) => last_stride,
                     _ => 1,
                 };
-                blocks.push(block(scope.sub(i), (channels, outputs), stride)?);
+                blocks.push(Arc::new(block(scope.sub(i), (channels, outputs), stride)?));
                 channels = outputs;
             }
         }
@@ -119,6 +126,7 @@ impl BackboneEntry for Entry {
         Ok(Box::new(ResNet {
             stem,
             blocks,
+            checkpoint: checkpoint.then(|| GradientCheckpoint::new(&scope)),
             reduce,
             channels,
         }))
@@ -133,7 +141,9 @@ const POOL: Window = Window {
 
 struct ResNet {
     stem: ConvNorm,
-    blocks: Vec<Block>,
+    blocks: Vec<Arc<Block>>,
+    /// Where blocks are to keep their inputs alone.
+    checkpoint: Option<GradientCheckpoint>,
     reduce: Option<ConvNorm>,
     channels: usize,
 }
@@ -143,7 +153,13 @@ impl Backbone for ResNet {
         // Blocked from the stem's output on: its three input channels would fill no block.
         let mut x = max_pool2d(&ops::block(&self.stem.forward(x, mode)?)?, POOL)?;
         for block in &self.blocks {
-            x = block.forward(&x, mode)?;
+            x = match &self.checkpoint {
+                Some(checkpoint) => {
+                    let block = Arc::clone(block);
+                    checkpoint.forward(&x, mode, move |x, mode| block.forward(x, mode))?
+                }
+                None => block.forward(&x, mode)?,
+            };
         }
         leave_blocks(&x, self.reduce.as_ref(), mode)
     }

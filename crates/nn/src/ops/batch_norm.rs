@@ -2,8 +2,8 @@
 //! that follows, in one node.
 //!
 //! `y = γ·(x − μ)/√(σ² + ε) + β`. In training μ, σ² are the batch's (biased) and the running ones
-//! move towards them by `momentum`, with the unbiased variance, as in PyTorch. In evaluation the
-//! running ones are constants. Mean and squared deviations are taken plane by plane (in cache, two
+//! move towards them by `momentum`, with the unbiased variance, as in PyTorch. In evaluation, and in
+//! training with frozen statistics, the running ones are constants. Mean and squared deviations are taken plane by plane (in cache, two
 //! passes) and combined in f64 in the order of the images (Chan, Golub, LeVeque 1983), so that a
 //! large mean costs no accuracy.
 
@@ -42,8 +42,8 @@ pub struct BatchNorm {
 /// - `gamma`, `beta`: `(channels)`
 ///
 /// # Errors
-/// [`crate::Error::Shape`] where these do not fit, or for a single value a channel in training
-/// (its variance is 0 and its unbiased variance undefined).
+/// [`crate::Error::Shape`] where these do not fit, or for a single value a channel where the
+/// batch's statistics are used (its variance is 0 and its unbiased variance undefined).
 pub fn batch_norm(
     x: &Tensor,
     gamma: &Tensor,
@@ -93,13 +93,13 @@ impl BatchNorm {
         count: usize,
         mode: Mode,
     ) -> Result<()> {
-        if let (Mode::Train, Some(batch)) = (mode, used.get()) {
-            let unbiased = count as f64 / (count as f64 - 1.0);
-            self.running_mean.blend(self.momentum, |c| batch.mean[c])?;
-            self.running_var
-                .blend(self.momentum, |c| batch.variance[c] * unbiased)?;
-        }
-        Ok(())
+        let Some(batch) = used.get().filter(|_| mode.updates_statistics()) else {
+            return Ok(());
+        };
+        let unbiased = count as f64 / (count as f64 - 1.0);
+        self.running_mean.blend(self.momentum, |c| batch.mean[c])?;
+        self.running_var
+            .blend(self.momentum, |c| batch.variance[c] * unbiased)
     }
 }
 
@@ -117,7 +117,7 @@ pub(crate) struct BatchNormOp {
     plane: usize,
     epsilon: f64,
     relu: bool,
-    /// Running statistics, in evaluation.
+    /// Running statistics, where these are used.
     fixed: Option<Statistics>,
     /// The statistics that the forward pass used.
     pub used: Arc<OnceLock<Statistics>>,
@@ -131,7 +131,7 @@ impl BatchNormOp {
         norm: &BatchNorm,
         mode: Mode,
     ) -> Result<Self> {
-        if mode == Mode::Train && batch * plane < 2 {
+        if mode.uses_batch_statistics() && batch * plane < 2 {
             return shape_error(
                 "batch_norm",
                 format!(
@@ -154,9 +154,9 @@ impl BatchNormOp {
                 );
             }
         }
-        let fixed = match mode {
-            Mode::Train => None,
-            Mode::Eval => Some(Statistics {
+        let fixed = match mode.uses_batch_statistics() {
+            true => None,
+            false => Some(Statistics {
                 mean: norm.running_mean.values()?,
                 variance: norm.running_var.values()?,
             }),
@@ -308,13 +308,12 @@ impl BatchNormOp {
             }
         }
         let count = x.len() as f64 / self.channels as f64;
-        // In training: dx = γ/σ · (dy − mean(dy) − (x − μ)/σ² · mean(dy·(x − μ))).
-        let training = self.fixed.is_none();
+        // Statistics of the batch move with x: dx = γ/σ · (dy − mean(dy) − (x − μ)/σ² · mean(dy·(x − μ))).
         let line = |c: usize| {
             let (mean, inverse) = normalisers[c];
-            let (offset, slope) = match training {
-                true => (sums[c].0 / count, sums[c].1 * inverse * inverse / count),
-                false => (0.0, 0.0),
+            let (offset, slope) = match self.fixed {
+                None => (sums[c].0 / count, sums[c].1 * inverse * inverse / count),
+                Some(_) => (0.0, 0.0),
             };
             Line {
                 scale: T::from_f64(gamma[c].to_f64() * inverse),

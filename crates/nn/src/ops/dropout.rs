@@ -31,7 +31,7 @@ pub struct MaskKey {
 /// [`Error::Option`] for a `p` outside of `[0, 1)`.
 pub fn dropout(x: &Tensor, p: f64, key: MaskKey, mode: Mode) -> Result<Tensor> {
     check(p)?;
-    if mode == Mode::Eval || p == 0.0 {
+    if !mode.is_training() || p == 0.0 {
         return Ok(x.clone());
     }
     let op = Dropout {

@@ -1,0 +1,189 @@
+//! Gradient checkpointing (Chen et al. 2016): a part of a network keeps its input alone and is
+//! computed again in the backward pass.
+//!
+//! The tape sees one node in place of the part. Its adjoint runs the part once more on a variable
+//! of its own and differentiates that; the gradients of the part's parameters, for which candle's
+//! node has no way out, are laid aside and join the others in
+//! [`Vars::backward`](crate::Vars::backward).
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::backend::BackendStorage;
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, Var, WithDType};
+
+use crate::element::{dispatch, read};
+use crate::vars::Step;
+use crate::{Error, Mode, Result, Scope};
+
+/// Gradients of parameters within checkpointed parts; only there while a
+/// [`Vars::backward`](crate::Vars::backward) runs.
+pub(crate) type Aside = Arc<Mutex<Option<GradStore>>>;
+
+/// Runs parts of a network without keeping what is inside them.
+#[derive(Debug, Clone)]
+pub struct GradientCheckpoint {
+    step: Step,
+    aside: Aside,
+}
+
+impl GradientCheckpoint {
+    /// For parts of the network whose parameters live in this scope's [`Vars`](crate::Vars). No
+    /// parameters of its own.
+    #[must_use]
+    pub fn new(scope: &Scope<'_>) -> Self {
+        let (step, aside) = scope.pass();
+        Self { step, aside }
+    }
+
+    /// `part(x, mode)`, of which only `x` is kept for the backward pass, which must then be
+    /// [`Vars::backward`](crate::Vars::backward). It runs `part` again with
+    /// [`Mode::replayed`], and dropout makes the same masks again; `part` must give the same
+    /// values and may take tensors with gradients from its argument and from parameters alone.
+    ///
+    /// Where nothing could be saved (in evaluation, or for an `x` that no gradient flows to, such as
+    /// the images) this is `part(x, mode)` itself.
+    ///
+    /// # Errors
+    /// Those of `part`, also from the backward pass.
+    pub fn forward<F>(&self, x: &Tensor, mode: Mode, part: F) -> Result<Tensor>
+    where
+        F: Fn(&Tensor, Mode) -> Result<Tensor> + Send + Sync + 'static,
+    {
+        let y = part(x, mode)?;
+        if !mode.is_training() || !x.track_op() {
+            return Ok(y);
+        }
+        // The tape inside the part ends here, and with it all that it holds.
+        let values = y.detach().contiguous()?;
+        drop(y);
+        Ok(x.apply_op1(Node {
+            y: Mutex::new(Some(values)),
+            part,
+            mode: mode.replayed(),
+            step: self.step.clone(),
+            number: self.step.get(),
+            aside: Arc::clone(&self.aside),
+        })?)
+    }
+}
+
+struct Node<F> {
+    /// The result of the part until candle asks for it.
+    y: Mutex<Option<Tensor>>,
+    part: F,
+    /// Of the second pass.
+    mode: Mode,
+    step: Step,
+    /// The step of the first pass.
+    number: Option<u64>,
+    aside: Aside,
+}
+
+impl<F> Node<F>
+where
+    F: Fn(&Tensor, Mode) -> Result<Tensor>,
+{
+    /// The gradient of `x`; those of the parameters are laid aside.
+    fn gradient(&self, x: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let x = Var::from_tensor(&x.detach())?;
+        let now = self.step.replace(self.number);
+        let y = (self.part)(&x, self.mode);
+        self.step.replace(now);
+        let mut gradients = y?.apply_op1(Seed(dy.clone()))?.backward()?;
+        let dx = gradients.remove(&x);
+        match lock(&self.aside).as_mut() {
+            Some(aside) => aside.extend(gradients)?,
+            None => return Err(outside()),
+        }
+        Ok(dx)
+    }
+}
+
+impl<F> CustomOp1 for Node<F>
+where
+    F: Fn(&Tensor, Mode) -> Result<Tensor>,
+{
+    fn name(&self) -> &'static str {
+        "checkpoint"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let Some(y) = lock(&self.y).take() else {
+            candle_core::bail!("checkpoint: forward for the second time")
+        };
+        let values = dispatch!("checkpoint", y.dtype(), T => {
+            Ok(T::to_cpu_storage_owned(read(&y).values::<T>()?.to_vec()))
+        })?;
+        Ok((values, y.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        // Before all the work, not after it.
+        if lock(&self.aside).is_none() {
+            return Err(outside().into());
+        }
+        Ok(self.gradient(x, dy)?)
+    }
+}
+
+fn outside() -> Error {
+    Error::State {
+        what: "checkpoint",
+        message:
+            "gradients of parameters in checkpointed parts would be lost: call Vars::backward \
+                  instead of Tensor::backward"
+                .to_owned(),
+    }
+}
+
+/// A scalar whose gradient with respect to its argument is this tensor: where a backward pass
+/// starts that goes on from another.
+struct Seed(Tensor);
+
+impl CustomOp1 for Seed {
+    fn name(&self) -> &'static str {
+        "seed"
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let scalar =
+            dispatch!("seed", s.dtype(), T => Ok(T::to_cpu_storage_owned(vec![0.0 as T])))?;
+        Ok((scalar, Shape::from(())))
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
+    }
+}
+
+/// Differentiates `loss`, with the gradients that its checkpointed parts lay aside.
+pub(crate) fn backward(aside: &Aside, loss: &Tensor) -> Result<GradStore> {
+    /// Nothing stays behind, even where the pass ends early.
+    struct Clear<'a>(&'a Aside);
+    impl Drop for Clear<'_> {
+        fn drop(&mut self) {
+            lock(self.0).take();
+        }
+    }
+    {
+        let mut aside = lock(aside);
+        if aside.is_some() {
+            return Err(Error::State {
+                what: "backward",
+                message: "another backward pass of these parameters is under way".to_owned(),
+            });
+        }
+        *aside = Some(GradStore::default());
+    }
+    let clear = Clear(aside);
+    let mut gradients = loss.backward()?;
+    if let Some(aside) = lock(clear.0).take() {
+        gradients.extend(aside)?;
+    }
+    Ok(gradients)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
