@@ -16,6 +16,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import time
 
 import torch
@@ -87,6 +88,16 @@ def step_times(net, optimiser, x, labels):
         "update_ms": update,
         "step_ms": forward + backward + update,
     }
+
+
+def training(args, layout):
+    """A training step and an evaluation in this memory layout, to be timed."""
+    net = build(args).to(memory_format=layout)
+    rate, momentum, decay = 1e-6, 0.9, 1e-4
+    optimiser = torch.optim.SGD(net.parameters(), rate, momentum, weight_decay=decay)
+    x = torch.randn(args.batch, 3, args.size, args.size).contiguous(memory_format=layout)
+    labels = torch.arange(args.batch) % args.classes
+    return lambda: step_times(net, optimiser, x, labels), lambda: eval_times(net, x)
 
 
 def eval_times(net, x):
@@ -174,6 +185,14 @@ def ours(args):
     return [json.loads(line) for line in lines.splitlines()]
 
 
+def peak_memory_mb(args, layout):
+    """Largest memory of a process of its own that does four training steps and nothing else."""
+    command = [sys.executable, __file__, "--memory-of", layout, "--threads", str(args.threads)]
+    command += ["--model", args.model, "--head", args.head, "--batch", str(args.batch)]
+    command += ["--size", str(args.size), "--classes", str(args.classes)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def show(name, row):
     parts = [f"{key[:-3]} {row[key]:9.2f}" for key in row if key.endswith("_ms") and row[key]]
     print(f"  {name:20} " + "  ".join(parts), flush=True)
@@ -195,30 +214,36 @@ def main():
     parser.add_argument("--ops", action="store_true", help="the ops too")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds")
     parser.add_argument("--seconds", type=float, default=5.0, help="per side and round")
+    parser.add_argument("--memory-of", choices=list(LAYOUTS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
+    if args.memory_of:
+        task = training(args, LAYOUTS[args.memory_of])[0]
+        for _ in range(4):
+            task()
+        # Not `ru_maxrss`, which a process has from its parent.
+        status = open("/proc/self/status").read()
+        print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
+        return
     print(
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, {args.threads} threads,"
         f" {args.model} {args.head}, batch {args.batch}, {args.size}x{args.size}, ms a batch, f32"
     )
 
-    labels = torch.arange(args.batch) % args.classes
-    runs, names = {}, []
+    runs = {}
     for name, layout in LAYOUTS.items():
-        net = build(args).to(memory_format=layout)
-        rate, momentum, decay = 1e-6, 0.9, 1e-4
-        optimiser = torch.optim.SGD(net.parameters(), rate, momentum, weight_decay=decay)
-        x = torch.randn(args.batch, 3, args.size, args.size).contiguous(memory_format=layout)
 
-        def task(net=net, optimiser=optimiser, x=x):
-            return {**step_times(net, optimiser, x, labels), **eval_times(net, x)}
+        def task(sides=training(args, layout)):
+            step, evaluate = sides
+            return {**step(), **evaluate()}
 
         runs[name] = task
-    steps = {name: [] for name in ["ours", *runs]}
+    names, steps = [], {name: [] for name in ["ours", *runs]}
     ops = {name: [] for name in ["ours", *runs]}
     for _ in range(args.rounds):
         rows = ours(args)
+        memory = {"ours": rows[0]["peak_memory_mb"]}
         keys = ["forward_ms", "backward_ms", "update_ms", "step_ms", "eval_ms"]
         steps["ours"].append({key: rows[0][key] for key in keys})
         ops["ours"].append(rows[1:])
@@ -237,6 +262,8 @@ def main():
             print(f"  ours/torch {name}: {ratios(table['ours'], table[name], keys)}", flush=True)
 
     table = {name: medians(rows) for name, rows in steps.items()}
+    memory |= {f"torch {name}": peak_memory_mb(args, name) for name in LAYOUTS}
+    print("peak memory, MB:", ", ".join(f"{name} {mb:.0f}" for name, mb in memory.items()))
     report("training step", table, ["step_ms", "forward_ms", "backward_ms", "eval_ms"])
     for i, case in enumerate(names):
         keys = list(ops["NCHW"][0][i])
