@@ -184,6 +184,28 @@ pub(crate) fn backward(aside: &Aside, loss: &Tensor) -> Result<GradStore> {
     Ok(gradients)
 }
 
+/// Lays the gradient of a parameter aside where a [`Vars::backward`](crate::Vars::backward) runs;
+/// elsewhere gives it back for the tape. The tape adds each gradient to zeros: two more tensors of
+/// its size, which for the weights of a large layer is most of what they cost.
+pub(crate) fn past_the_tape(
+    aside: Option<&Aside>,
+    parameter: &Tensor,
+    gradient: Tensor,
+) -> candle_core::Result<Option<Tensor>> {
+    let Some(mut aside) = aside.map(|aside| lock(aside)) else {
+        return Ok(Some(gradient));
+    };
+    let Some(store) = aside.as_mut() else {
+        return Ok(Some(gradient));
+    };
+    let sum = match store.remove(parameter) {
+        Some(other) => (other + gradient)?,
+        None => gradient,
+    };
+    store.insert(parameter, sum);
+    Ok(None)
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -3,6 +3,8 @@
 
 use candle_core::Tensor;
 
+use crate::blocked::conv_norm_of;
+use crate::checkpoint::Aside;
 use crate::error::shape_error;
 use crate::ops::{self, BatchNorm as Norm, Conv, MaskKey};
 use crate::vars::Source;
@@ -16,6 +18,7 @@ pub struct Conv2d {
     weight: Tensor,
     bias: Option<Tensor>,
     options: Conv,
+    aside: Aside,
 }
 
 impl Conv2d {
@@ -75,6 +78,7 @@ impl Conv2d {
             weight,
             bias: bias.transpose()?,
             options,
+            aside: scope.pass().1,
         })
     }
 
@@ -83,7 +87,8 @@ impl Conv2d {
     /// # Errors
     /// As there.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::conv2d(x, &self.weight, self.bias.as_ref(), self.options)
+        let (bias, aside) = (self.bias.as_ref(), Some(&self.aside));
+        ops::conv2d_of(x, &self.weight, bias, self.options, aside)
     }
 }
 
@@ -166,7 +171,8 @@ impl ConvNorm {
         if ops::is_blocked(x) {
             let (conv, norm) = (&self.conv, &self.norm);
             let affine = (&norm.weight, &norm.bias);
-            return ops::conv_norm(x, &conv.weight, conv.options, affine, &norm.norm, mode);
+            let (norm, aside) = ((&norm.norm, mode), Some(&conv.aside));
+            return conv_norm_of(x, &conv.weight, conv.options, affine, norm, aside);
         }
         self.norm.forward(&self.conv.forward(x)?, mode)
     }
@@ -177,6 +183,7 @@ impl ConvNorm {
 pub struct Linear {
     weight: Tensor,
     bias: Tensor,
+    aside: Aside,
 }
 
 impl Linear {
@@ -190,6 +197,7 @@ impl Linear {
         Ok(Self {
             weight: scope.parameter("weight", &[outputs, inputs], Init::UniformFanIn)?,
             bias: scope.parameter("bias", &[outputs], Init::Uniform(bound))?,
+            aside: scope.pass().1,
         })
     }
 
@@ -198,7 +206,7 @@ impl Linear {
     /// # Errors
     /// As there.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::linear(x, &self.weight, &self.bias)
+        ops::linear_of(x, &self.weight, &self.bias, Some(&self.aside))
     }
 }
 

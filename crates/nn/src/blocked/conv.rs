@@ -481,6 +481,7 @@ mod tests {
                     shapes: Shapes::new(&x, &w, options).unwrap(),
                     relu: options.relu,
                     kernel,
+                    aside: None,
                 };
                 unblock(&x.apply_op3(&w, &b, op).unwrap()).unwrap()
             }

@@ -11,6 +11,7 @@ use candle_core::{
 use isqrt_linalg::Kernel;
 
 use super::{Lanes, dims};
+use crate::checkpoint::{Aside, past_the_tape};
 use crate::element::{dispatch, read, values};
 use crate::ops::{BatchNorm, BatchNormOp, Conv, ConvShapes, check_affine};
 use crate::{Mode, Result};
@@ -32,9 +33,21 @@ pub fn conv_norm(
     norm: &BatchNorm,
     mode: Mode,
 ) -> Result<Tensor> {
+    conv_norm_of(x, weight, options, affine, (norm, mode), None)
+}
+
+/// [`conv_norm`] of a layer whose gradients may go past the tape.
+pub(crate) fn conv_norm_of(
+    x: &Tensor,
+    weight: &Tensor,
+    options: Conv,
+    affine: (&Tensor, &Tensor),
+    (norm, mode): (&BatchNorm, Mode),
+    aside: Option<&Aside>,
+) -> Result<Tensor> {
     dims("conv_norm", x)?;
     if options.relu || !super::fills_blocks(weight, options.groups) {
-        let y = crate::ops::conv2d(x, weight, None, options)?;
+        let y = crate::ops::conv2d_of(x, weight, None, options, aside)?;
         return crate::ops::batch_norm(&y, affine.0, affine.1, norm, mode);
     }
     let conv = ConvShapes::new(x, weight, options)?;
@@ -46,6 +59,7 @@ pub fn conv_norm(
         norm: BatchNormOp::new((conv.batch, channels, conv.lanes), plane, norm, mode)?,
         keeps: x.track_op() || weight.track_op() || affine.0.track_op() || affine.1.track_op(),
         convolved: OnceLock::new(),
+        aside: aside.cloned(),
     };
     let used = Arc::clone(&op.norm.used);
     // An op takes three tensors: scale and shift come as one.
@@ -64,6 +78,7 @@ struct Op {
     keeps: bool,
     /// The output of the convolution.
     convolved: OnceLock<CpuStorage>,
+    aside: Option<Aside>,
 }
 
 impl CustomOp3 for Op {
@@ -116,10 +131,11 @@ impl CustomOp3 for Op {
             let (x_values, wants_dx) = (xs.values::<T>()?, x.track_op());
             let (dx, dw) =
                 self.conv.backward(x_values, ws.values()?, &between, wants_dx, Kernel::Auto);
+            let dw = Tensor::from_vec(dw, weight.shape(), device)?;
             dgamma.extend(dbeta);
             Ok((
                 dx.map(|dx| Tensor::from_vec(dx, x.shape(), device)).transpose()?,
-                Some(Tensor::from_vec(dw, weight.shape(), device)?),
+                past_the_tape(self.aside.as_ref(), weight, dw)?,
                 Some(Tensor::from_vec(dgamma, affine.shape(), device)?),
             ))
         })

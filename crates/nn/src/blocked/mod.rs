@@ -12,6 +12,7 @@ mod kernel;
 pub(crate) mod norm;
 
 pub use conv_norm::conv_norm;
+pub(crate) use conv_norm::conv_norm_of;
 pub(crate) use kernel::Lanes;
 
 use candle_core::{

@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use super::dims4;
 use super::relu::backward as through_relu;
 use crate::blocked::{self, Lanes};
+use crate::checkpoint::{Aside, past_the_tape};
 use crate::element::{dispatch, lane_sums, read, values};
 use crate::error::shape_error;
 use crate::{Error, Result};
@@ -67,8 +68,19 @@ impl Conv {
 /// [`Error::Shape`] where these do not fit, [`Error::Option`] for a stride, dilation or number of
 /// groups of 0.
 pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv) -> Result<Tensor> {
+    conv2d_of(x, weight, bias, options, None)
+}
+
+/// [`conv2d`] of a layer whose gradients may go past the tape.
+pub(crate) fn conv2d_of(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    options: Conv,
+    aside: Option<&Aside>,
+) -> Result<Tensor> {
     if x.rank() == 5 && !blocked::fills_blocks(weight, options.groups) {
-        let y = conv2d(&blocked::unblock(x)?, weight, bias, options)?;
+        let y = conv2d_of(&blocked::unblock(x)?, weight, bias, options, aside)?;
         return blocked::block(&y);
     }
     let shapes = Shapes::new(x, weight, options)?;
@@ -77,6 +89,7 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv)
         shapes,
         relu: options.relu,
         kernel: Kernel::Auto,
+        aside: aside.cloned(),
     };
     let Some(bias) = bias else {
         return Ok(x.apply_op2(&weight, op)?);
@@ -266,6 +279,7 @@ pub(crate) struct ConvOp {
     pub shapes: Shapes,
     pub relu: bool,
     pub kernel: Kernel,
+    pub aside: Option<Aside>,
 }
 
 impl ConvOp {
@@ -290,7 +304,7 @@ impl ConvOp {
         y: &Tensor,
         dy: &Tensor,
         biased: bool,
-    ) -> candle_core::Result<(Option<Tensor>, Tensor, Option<Tensor>)> {
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dy = if self.relu {
             through_relu(y, dy)?
         } else {
@@ -304,10 +318,11 @@ impl ConvOp {
             let wants_dx = x.track_op();
             let (dx, dw) =
                 self.shapes.backward(xs.values()?, ws.values()?, dys, wants_dx, self.kernel);
+            let dw = Tensor::from_vec(dw, weight.shape(), device)?;
             let db = biased.then(|| self.shapes.bias_gradient(dys));
             Ok((
                 dx.map(|dx| Tensor::from_vec(dx, x.shape(), device)).transpose()?,
-                Tensor::from_vec(dw, weight.shape(), device)?,
+                past_the_tape(self.aside.as_ref(), weight, dw)?,
                 db.map(|db| Tensor::from_vec(db, self.shapes.channels.1, device)).transpose()?,
             ))
         })
@@ -337,7 +352,7 @@ impl CustomOp2 for ConvOp {
         dy: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
         let (dx, dw, _) = self.backward(x, weight, y, dy, false)?;
-        Ok((dx, Some(dw)))
+        Ok((dx, dw))
     }
 }
 
@@ -366,7 +381,6 @@ impl CustomOp3 for ConvOp {
         y: &Tensor,
         dy: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (dx, dw, db) = self.backward(x, weight, y, dy, true)?;
-        Ok((dx, Some(dw), db))
+        self.backward(x, weight, y, dy, true)
     }
 }

@@ -5,6 +5,7 @@ use candle_core::{
 };
 
 use crate::Result;
+use crate::checkpoint::{Aside, past_the_tape};
 use crate::element::{Element, Matrix, dispatch, parallel_product, read, transpose, values};
 use crate::error::shape_error;
 
@@ -17,9 +18,24 @@ use crate::error::shape_error;
 /// # Errors
 /// [`crate::Error::Shape`] where these do not fit.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    linear_of(x, weight, bias, None)
+}
+
+/// [`linear`] of a layer whose gradients may go past the tape.
+pub(crate) fn linear_of(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    aside: Option<&Aside>,
+) -> Result<Tensor> {
     match (x.dims(), weight.dims(), bias.dims()) {
         (&[batch, inputs], &[out, columns], &[biases]) if inputs == columns && out == biases => {
-            let op = Linear { batch, inputs, out };
+            let op = Linear {
+                batch,
+                inputs,
+                out,
+                aside: aside.cloned(),
+            };
             Ok(x.contiguous()?
                 .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?)
         }
@@ -34,6 +50,7 @@ struct Linear {
     batch: usize,
     inputs: usize,
     out: usize,
+    aside: Option<Aside>,
 }
 
 impl Linear {
@@ -110,9 +127,10 @@ impl CustomOp3 for Linear {
             let (dx, dw, db) = self.backward::<T>(
                 xs.values()?, ws.values()?, dys.values()?, x.track_op());
             let dx = dx.map(|dx| Tensor::from_vec(dx, x.shape(), device)).transpose()?;
+            let dw = Tensor::from_vec(dw, weight.shape(), device)?;
             Ok((
                 dx,
-                Some(Tensor::from_vec(dw, weight.shape(), device)?),
+                past_the_tape(self.aside.as_ref(), weight, dw)?,
                 Some(Tensor::from_vec(db, self.out, device)?),
             ))
         })

@@ -18,11 +18,12 @@ pub use avg_pool::{adaptive_avg_pool2d, avg_pool2d, global_avg_pool};
 pub use batch_norm::{BatchNorm, batch_norm};
 #[cfg(test)]
 pub(crate) use conv::ConvOp;
-pub(crate) use conv::{Axis as ConvAxis, Shapes as ConvShapes};
+pub(crate) use conv::{Axis as ConvAxis, Shapes as ConvShapes, conv2d_of};
 pub use conv::{Conv, conv2d};
 pub use cross_entropy::cross_entropy;
 pub use dropout::{MaskKey, dropout};
 pub use linear::linear;
+pub(crate) use linear::linear_of;
 pub use local_response_norm::{LocalResponseNorm, local_response_norm};
 pub use max_pool::max_pool2d;
 pub use relu::{add_relu, relu};
