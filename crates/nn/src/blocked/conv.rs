@@ -18,6 +18,10 @@ use crate::ops::ConvShapes as Shapes;
 /// Output pixels that share a pass over the weights: several small images together.
 const PIXELS: usize = 192;
 
+/// Padded maps that are in memory at once, as values: of large maps an image after the other (in
+/// tests of some small ones too).
+const PADDED: usize = if cfg!(test) { 1 << 12 } else { 1 << 22 };
+
 /// A map with zeros around it.
 #[derive(Debug, Clone, Copy)]
 struct Padded {
@@ -49,6 +53,19 @@ impl Shapes {
         (self.rows.output, self.columns.output)
     }
 
+    /// Images that go together, if one takes so much padded.
+    fn images(&self, padded: usize) -> usize {
+        (PADDED / padded.max(1)).clamp(1, self.batch)
+    }
+
+    fn input_image(&self) -> usize {
+        self.channels.0 * self.rows.input * self.columns.input
+    }
+
+    fn output_image(&self) -> usize {
+        self.channels.1 * self.pixels()
+    }
+
     /// The input with its padding.
     fn source(&self) -> Padded {
         Padded {
@@ -78,7 +95,6 @@ pub(crate) fn forward<T: Lanes>(
     isa: &Isa<T>,
 ) -> Vec<T> {
     let source = shapes.source();
-    let x = pad(x, shapes.input(), source);
     let (inputs, outputs) = shapes.panels();
     let taps = shapes.tap_places();
     let block = T::WIDTH * T::WIDTH;
@@ -97,20 +113,23 @@ pub(crate) fn forward<T: Lanes>(
             blocks.push((from * T::WIDTH, blocks.len() * block));
         }
     }
-    let mut y = Unwritten::new(shapes.batch * shapes.channels.1 * shapes.pixels());
-    Pass {
-        x: &x,
+    let pass = Pass {
         x_group: inputs * source.plane() * T::WIDTH,
         weight: &weight,
         weight_panel: inputs * taps.len() * block,
         y_panel: shapes.pixels() * T::WIDTH,
         y_panels: outputs,
         groups: shapes.groups,
-        batch: shapes.batch,
         bias,
         relu,
+    };
+    let mut y = Unwritten::new(shapes.batch * shapes.output_image());
+    let images = shapes.images(pass.x_group * shapes.groups);
+    let x = x.chunks(images * shapes.input_image());
+    for (x, y) in x.zip(y.places().chunks_mut(images * shapes.output_image())) {
+        let x = pad(x, shapes.input(), source);
+        pass.run(&x, y, &pixels, &blocks, isa);
     }
-    .run(y.places(), &pixels, &blocks, isa);
     // SAFETY: every panel of every image has every output pixel as a row of a tile.
     unsafe { y.written() }
 }
@@ -133,23 +152,20 @@ pub(crate) fn input_gradient<T: Lanes>(
         top: reach.0,
         left: reach.1,
     };
-    let dy = pad(dy, shapes.output(), source);
     let weight = pack(shapes, weight, true);
     let block = T::WIDTH * T::WIDTH;
-    let pixels = rows.input * columns.input;
-    let mut dx = Unwritten::new(shapes.batch * shapes.channels.0 * pixels);
     let pass = Pass {
-        x: &dy,
         x_group: outputs * source.plane() * T::WIDTH,
         weight: &weight,
         weight_panel: outputs * shapes.taps() * block,
-        y_panel: pixels * T::WIDTH,
+        y_panel: rows.input * columns.input * T::WIDTH,
         y_panels: inputs,
         groups: shapes.groups,
-        batch: shapes.batch,
         bias: None,
         relu: false,
     };
+    // Of each phase its pixels and blocks.
+    let mut phases = Vec::new();
     for a in 0..rows.stride {
         for b in 0..columns.stride {
             let mut pixels = Vec::new();
@@ -179,8 +195,17 @@ pub(crate) fn input_gradient<T: Lanes>(
                 }
             }
             if !pixels.is_empty() {
-                pass.run(dx.places(), &pixels, &blocks, isa);
+                phases.push((pixels, blocks));
             }
+        }
+    }
+    let mut dx = Unwritten::new(shapes.batch * shapes.input_image());
+    let images = shapes.images(pass.x_group * shapes.groups);
+    let dy = dy.chunks(images * shapes.output_image());
+    for (dy, dx) in dy.zip(dx.places().chunks_mut(images * shapes.input_image())) {
+        let dy = pad(dy, shapes.output(), source);
+        for (pixels, blocks) in &phases {
+            pass.run(&dy, dx, pixels, blocks, isa);
         }
     }
     // SAFETY: the phases together have every input pixel, and each was written.
@@ -198,7 +223,6 @@ pub(crate) fn weight_gradient<T: Lanes>(
     let (inputs, outputs) = shapes.panels();
     let (w, taps) = (T::WIDTH, shapes.tap_places());
     let source = shapes.source();
-    let x = pad(x, shapes.input(), source);
     // At stride 1 all rows of an image are one run, if the output has the source's width;
     // its extra columns are zeros, so the finite numbers that they meet count nothing.
     let one_run = (rows.stride, columns.stride) == (1, 1);
@@ -213,62 +237,67 @@ pub(crate) fn weight_gradient<T: Lanes>(
         top: 0,
         left: 0,
     };
-    let dy = pad(dy, shapes.output(), target);
     let x_panel = source.plane() * w;
     let dy_panel = target.plane() * w;
-    let of_image = |image: usize| {
-        let panels = image * shapes.groups;
-        (panels * inputs * x_panel, panels * outputs * dy_panel)
-    };
-    let mut runs = Vec::new();
-    for (from, place) in (0..shapes.batch).map(of_image) {
-        if one_run {
-            runs.push((from, place));
-            continue;
-        }
-        for row in 0..rows.output {
-            let from = from + row * rows.stride * source.width * w;
-            runs.push((from, place + row * line * w));
-        }
-    }
-    let length = match one_run {
-        true => (rows.output - 1) * line + columns.output,
-        false => columns.output,
-    };
     let step = columns.stride * w;
-    let jobs = pieces(&runs, length, step, w);
     let block = taps.len() * w * w;
     let mut dw = vec![T::ZERO; shapes.groups * inputs * outputs * block];
     // Panels of outputs that go together lie beside each other: [outputs][inputs][taps].
     let together = outputs.div_ceil(isa.panels);
     let place = Shared(dw.as_mut_ptr());
     let tasks = shapes.groups * inputs * together;
-    (0..tasks).into_par_iter().for_each(|task| {
-        let (panel, task) = (task / together, task % together);
-        let (group, panel) = (panel / inputs, panel % inputs);
-        let first = task * isa.panels;
-        let panels = isa.panels.min(outputs - first);
-        let first = group * outputs + first;
-        let dw = place.at((first * inputs + panel) * block);
-        for (runs, count) in &jobs {
-            for (tap, at) in taps.iter().enumerate() {
-                let job = Correlate {
-                    x: x[(group * inputs + panel) * x_panel + at * w..].as_ptr(),
-                    dy: dy[first * dy_panel..].as_ptr(),
-                    dw: dw.wrapping_add(tap * w * w),
-                    runs,
-                    count: *count,
-                    step,
-                    panels,
-                    dw_panel: inputs * block,
-                    dy_panel,
-                };
-                // SAFETY: a run's last pixel with the last tap is the last of its padded
-                // image; each task writes blocks of its own.
-                unsafe { isa.correlate(&job) };
+    let images = shapes.images(shapes.groups * (inputs * x_panel + outputs * dy_panel));
+    let x = x.chunks(images * shapes.input_image());
+    for (x, dy) in x.zip(dy.chunks(images * shapes.output_image())) {
+        let mut runs = Vec::new();
+        for image in 0..x.len() / shapes.input_image() {
+            let panels = image * shapes.groups;
+            let (from, place) = (panels * inputs * x_panel, panels * outputs * dy_panel);
+            if one_run {
+                runs.push((from, place));
+                continue;
+            }
+            for row in 0..rows.output {
+                let from = from + row * rows.stride * source.width * w;
+                runs.push((from, place + row * line * w));
             }
         }
-    });
+        let length = match one_run {
+            true => (rows.output - 1) * line + columns.output,
+            false => columns.output,
+        };
+        let jobs = pieces(&runs, length, step, w);
+        let (x, dy) = (
+            pad(x, shapes.input(), source),
+            pad(dy, shapes.output(), target),
+        );
+        (0..tasks).into_par_iter().for_each(|task| {
+            let (panel, task) = (task / together, task % together);
+            let (group, panel) = (panel / inputs, panel % inputs);
+            let first = task * isa.panels;
+            let panels = isa.panels.min(outputs - first);
+            let first = group * outputs + first;
+            let dw = place.at((first * inputs + panel) * block);
+            for (runs, count) in &jobs {
+                for (tap, at) in taps.iter().enumerate() {
+                    let job = Correlate {
+                        x: x[(group * inputs + panel) * x_panel + at * w..].as_ptr(),
+                        dy: dy[first * dy_panel..].as_ptr(),
+                        dw: dw.wrapping_add(tap * w * w),
+                        runs,
+                        count: *count,
+                        step,
+                        panels,
+                        dw_panel: inputs * block,
+                        dy_panel,
+                    };
+                    // SAFETY: a run's last pixel with the last tap is the last of its padded
+                    // image; each task writes blocks of its own.
+                    unsafe { isa.correlate(&job) };
+                }
+            }
+        });
+    }
     unpack(shapes, &dw)
 }
 
@@ -317,7 +346,6 @@ impl<T> Shared<T> {
 
 /// A sum over blocks for the pixels of a batch.
 struct Pass<'a, T> {
-    x: &'a [T],
     /// Size of a group of an image.
     x_group: usize,
     weight: &'a [T],
@@ -326,7 +354,6 @@ struct Pass<'a, T> {
     /// Of a group.
     y_panels: usize,
     groups: usize,
-    batch: usize,
     /// Of all output channels.
     bias: Option<&'a [T]>,
     relu: bool,
@@ -334,11 +361,19 @@ struct Pass<'a, T> {
 
 impl<T: Lanes> Pass<'_, T> {
     /// `pixels` and `blocks` as in [`Gather`], of one image and one panel.
-    fn run(&self, y: &mut [T], pixels: &[(usize, usize)], blocks: &[(usize, usize)], isa: &Isa<T>) {
-        let together = PIXELS.div_ceil(pixels.len()).min(self.batch);
+    fn run(
+        &self,
+        x: &[T],
+        y: &mut [T],
+        pixels: &[(usize, usize)],
+        blocks: &[(usize, usize)],
+        isa: &Isa<T>,
+    ) {
         let x_image = self.x_group * self.groups;
         let y_image = self.y_panel * self.y_panels * self.groups;
-        assert!(y.len() >= self.batch * y_image && self.x.len() >= self.batch * x_image);
+        let batch = y.len() / y_image;
+        assert!(y.len() == batch * y_image && x.len() == batch * x_image);
+        let together = PIXELS.div_ceil(pixels.len()).min(batch);
         let table: Vec<(usize, usize)> = (0..together)
             .flat_map(|image| {
                 let moved =
@@ -348,15 +383,15 @@ impl<T: Lanes> Pass<'_, T> {
             .collect();
         let passes = self.y_panels.div_ceil(isa.panels);
         let place = Shared(y.as_mut_ptr());
-        let tasks = self.batch.div_ceil(together) * self.groups * passes;
+        let tasks = batch.div_ceil(together) * self.groups * passes;
         (0..tasks).into_par_iter().for_each(|task| {
             let (task, first) = (task / passes, task % passes * isa.panels);
             let (image, group) = (task / self.groups * together, task % self.groups);
-            let images = together.min(self.batch - image);
+            let images = together.min(batch - image);
             let panel = group * self.y_panels + first;
             let bias = self.bias.map(|bias| bias[panel * T::WIDTH..].as_ptr());
             let job = Gather {
-                x: self.x[image * x_image + group * self.x_group..].as_ptr(),
+                x: x[image * x_image + group * self.x_group..].as_ptr(),
                 weight: self.weight[panel * self.weight_panel..].as_ptr(),
                 y: place.at(image * y_image + panel * self.y_panel),
                 pixels: &table[..images * pixels.len()],

@@ -254,8 +254,9 @@ impl Shapes {
             return plain::backward(self, x, weight, dy, wants_dx);
         }
         let isa = T::isa(kernel);
+        let dw = blocked::conv::weight_gradient(self, x, dy, isa);
         let dx = wants_dx.then(|| blocked::conv::input_gradient(self, dy, weight, isa));
-        (dx, blocked::conv::weight_gradient(self, x, dy, isa))
+        (dx, dw)
     }
 
     /// Sums of each output channel, plane by plane in the order of the images.
