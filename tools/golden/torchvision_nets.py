@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Makes crates/models/tests/golden/{torchvision,curve}.safetensors: torchvision's networks in f64.
+"""Makes crates/models/tests/golden/{torchvision,curve,curve_f32}.safetensors of torchvision's networks.
 
 The weights are too many to keep. Both sides compute them (and the images) from the names: value i
 of the tensor `name` is a hash of (name, i), exactly the same number in Python and in Rust
 (crates/models/tests/torchvision.rs). The file holds the results alone: logits in training and in
 evaluation after it, the gradient of the images, and two numbers for each parameter's gradient;
-and the losses of twenty SGD steps of a ResNet-18, each on a batch of its own.
+and the losses of twenty SGD steps of a ResNet-18, each on a batch of its own, twice: in f64 with
+settings under which rounding grows manyfold a step, and in f32 and f64 with settings under which it
+does not.
 
     python3 tools/golden/torchvision_nets.py
 
@@ -87,23 +89,44 @@ class Pooled(nn.Module):
         return self.fc(self.features(x).mean((2, 3)))
 
 
-def curve(steps=20):
-    """Losses of training steps, batch 8 at 64x64."""
+def calm(net):
+    """Larger filters, whose steps turn them less, and residual branches that start small."""
+    for name, tensor in net.named_parameters():
+        if tensor.dim() == 4:
+            tensor.data *= 4.0
+        elif name.endswith("bn2.weight"):
+            tensor.data *= 0.2
+
+
+def run(change, dtype, lr, batch, steps=20):
+    """Losses of training steps at 64x64 from changed initial weights."""
     net = resnet.resnet18(num_classes=CLASSES).double()
     fill(net)
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
+    change(net)
+    net = net.to(dtype)
+    optimiser = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
     losses = []
     for step in range(steps):
-        labels = torch.tensor([(3 * step + i) % CLASSES for i in range(8)])
+        labels = torch.tensor([(3 * step + i) % CLASSES for i in range(batch)])
         # Something to learn: a class has its own brightness in each channel.
-        images = uniform(f"batch {step}", (8, 3, 64, 64))
+        images = uniform(f"batch {step}", (batch, 3, 64, 64))
         images = images + uniform("classes", (CLASSES, 3, 1, 1))[labels]
-        loss = nn.functional.cross_entropy(net(images), labels)
+        loss = nn.functional.cross_entropy(net(images.to(dtype)), labels)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        losses.append(loss.detach())
-    save({"losses": torch.stack(losses)}, TARGET.with_name("curve.safetensors"))
+        losses.append(loss.detach().double())
+    return torch.stack(losses)
+
+
+def curves():
+    wild = run(lambda net: None, torch.float64, 0.02, 8)
+    save({"losses": wild}, TARGET.with_name("curve.safetensors"))
+    names = {"f32": torch.float32, "f64": torch.float64}
+    found = {name: run(calm, dtype, 0.005, 16) for name, dtype in names.items()}
+    off = (found["f32"] / found["f64"] - 1.0).abs().max().item()
+    print(f"f32 against f64: {off:.1e}; losses {found['f32'][0]:.3f} to {found['f32'][-1]:.3f}")
+    save(found, TARGET.with_name("curve_f32.safetensors"))
 
 
 def save(tensors, target):
@@ -118,7 +141,7 @@ def save(tensors, target):
 
 def main():
     torch.set_default_dtype(torch.float64)
-    curve()
+    curves()
     tensors = {}
     networks = {
         "resnet18": resnet.resnet18(num_classes=CLASSES),

@@ -41,8 +41,8 @@ impl GradientCheckpoint {
     /// [`Mode::replayed`], and dropout makes the same masks again; `part` must give the same
     /// values and may take tensors with gradients from its argument and from parameters alone.
     ///
-    /// Where nothing could be saved (in evaluation, or for an `x` that no gradient flows to, such as
-    /// the images) this is `part(x, mode)` itself.
+    /// In evaluation too: parameters are on the tape there as well. For an `x` that no gradient flows
+    /// to, such as the images, this is `part(x, mode)` itself.
     ///
     /// # Errors
     /// Those of `part`, also from the backward pass.
@@ -51,7 +51,7 @@ impl GradientCheckpoint {
         F: Fn(&Tensor, Mode) -> Result<Tensor> + Send + Sync + 'static,
     {
         let y = part(x, mode)?;
-        if !mode.is_training() || !x.track_op() {
+        if !x.track_op() {
             return Ok(y);
         }
         // The tape inside the part ends here, and with it all that it holds.
