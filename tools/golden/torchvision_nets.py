@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import resnet, vgg
+from torchvision.models import alexnet, resnet, vgg
 
 HERE = pathlib.Path(__file__).resolve()
 TARGET = HERE.parents[2] / "crates/models/tests/golden/torchvision.safetensors"
@@ -139,6 +139,15 @@ def save(tensors, target):
     print(f"wrote {target} ({target.stat().st_size} bytes)")
 
 
+def narrow(net, places, hidden=48):
+    """The whole network, whose hidden linear layers of 4096 outputs have fewer."""
+    inputs = net.classifier[places[0]].in_features
+    for place, outputs in zip(places, (hidden, hidden, CLASSES)):
+        net.classifier[place] = nn.Linear(inputs, outputs)
+        inputs = outputs
+    return net
+
+
 def main():
     torch.set_default_dtype(torch.float64)
     curves()
@@ -148,11 +157,14 @@ def main():
         "resnet50": SecondOrder(resnet.resnet50(num_classes=CLASSES), 32),
         "vgg16": Pooled(vgg.vgg16(init_weights=False)),
         "vgg16_bn": Pooled(vgg.vgg16_bn(init_weights=False)),
+        "vgg16_fc": narrow(vgg.vgg16(init_weights=False, dropout=0.0), (0, 3, 6)),
+        "alexnet_fc": narrow(alexnet(dropout=0.0), (1, 4, 6)),
     }
     for key, net in networks.items():
         net = net.double()
         fill(net)
-        x = uniform("images", (2, 3, 48, 64)).requires_grad_(True)
+        shape = (2, 3, 72, 96) if key == "alexnet_fc" else (2, 3, 48, 64)
+        x = uniform("images", shape).requires_grad_(True)
         logits = net(x)
         loss = nn.functional.cross_entropy(logits, torch.tensor([0, 1]))
         loss.backward()

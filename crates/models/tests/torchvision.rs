@@ -32,6 +32,20 @@ fn parameter_counts_are_those_of_torchvision_and_of_the_authors() {
         let network = network(name.into(), "gap", 1000);
         assert_eq!(network.vars().parameter_count(), count, "{name}");
     }
+    for (name, count) in [
+        ("alexnet", 61_100_840),
+        ("vgg16", 138_357_544),
+        ("vgg16_bn", 138_365_992),
+    ] {
+        let backbone = BackboneSpec::new(name);
+        let spec = ModelSpec {
+            representation: backbone.entry().unwrap().own_head(),
+            backbone,
+            classes: 1000,
+        };
+        let network = Network::new(&spec, 1, DType::F32, &Device::Cpu).unwrap();
+        assert_eq!(network.vars().parameter_count(), count, "{name}");
+    }
     // Without torchvision's three linear layers: 5 classes on 512 channels instead.
     for (name, count) in [("vgg16", 14_714_688), ("vgg16_bn", 14_723_136)] {
         let network = network(name.into(), "gap", 5);
@@ -83,13 +97,21 @@ fn uniform(name: &str, shape: &[usize]) -> Tensor {
     Tensor::from_vec((0..count).map(value).collect(), shape, &Device::Cpu).unwrap()
 }
 
-/// torchvision's name of one of our parameters.
+/// torchvision's name of one of our parameters, where the head is `gap`.
 fn foreign(name: &str) -> String {
     let name = name.strip_prefix("backbone.").unwrap_or(name);
     name.replace("classifier.", "fc.")
 }
 
-fn fill(network: &Network) {
+/// The same where it is `fc`; `first` is the place of the first linear layer.
+fn foreign_of_fc(name: &str, first: usize) -> String {
+    let name = name.strip_prefix("backbone.").unwrap_or(name);
+    let name = name.replace("classifier.", "classifier.6.");
+    let name = name.replace("representation.fc1.", &format!("classifier.{first}."));
+    name.replace("representation.fc2.", &format!("classifier.{}.", first + 3))
+}
+
+fn fill(network: &Network, foreign: impl Fn(&str) -> String) {
     for (name, var) in network.vars().parameters() {
         let name = foreign(name);
         let values = uniform(&name, var.dims());
@@ -116,16 +138,34 @@ fn values_and_gradients_are_those_of_torchvision_with_equal_weights() {
         .unwrap()
         .with("reduction", 32);
     let vgg = |name| BackboneSpec::new(name).with("last_pool", false);
-    for (key, backbone) in [
-        ("resnet18", "resnet18".into()),
-        ("resnet50", surgery),
-        ("vgg16", vgg("vgg16")),
-        ("vgg16_bn", vgg("vgg16_bn")),
+    let whole = |name: &str| {
+        let backbone = BackboneSpec::new(name);
+        let head = backbone.entry().unwrap().own_head();
+        (backbone, head.with("hidden", 48).with("dropout", 0.0))
+    };
+    let pooled = |backbone| (backbone, RepresentationSpec::new("gap"));
+    for (key, (backbone, representation), side) in [
+        ("resnet18", pooled("resnet18".into()), [48, 64]),
+        ("resnet50", pooled(surgery), [48, 64]),
+        ("vgg16", pooled(vgg("vgg16")), [48, 64]),
+        ("vgg16_bn", pooled(vgg("vgg16_bn")), [48, 64]),
+        ("vgg16_fc", whole("vgg16"), [48, 64]),
+        ("alexnet_fc", whole("alexnet"), [72, 96]),
     ] {
-        let spec = spec(backbone, "gap", 5);
+        let foreign = |name: &str| match key {
+            "vgg16_fc" => foreign_of_fc(name, 0),
+            "alexnet_fc" => foreign_of_fc(name, 1),
+            _ => foreign(name),
+        };
+        let spec = ModelSpec {
+            backbone,
+            representation,
+            classes: 5,
+        };
         let network = Network::new(&spec, 1, DType::F64, &Device::Cpu).unwrap();
-        fill(&network);
-        let x = Var::from_tensor(&uniform("images", &[2, 3, 48, 64])).unwrap();
+        fill(&network, foreign);
+        let x = Var::from_tensor(&uniform("images", &[2, 3, side[0], side[1]])).unwrap();
+        network.vars().set_step(0);
         let logits = network.forward(&x, Mode::Train).unwrap();
         assert_close!(
             &logits,
@@ -215,7 +255,7 @@ fn a_training_run_follows_that_of_pytorch() {
     let known = golden["losses"].to_vec1::<f64>().unwrap();
     let spec = spec("resnet18".into(), "gap", 5);
     let network = Network::new(&spec, 1, DType::F64, &Device::Cpu).unwrap();
-    fill(&network);
+    fill(&network, foreign);
     let within = |step| if step < 10 { 1e-6 } else { 1e-3 };
     follow(&network, &known, 0.02, 8, within);
 }
@@ -234,7 +274,7 @@ fn a_training_run_in_f32_follows_that_of_pytorch_in_f32() {
     for checkpoint in [false, true] {
         let backbone = BackboneSpec::new("resnet18").with("checkpoint", checkpoint);
         let network = network(backbone, "gap", 5);
-        fill(&network);
+        fill(&network, foreign);
         for (name, var) in network.vars().parameters() {
             let factor = match var.rank() {
                 4 => 4.0,
