@@ -5,7 +5,7 @@
 //! stage; none by default). iSQRT-COV takes `last_stride = 1, reduction = 256`, which gives
 //! 14x14x256 of a 224x224 image; names `layer_reduce`, `layer_reduce_bn` as in the authors' code.
 //! `checkpoint` (false) keeps the inputs of blocks alone for the backward pass and computes the
-//! rest again: less memory, about a third more time.
+//! rest again: less memory, one more forward pass of time.
 
 use std::sync::Arc;
 
