@@ -1,8 +1,11 @@
 //! A convolution, its batch normalisation and the ReLU that may follow, as one node.
 //!
 //! candle's tape zeroes and adds a tensor for every gradient that passes between nodes; what lies
-//! between a convolution and its normalisation never reaches the tape here.
+//! between a convolution and its normalisation never reaches the tape here. In evaluation the
+//! normalisation is folded into the weights, and nothing is kept: a backward pass, rare there,
+//! convolves again.
 
+use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
 
 use candle_core::{
@@ -57,7 +60,7 @@ pub(crate) fn conv_norm_of(
     let op = Op {
         conv,
         norm: BatchNormOp::new((conv.batch, channels, conv.lanes), plane, norm, mode)?,
-        keeps: x.track_op() || weight.track_op() || affine.0.track_op() || affine.1.track_op(),
+        folds: mode == Mode::Eval,
         convolved: OnceLock::new(),
         aside: aside.cloned(),
     };
@@ -74,9 +77,9 @@ pub(crate) fn conv_norm_of(
 struct Op {
     conv: ConvShapes,
     norm: BatchNormOp,
-    /// Whether a backward pass may follow.
-    keeps: bool,
-    /// The output of the convolution.
+    /// Whether the norm becomes part of the convolution.
+    folds: bool,
+    /// The output of the convolution; none where the norm is folded in.
     convolved: OnceLock<CpuStorage>,
     aside: Option<Aside>,
 }
@@ -97,13 +100,17 @@ impl CustomOp3 for Op {
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let y = dispatch!("conv_norm", s1.dtype(), T => {
             let (x, weight) = (values::<T>(s1, l1)?, values(s2, l2)?);
-            let convolved = self.conv.forward(x, weight, (None, false), Kernel::Auto);
             let (gamma, beta) = halves(values::<T>(s3, l3)?);
-            let y = self.norm.forward(&convolved, gamma, beta)?;
-            if self.keeps {
-                // candle runs an op value once.
-                let _ = self.convolved.set(T::to_cpu_storage_owned(convolved));
+            if self.folds {
+                let (weight, bias) = self.norm.folded(weight, gamma, beta)?;
+                let after = (Some(&*bias), self.norm.relu);
+                let y = self.conv.forward(x, &weight, after, Kernel::Auto);
+                return Ok((T::to_cpu_storage_owned(y), self.conv.shape()));
             }
+            let convolved = self.conv.forward(x, weight, (None, false), Kernel::Auto);
+            let y = self.norm.forward(&convolved, gamma, beta)?;
+            // candle runs an op value once.
+            let _ = self.convolved.set(T::to_cpu_storage_owned(convolved));
             Ok(T::to_cpu_storage_owned(y))
         })?;
         Ok((y, self.conv.shape()))
@@ -117,17 +124,20 @@ impl CustomOp3 for Op {
         y: &Tensor,
         dy: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let Some(convolved) = self.convolved.get() else {
-            candle_core::bail!("conv_norm: backward before forward")
-        };
         let dy = dy.contiguous()?;
         let (xs, ws, gs, ys, dys) = (read(x), read(weight), read(affine), read(y), read(&dy));
         let device = x.device();
         dispatch!("conv_norm", x.dtype(), T => {
             let (gamma, _) = halves(gs.values::<T>()?);
-            let convolved = convolved.as_slice::<T>()?;
+            let convolved = match self.convolved.get() {
+                Some(convolved) => Cow::Borrowed(convolved.as_slice::<T>()?),
+                None => {
+                    let (x, weight) = (xs.values::<T>()?, ws.values()?);
+                    Cow::Owned(self.conv.forward(x, weight, (None, false), Kernel::Auto))
+                }
+            };
             let (between, mut dgamma, dbeta) =
-                self.norm.backward(convolved, gamma, ys.values()?, dys.values()?)?;
+                self.norm.backward(&convolved, gamma, ys.values()?, dys.values()?)?;
             let (x_values, wants_dx) = (xs.values::<T>()?, x.track_op());
             let (dx, dw) =
                 self.conv.backward(x_values, ws.values()?, &between, wants_dx, Kernel::Auto);

@@ -116,7 +116,7 @@ pub(crate) struct BatchNormOp {
     lanes: usize,
     plane: usize,
     epsilon: f64,
-    relu: bool,
+    pub relu: bool,
     /// Running statistics, where these are used.
     fixed: Option<Statistics>,
     /// The statistics that the forward pass used.
@@ -263,6 +263,31 @@ impl BatchNormOp {
             });
         // SAFETY: `x` consists of whole images and these of whole planes, all written.
         Ok(unsafe { y.written() })
+    }
+
+    /// With running statistics: `weight` (`channels` rows) and bias of the convolution that gives
+    /// what this norm makes of the convolution with `weight`.
+    pub(crate) fn folded<T: Element>(
+        &self,
+        weight: &[T],
+        gamma: &[T],
+        beta: &[T],
+    ) -> candle_core::Result<(Vec<T>, Vec<T>)> {
+        if let Some(fixed) = &self.fixed {
+            self.used.get_or_init(|| fixed.clone());
+        }
+        let normalisers = self.normalisers()?;
+        let scale = |c: usize| gamma[c].to_f64() * normalisers[c].1;
+        let shift = |c: usize| beta[c].to_f64() - normalisers[c].0 * scale(c);
+        let rows = weight
+            .chunks_exact(weight.len() / self.channels)
+            .enumerate();
+        let weight = rows.flat_map(|(c, row)| {
+            let scale = T::from_f64(scale(c));
+            row.iter().map(move |&w| w * scale)
+        });
+        let bias = (0..self.channels).map(|c| T::from_f64(shift(c)));
+        Ok((weight.collect(), bias.collect()))
     }
 
     /// Gradients of `x`, `gamma` and `beta`.
