@@ -279,15 +279,20 @@ impl BatchNormOp {
         let normalisers = self.normalisers()?;
         let scale = |c: usize| gamma[c].to_f64() * normalisers[c].1;
         let shift = |c: usize| beta[c].to_f64() - normalisers[c].0 * scale(c);
-        let rows = weight
-            .chunks_exact(weight.len() / self.channels)
-            .enumerate();
-        let weight = rows.flat_map(|(c, row)| {
-            let scale = T::from_f64(scale(c));
-            row.iter().map(move |&w| w * scale)
-        });
+        let row = weight.len() / self.channels;
+        let mut scaled = Unwritten::new(weight.len());
+        let rows = scaled.places().par_chunks_exact_mut(row);
+        rows.zip(weight.par_chunks_exact(row))
+            .enumerate()
+            .for_each(|(c, (to, from))| {
+                let scale = T::from_f64(scale(c));
+                to.iter_mut()
+                    .zip(from)
+                    .for_each(|(to, &from)| *to = from * scale);
+            });
         let bias = (0..self.channels).map(|c| T::from_f64(shift(c)));
-        Ok((weight.collect(), bias.collect()))
+        // SAFETY: the weights are whole rows, and each was written.
+        Ok((unsafe { scaled.written() }, bias.collect()))
     }
 
     /// Gradients of `x`, `gamma` and `beta`.
