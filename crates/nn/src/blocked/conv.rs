@@ -41,11 +41,11 @@ pub(super) struct Geometry {
     pub batch: usize,
     /// Panels of channels in and out.
     pub panels: (usize, usize),
-    input: (usize, usize),
+    pub input: (usize, usize),
     pub output: (usize, usize),
-    kernel: (usize, usize),
-    stride: usize,
-    padding: usize,
+    pub kernel: (usize, usize),
+    pub stride: usize,
+    pub padding: usize,
     pub width: usize,
 }
 
@@ -294,14 +294,14 @@ fn pieces(
 
 /// A pointer that may cross threads; each task uses its own part.
 #[derive(Clone, Copy)]
-struct Shared<T>(*mut T);
+pub(super) struct Shared<T>(pub(super) *mut T);
 // SAFETY: tasks touch disjoint parts.
 unsafe impl<T> Send for Shared<T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for Shared<T> {}
 
 impl<T> Shared<T> {
-    fn at(self, offset: usize) -> *mut T {
+    pub(super) fn at(self, offset: usize) -> *mut T {
         self.0.wrapping_add(offset)
     }
 }
@@ -385,7 +385,7 @@ fn pad<T: Lanes>(x: &[T], (height, columns): (usize, usize), to: Padded) -> Cow<
 
 /// Weights `(out, in, taps)` into blocks: `[out panel][in panel][tap][in][out]`, or transposed
 /// `[in panel][out panel][tap][out][in]`.
-fn pack<T: Lanes>(
+pub(super) fn pack<T: Lanes>(
     weight: &[T],
     (outputs, inputs, taps): (usize, usize, usize),
     transposed: bool,
@@ -414,7 +414,7 @@ fn pack<T: Lanes>(
 }
 
 /// The inverse of [`pack`] without transposition.
-fn unpack<T: Lanes>(packed: &[T], (outputs, inputs, taps): (usize, usize, usize)) -> Vec<T> {
+pub(super) fn unpack<T: Lanes>(packed: &[T], (outputs, inputs, taps): (usize, usize, usize)) -> Vec<T> {
     let w = T::WIDTH;
     let mut weight = Unwritten::new(packed.len());
     debug_assert_eq!(packed.len(), outputs * inputs * taps * w * w);

@@ -10,6 +10,7 @@ mod conv;
 mod conv_norm;
 mod kernel;
 pub(crate) mod norm;
+mod winograd;
 
 pub(crate) use conv::conv2d;
 pub use conv_norm::conv_norm;
