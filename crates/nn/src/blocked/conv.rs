@@ -5,7 +5,8 @@
 //! an input pixel `y` with `(y + padding) mod stride = r` meets the taps `r, r + stride, …` at
 //! output rows `(y + padding) / stride - t`, so each of the `stride²` phases is such a sum. The
 //! gradient of the weights runs over the pixels ([`Correlate`]); there each thread owns weights,
-//! so nothing is added up between threads. Weights are packed into blocks once a call.
+//! so nothing is added up between threads. Weights are packed into blocks once a call. In f32 most
+//! convolutions of stride 1 with a 3x3 kernel go through [`Winograd`] instead.
 
 use candle_core::{
     CpuStorage, CustomOp2, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
@@ -15,6 +16,7 @@ use rayon::prelude::*;
 use std::borrow::Cow;
 
 use super::kernel::{Correlate, Gather, Isa, Lanes};
+use super::winograd::Winograd;
 use super::{dims, width};
 use crate::Result;
 use crate::element::{Unwritten, dispatch, read, values};
@@ -111,6 +113,9 @@ impl Geometry {
     }
 
     pub(super) fn forward<T: Lanes>(&self, x: &[T], weight: &[T], isa: &Isa<T>) -> Vec<T> {
+        if let Some(winograd) = Winograd::of::<T>(self) {
+            return winograd.forward(x, weight, isa);
+        }
         let source = self.source();
         let x = pad(x, self.input, source);
         let (inputs, outputs) = self.panels;
@@ -147,6 +152,9 @@ impl Geometry {
     }
 
     pub(super) fn input_gradient<T: Lanes>(&self, dy: &[T], weight: &[T], isa: &Isa<T>) -> Vec<T> {
+        if let Some(winograd) = Winograd::of::<T>(self) {
+            return winograd.input_gradient(dy, weight, isa);
+        }
         let ((inputs, outputs), (w, s)) = (self.panels, (self.width, self.stride));
         // Input row y meets output row (y + padding) / stride - t, for t up to `reach`.
         let reach = ((self.kernel.0 - 1) / s, (self.kernel.1 - 1) / s);
@@ -199,6 +207,9 @@ impl Geometry {
     }
 
     pub(super) fn weight_gradient<T: Lanes>(&self, x: &[T], dy: &[T], isa: &Isa<T>) -> Vec<T> {
+        if let Some(winograd) = Winograd::of::<T>(self) {
+            return winograd.weight_gradient(x, dy, isa);
+        }
         let ((inputs, outputs), (w, s)) = (self.panels, (self.width, self.stride));
         let source = self.source();
         let x = pad(x, self.input, source);
@@ -414,7 +425,10 @@ pub(super) fn pack<T: Lanes>(
 }
 
 /// The inverse of [`pack`] without transposition.
-pub(super) fn unpack<T: Lanes>(packed: &[T], (outputs, inputs, taps): (usize, usize, usize)) -> Vec<T> {
+pub(super) fn unpack<T: Lanes>(
+    packed: &[T],
+    (outputs, inputs, taps): (usize, usize, usize),
+) -> Vec<T> {
     let w = T::WIDTH;
     let mut weight = Unwritten::new(packed.len());
     debug_assert_eq!(packed.len(), outputs * inputs * taps * w * w);
