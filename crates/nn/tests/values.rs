@@ -490,7 +490,13 @@ fn results_do_not_depend_on_threads() {
 
 #[test]
 fn blocked_ops_do_not_depend_on_threads() {
-    let x = randn(&[5, 16, 9, 9], 1, DType::F32).unwrap();
+    // Small maps, and more than go through Winograd's convolution at a time.
+    for shape in [[5, 16, 9, 9], [3, 16, 41, 34]] {
+        blocked_ops_on_threads(&randn(&shape, 1, DType::F32).unwrap());
+    }
+}
+
+fn blocked_ops_on_threads(x: &Tensor) {
     let w = randn(&[48, 16, 3, 3], 2, DType::F32).unwrap();
     let one = Tensor::ones(48, DType::F32, &Device::Cpu).unwrap();
     let options = Conv::new(1, 1);
@@ -502,7 +508,7 @@ fn blocked_ops_do_not_depend_on_threads() {
     let run = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
         pool.unwrap().install(|| {
-            let (x, w) = (Var::from_tensor(&x).unwrap(), Var::from_tensor(&w).unwrap());
+            let (x, w) = (Var::from_tensor(x).unwrap(), Var::from_tensor(&w).unwrap());
             let buffer = || Buffer::new(one.clone());
             let norm = BatchNorm {
                 running_mean: buffer(),

@@ -6,12 +6,14 @@
 //! `k·dilation mod stride = r` at output rows `(y + padding) / stride - k·dilation / stride`, so
 //! each phase `r` is such a sum. The gradient of the weights runs over the pixels ([`Correlate`]);
 //! there each thread owns weights, so nothing is added up between threads. Weights are packed into
-//! blocks once a call.
+//! blocks once a call. In f32 most convolutions of stride 1 with a 3x3 kernel go through
+//! [`Winograd`] instead.
 
 use rayon::prelude::*;
 use std::borrow::Cow;
 
 use super::kernel::{Correlate, Gather, Isa, Lanes};
+use super::winograd::Winograd;
 use crate::element::Unwritten;
 use crate::ops::ConvShapes as Shapes;
 
@@ -40,7 +42,7 @@ impl Padded {
 
 impl Shapes {
     /// Panels of channels in and out, of each group.
-    fn panels(&self) -> (usize, usize) {
+    pub(super) fn panels(&self) -> (usize, usize) {
         let width = self.lanes * self.groups;
         (self.channels.0 / width, self.channels.1 / width)
     }
@@ -94,6 +96,9 @@ pub(crate) fn forward<T: Lanes>(
     (bias, relu): (Option<&[T]>, bool),
     isa: &Isa<T>,
 ) -> Vec<T> {
+    if let Some(winograd) = Winograd::of::<T>(shapes) {
+        return winograd.forward(shapes, x, weight, (bias, relu), isa);
+    }
     let source = shapes.source();
     let (inputs, outputs) = shapes.panels();
     let taps = shapes.tap_places();
@@ -141,6 +146,9 @@ pub(crate) fn input_gradient<T: Lanes>(
     weight: &[T],
     isa: &Isa<T>,
 ) -> Vec<T> {
+    if let Some(winograd) = Winograd::of::<T>(shapes) {
+        return winograd.input_gradient(shapes, dy, weight, isa);
+    }
     let Shapes { rows, columns, .. } = *shapes;
     let (inputs, outputs) = shapes.panels();
     // Input row y meets output row (y + padding) / stride - t, for t up to `reach`.
@@ -219,6 +227,9 @@ pub(crate) fn weight_gradient<T: Lanes>(
     dy: &[T],
     isa: &Isa<T>,
 ) -> Vec<T> {
+    if let Some(winograd) = Winograd::of::<T>(shapes) {
+        return winograd.weight_gradient(shapes, x, dy, isa);
+    }
     let Shapes { rows, columns, .. } = *shapes;
     let (inputs, outputs) = shapes.panels();
     let (w, taps) = (T::WIDTH, shapes.tap_places());
@@ -332,14 +343,14 @@ fn pieces(
 
 /// A pointer that may cross threads; each task uses its own part.
 #[derive(Clone, Copy)]
-struct Shared<T>(*mut T);
+pub(super) struct Shared<T>(pub(super) *mut T);
 // SAFETY: tasks touch disjoint parts.
 unsafe impl<T> Send for Shared<T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for Shared<T> {}
 
 impl<T> Shared<T> {
-    fn at(self, offset: usize) -> *mut T {
+    pub(super) fn at(self, offset: usize) -> *mut T {
         self.0.wrapping_add(offset)
     }
 }
@@ -441,7 +452,7 @@ fn pad<T: Lanes>(x: &[T], (height, columns): (usize, usize), to: Padded) -> Cow<
 
 /// Weights `(out, in / groups, taps)` into blocks: `[out panel][in panel][tap][in][out]`, or
 /// transposed `[in panel][out panel][tap][out][in]`, where the second panel runs over a group.
-fn pack<T: Lanes>(shapes: &Shapes, weight: &[T], transposed: bool) -> Vec<T> {
+pub(super) fn pack<T: Lanes>(shapes: &Shapes, weight: &[T], transposed: bool) -> Vec<T> {
     let w = T::WIDTH;
     let ((inputs, outputs), taps) = (shapes.panels(), shapes.taps());
     let mut packed = Unwritten::new(weight.len());
@@ -470,7 +481,7 @@ fn pack<T: Lanes>(shapes: &Shapes, weight: &[T], transposed: bool) -> Vec<T> {
 }
 
 /// The inverse of [`pack`] without transposition.
-fn unpack<T: Lanes>(shapes: &Shapes, packed: &[T]) -> Vec<T> {
+pub(super) fn unpack<T: Lanes>(shapes: &Shapes, packed: &[T]) -> Vec<T> {
     let w = T::WIDTH;
     let ((inputs, _), taps) = (shapes.panels(), shapes.taps());
     let mut weight = Unwritten::new(packed.len());
@@ -556,6 +567,9 @@ mod tests {
             ([2, 64, 6, 5], [32, 32, 3, 3], grouped(2, conv(1, 1))),
             ([1, 96, 7, 6], [144, 32, 3, 3], grouped(3, conv(2, 1))),
             ([3, 32, 5, 5], [96, 16, 1, 1], grouped(2, conv(1, 0))),
+            // In f32 by Winograd's convolution, with ReLU and without.
+            ([2, 32, 21, 17], [48, 32, 3, 3], conv(1, 1)),
+            ([2, 16, 16, 20], [16, 16, 3, 3], conv(1, 2)),
         ];
         for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 2e-6)] {
             for (i, (x, w, options)) in cases.into_iter().enumerate() {

@@ -11,6 +11,8 @@
 use isqrt_linalg::Kernel;
 use isqrt_linalg::simd::{Element, Quad, Vector};
 
+use super::winograd::{self, Grid, Transforms};
+
 /// `y[pixel] = bias + sum over blocks of x[pixel + block] . weight[block]`.
 #[derive(Clone, Copy)]
 pub(super) struct Gather<'a, T> {
@@ -200,6 +202,7 @@ pub(crate) struct Isa<T: 'static> {
     pub panels: usize,
     gather: unsafe fn(&Gather<'_, T>),
     correlate: unsafe fn(&Correlate<'_, T>),
+    pub(super) transforms: Transforms<T>,
 }
 
 impl<T> Isa<T> {
@@ -217,6 +220,17 @@ impl<T> Isa<T> {
     }
 }
 
+macro_rules! transforms {
+    ($(#[$feature:meta])? $name:ident $($rest:ident)*) => {
+        $(#[$feature])?
+        unsafe fn $name(grid: &Grid<T>) {
+            unsafe { winograd::$name::<V>(grid) }
+        }
+        transforms!($(#[$feature])? $($rest)*);
+    };
+    ($(#[$feature:meta])?) => {};
+}
+
 macro_rules! isa {
     ($module:ident, $vector:ty, $element:ty, pixels $pixels:literal,
      panels $panels:literal: $full:literal, one: $one:literal,
@@ -225,8 +239,13 @@ macro_rules! isa {
             use super::*;
             type V = $vector;
             type T = $element;
-            pub(super) static ISA: Isa<T> = Isa { panels: $panels, gather, correlate };
-            // SAFETY (both): the caller promises the instruction set and the pointers.
+            pub(super) static ISA: Isa<T> = Isa {
+                panels: $panels,
+                gather,
+                correlate,
+                transforms: Transforms { source, result, weight, spread, collect },
+            };
+            // SAFETY (all): the caller promises the instruction set and the pointers.
             $(#[$feature])?
             unsafe fn gather(job: &Gather<'_, T>) {
                 if job.panels == 1 {
@@ -248,6 +267,7 @@ macro_rules! isa {
                 )+
                 debug_assert_eq!(channel, T::WIDTH);
             }
+            transforms!($(#[$feature])? source result weight spread collect);
         }
     };
 }

@@ -10,6 +10,7 @@ pub(crate) mod conv;
 mod conv_norm;
 mod kernel;
 pub(crate) mod norm;
+mod winograd;
 
 pub use conv_norm::conv_norm;
 pub(crate) use conv_norm::conv_norm_of;
