@@ -254,3 +254,25 @@ fn checkpointed_blocks_have_the_gradients_of_plain_ones() {
         }
     }
 }
+
+/// VGG drops after its hidden layers, AlexNet before them.
+#[test]
+fn dropout_of_the_hidden_layers_has_the_place_that_is_asked_for() {
+    let images = randn((8, 3, 32, 32), 1, DType::F32).unwrap();
+    let zeros = |drop_features: bool| {
+        let head = RepresentationSpec::new("fc")
+            .with("side", 2)
+            .with("hidden", 64);
+        let head = head
+            .with("dropout", 0.9)
+            .with("drop_features", drop_features);
+        let network = network(&spec("e10net", head), 1);
+        network.vars().set_step(0);
+        let values = network.represent(&images, Mode::Train).unwrap();
+        let values = values.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        values.iter().filter(|&&v| v == 0.0).count() as f64 / values.len() as f64
+    };
+    // The ReLU alone leaves about half of the values.
+    assert!(zeros(false) > 0.85, "{}", zeros(false));
+    assert!(zeros(true) < 0.75, "{}", zeros(true));
+}

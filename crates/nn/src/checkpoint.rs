@@ -7,6 +7,7 @@
 //! [`Vars::backward`](crate::Vars::backward).
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 
 use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
@@ -16,9 +17,10 @@ use crate::element::{dispatch, read};
 use crate::vars::Step;
 use crate::{Error, Mode, Result, Scope};
 
-/// Gradients of parameters within checkpointed parts; only there while a
-/// [`Vars::backward`](crate::Vars::backward) runs.
-pub(crate) type Aside = Arc<Mutex<Option<GradStore>>>;
+/// Gradients of parameters that do not go over the tape: of layers' weights, and of all that is
+/// within checkpointed parts. Only there while a [`Vars::backward`](crate::Vars::backward) runs, and
+/// for the thread that runs it: candle differentiates where it is called.
+pub(crate) type Aside = Arc<Mutex<Option<(ThreadId, GradStore)>>>;
 
 /// Runs parts of a network without keeping what is inside them.
 #[derive(Debug, Clone)]
@@ -85,14 +87,33 @@ where
     F: Fn(&Tensor, Mode) -> Result<Tensor>,
 {
     /// The gradient of `x`; those of the parameters are laid aside.
-    fn gradient(&self, x: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let x = Var::from_tensor(&x.detach())?;
-        let now = self.step.replace(self.number);
-        let y = (self.part)(&x, self.mode);
-        self.step.replace(now);
-        let mut gradients = y?.apply_op1(Seed(dy.clone()))?.backward()?;
-        let dx = gradients.remove(&x);
-        match lock(&self.aside).as_mut() {
+    fn gradient(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        /// Puts the step back even where the part panics.
+        struct Restore<'a>(&'a Step, Option<u64>);
+        impl Drop for Restore<'_> {
+            fn drop(&mut self) {
+                self.0.replace(self.1);
+            }
+        }
+        let leaf = Var::from_tensor(&x.detach())?;
+        let y = {
+            let _restore = Restore(&self.step, self.step.replace(self.number));
+            (self.part)(&leaf, self.mode)?
+        };
+        let mut gradients = y.apply_op1(Seed(dy.clone()))?.backward()?;
+        // A part that makes nothing of `x` has no gradient for it, but candle waits for one.
+        let dx = match gradients.remove(&leaf) {
+            Some(dx) => dx.detach(),
+            None => x.zeros_like()?.detach(),
+        };
+        // Gradients may hang on the tape of the part, and would keep all of it.
+        let ids: Vec<_> = gradients.get_ids().copied().collect();
+        for id in ids {
+            if let Some(gradient) = gradients.get_id(id).map(Tensor::detach) {
+                gradients.insert_id(id, gradient);
+            }
+        }
+        match own(&mut lock(&self.aside)) {
             Some(aside) => aside.extend(gradients)?,
             None => return Err(outside()),
         }
@@ -120,10 +141,10 @@ where
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
         // Before all the work, not after it.
-        if lock(&self.aside).is_none() {
+        if own(&mut lock(&self.aside)).is_none() {
             return Err(outside().into());
         }
-        Ok(self.gradient(x, dy)?)
+        Ok(Some(self.gradient(x, dy)?))
     }
 }
 
@@ -174,11 +195,11 @@ pub(crate) fn backward(aside: &Aside, loss: &Tensor) -> Result<GradStore> {
                 message: "another backward pass of these parameters is under way".to_owned(),
             });
         }
-        *aside = Some(GradStore::default());
+        *aside = Some((thread::current().id(), GradStore::default()));
     }
     let clear = Clear(aside);
     let mut gradients = loss.backward()?;
-    if let Some(aside) = lock(clear.0).take() {
+    if let Some((_, aside)) = lock(clear.0).take() {
         gradients.extend(aside)?;
     }
     Ok(gradients)
@@ -195,7 +216,7 @@ pub(crate) fn past_the_tape(
     let Some(mut aside) = aside.map(|aside| lock(aside)) else {
         return Ok(Some(gradient));
     };
-    let Some(store) = aside.as_mut() else {
+    let Some(store) = own(&mut aside) else {
         return Ok(Some(gradient));
     };
     let sum = match store.remove(parameter) {
@@ -204,6 +225,12 @@ pub(crate) fn past_the_tape(
     };
     store.insert(parameter, sum);
     Ok(None)
+}
+
+/// What this thread's backward pass lays aside, if it runs one.
+fn own(aside: &mut Option<(ThreadId, GradStore)>) -> Option<&mut GradStore> {
+    let (owner, store) = aside.as_mut()?;
+    (*owner == thread::current().id()).then_some(store)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

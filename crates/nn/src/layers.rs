@@ -90,6 +90,15 @@ impl Conv2d {
         let (bias, aside) = (self.bias.as_ref(), Some(&self.aside));
         ops::conv2d_of(x, &self.weight, bias, self.options, aside)
     }
+
+    /// See [`ops::conv2d_into_blocks`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn forward_into_blocks(&self, x: &Tensor) -> Result<Tensor> {
+        let (bias, aside) = (self.bias.as_ref(), Some(&self.aside));
+        ops::into_blocks_of(x, &self.weight, bias, self.options, aside)
+    }
 }
 
 /// Batch normalisation with its scale, shift and running statistics.
@@ -175,6 +184,14 @@ impl ConvNorm {
             return conv_norm_of(x, &conv.weight, conv.options, affine, norm, aside);
         }
         self.norm.forward(&self.conv.forward(x)?, mode)
+    }
+
+    /// The same of plain maps, blocked: see [`ops::conv2d_into_blocks`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn forward_into_blocks(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        self.norm.forward(&self.conv.forward_into_blocks(x)?, mode)
     }
 }
 

@@ -126,7 +126,8 @@ impl Vars {
 
     /// Gradients of a scalar `loss`, those of parameters in checkpointed parts
     /// ([`GradientCheckpoint`](crate::layers::GradientCheckpoint)) included, which
-    /// [`Tensor::backward`] refuses. Without such parts the two are the same.
+    /// [`Tensor::backward`] refuses. Without such parts the two give the same; this one takes less
+    /// memory, since weights of layers do not go over candle's tape.
     ///
     /// # Errors
     /// Those of the ops; [`Error::State`] while another backward pass of these parameters runs.

@@ -273,3 +273,88 @@ fn an_error_of_the_second_pass_comes_back_and_leaves_nothing() {
     let twice = (x.as_tensor() * 2.0).unwrap();
     assert_close!(gradients.get(&x).unwrap(), twice, atol = 0.0);
 }
+
+/// Weights of layers do not go over the tape in `Vars::backward`; used twice, their gradients add up.
+#[test]
+fn gradients_past_the_tape_are_those_over_it() {
+    let toy = Toy::new(false);
+    let x = Var::from_tensor(&random(&[3, 4, 5, 5])).unwrap();
+    toy.vars.set_step(1);
+    let loss = (toy.loss(&x, Mode::Frozen)
+        + toy.loss(&(x.as_tensor() * 0.5).unwrap(), Mode::Frozen))
+    .unwrap();
+    let known = toy.gradients(&loss.backward().unwrap(), &x);
+    let found = toy.gradients(&toy.vars.backward(&loss).unwrap(), &x);
+    for ((name, found), (_, known)) in found.iter().zip(&known) {
+        let size = known
+            .abs()
+            .unwrap()
+            .max_all()
+            .unwrap()
+            .to_scalar::<f64>()
+            .unwrap();
+        assert!(size > 0.0, "{name}");
+        assert_close!(found, known, rtol = 0.0, atol = 1e-14 * size.max(1.0));
+    }
+}
+
+/// A pass of another thread keeps its gradients on its own tape.
+#[test]
+fn two_threads_do_not_mix_their_gradients() {
+    let toy = Toy::new(false);
+    let x = Var::from_tensor(&random(&[3, 4, 5, 5])).unwrap();
+    toy.vars.set_step(1);
+    let loss = toy.loss(&x, Mode::Frozen);
+    let known = toy.gradients(&loss.backward().unwrap(), &x);
+    /// Differentiates another loss, in another thread, while this one is differentiated.
+    struct Meanwhile<'a>(&'a Tensor, std::sync::Mutex<Option<GradStore>>);
+    let meanwhile = Arc::new(Meanwhile(&loss, std::sync::Mutex::new(None)));
+    std::thread::scope(|scope| {
+        // Inside `Vars::backward` of this thread: held open by a node that waits for the other.
+        let (start, started) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel();
+        let other = Arc::clone(&meanwhile);
+        scope.spawn(move || {
+            started.recv().unwrap();
+            *other.1.lock().unwrap() = Some(other.0.backward().unwrap());
+            end.send(()).unwrap();
+        });
+        let wait = Wait(std::sync::Mutex::new(Some((start, ended))));
+        let held = x.as_tensor().sum_all().unwrap().apply_op1(wait).unwrap();
+        toy.vars.backward(&held).unwrap();
+    });
+    let found = meanwhile.1.lock().unwrap().take().unwrap();
+    assert_same(&toy.gradients(&found, &x), &known);
+}
+
+/// The identity, whose backward pass lets another thread work first.
+struct Wait(std::sync::Mutex<Option<(std::sync::mpsc::Sender<()>, std::sync::mpsc::Receiver<()>)>>);
+
+impl CustomOp1 for Wait {
+    fn name(&self) -> &'static str {
+        "wait"
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((s.clone(), l.shape().clone()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let (start, ended) = self.0.lock().unwrap().take().unwrap();
+        start.send(()).unwrap();
+        ended.recv().unwrap();
+        Ok(Some(dy.clone()))
+    }
+}
+
+/// Parts whose result does not depend on what goes in, or not differentiably.
+#[test]
+fn a_part_without_a_path_to_its_input_has_zero_gradients() {
+    let (vars, checkpoint) = checkpoint();
+    let x = Var::from_tensor(&random(&[5])).unwrap();
+    let inner = (x.as_tensor() * 2.0).unwrap();
+    let y = checkpoint.forward(&inner, Mode::Train, |x, _| Ok(x.detach()));
+    let gradients = vars.backward(&y.unwrap().sum_all().unwrap()).unwrap();
+    let zero = x.zeros_like().unwrap();
+    assert_close!(gradients.get(&x).unwrap(), zero, atol = 0.0);
+}

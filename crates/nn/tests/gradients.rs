@@ -4,8 +4,8 @@
 use candle_core::{DType, Device, Tensor};
 use isqrt_nn::ops::{
     BatchNorm, Conv, LocalResponseNorm, MaskKey, Pool, Window, adaptive_avg_pool2d, add_relu,
-    avg_pool2d, batch_norm, block, conv_norm, conv2d, cross_entropy, dropout, global_avg_pool,
-    linear, local_response_norm, max_pool2d, relu, unblock,
+    avg_pool2d, batch_norm, block, conv_norm, conv2d, conv2d_into_blocks, cross_entropy, dropout,
+    global_avg_pool, linear, local_response_norm, max_pool2d, relu, unblock,
 };
 use isqrt_nn::{Buffer, Mode};
 use isqrt_testkit::{Gradcheck, gradcheck, randn};
@@ -94,6 +94,18 @@ fn conv2d_with_dilation_groups_bias_and_relu() {
         for relu in [false, true] {
             let options = Conv { relu, ..options };
             check(&inputs, |t| conv2d(&t[0], &t[1], Some(&t[2]), options));
+            if w[0] % 8 == 0 {
+                check(&inputs, |t| {
+                    conv2d_into_blocks(&t[0], &t[1], Some(&t[2]), options)
+                });
+                let y = conv2d_into_blocks(&inputs[0], &inputs[1], Some(&inputs[2]), options);
+                let known = conv2d(&inputs[0], &inputs[1], Some(&inputs[2]), options).unwrap();
+                let off = (unblock(&y.unwrap()).unwrap() - known)
+                    .unwrap()
+                    .abs()
+                    .unwrap();
+                assert_eq!(off.max_all().unwrap().to_scalar::<f64>().unwrap(), 0.0);
+            }
             if x[1] == 16 {
                 let inputs = [
                     block(&inputs[0]).unwrap(),
@@ -190,6 +202,30 @@ fn blocked_maps() {
                 assert!(off(&known.running_var.get(), &fused.running_var.get()) < 1e-12);
             }
         }
+    }
+    // A ReLU between the two, and groups that fill no blocks: two nodes.
+    let grouped = Conv {
+        groups: 4,
+        ..Conv::new(1, 1)
+    };
+    let clipped = Conv {
+        relu: true,
+        ..Conv::new(1, 1)
+    };
+    for (channels, options) in [(4, grouped), (16, clipped)] {
+        let weight = random(&[16, channels, 3, 3], 50);
+        let gamma = (random(&[16], 51) + 2.0).unwrap();
+        let inputs = [block(&x).unwrap(), weight, gamma, random(&[16], 52)];
+        let f = |t: &[Tensor]| {
+            let norm = norm(16, false);
+            conv_norm(&t[0], &t[1], options, (&t[2], &t[3]), &norm, Mode::Train)
+        };
+        check(&inputs, f);
+        let [x, w, gamma, beta] = &inputs;
+        let y = conv2d(x, w, None, options).unwrap();
+        let y = batch_norm(&y, gamma, beta, &norm(16, false), Mode::Train).unwrap();
+        let off = (y - f(&inputs).unwrap()).unwrap().abs().unwrap();
+        assert!(off.max_all().unwrap().to_scalar::<f64>().unwrap() < 1e-12);
     }
     let maps = block(&apart(&[2, 16, 5, 6], 5)).unwrap();
     for (kernel, stride, padding) in [(3, 2, 1), (2, 2, 0), (3, 1, 1)] {

@@ -585,10 +585,17 @@ fn mistakes_are_named() {
             "does not fit",
         ),
         (Conv::new(1, usize::MAX), "does not fit"),
+        (Conv::new(1, 1 << 40), "does not fit"),
     ] {
         let message = told(conv2d(&x, &w(&[2, 3, 2, 2]), None, options));
         assert!(message.contains(word), "{message}");
     }
+    // A stride beyond the image leaves one output.
+    let far = conv2d(&x, &w(&[2, 3, 2, 2]), None, Conv::new(usize::MAX, 1)).unwrap();
+    assert_eq!(far.dims(), [2, 2, 1, 1]);
+    let maps = block(&random(&[1, 16, 4, 4], 3)).unwrap();
+    let message = told(conv2d(&maps, &w(&[20, 16, 3, 3]), None, Conv::new(1, 1)));
+    assert!(message.contains("20 output channels"), "{message}");
     let bias = w(&[3]);
     assert!(told(conv2d(&x, &w(&[2, 3, 1, 1]), Some(&bias), Conv::default())).contains("bias"));
     let window = Window {

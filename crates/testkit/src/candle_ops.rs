@@ -73,9 +73,7 @@ pub const OPS: &[CandleOp] = &[
     op("contiguous", "every op", &[2, 3, 4], |x| {
         x.permute((2, 0, 1))?.contiguous()
     }),
-    op("reshape", "biases of convolutions", &[2, 3, 4], |x| {
-        x.reshape((4, 6))
-    }),
+    op("reshape", HEADS, &[2, 3, 4], |x| x.reshape((4, 6))),
     op("flatten_from", "covariance heads", &[2, 3, 4], |x| {
         x.flatten_from(1)
     }),
@@ -105,7 +103,7 @@ pub const OPS: &[CandleOp] = &[
         let y = x.sqr()?;
         y.mul(&y)? + &y
     }),
-    op("broadcast_add", "biases of convolutions", &[2, 3, 4], |x| {
+    op("broadcast_add", HEADS, &[2, 3, 4], |x| {
         x.broadcast_add(&x.narrow(0, 0, 1)?.narrow(2, 0, 1)?)
     }),
     op("broadcast_sub", HEADS, &[2, 3, 4], |x| {

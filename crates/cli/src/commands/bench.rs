@@ -310,7 +310,9 @@ impl NetworkBench {
         let (mut backbone, representation) = match &self.head {
             None => (backbone, own),
             Some(name) if *name == own.name => (backbone, own),
-            Some(name) if name == "gap" => (backbone, RepresentationSpec::new("gap")),
+            Some(name) if name == "gap" || name == "fc" => {
+                (backbone, RepresentationSpec::new(&**name))
+            }
             Some(name) => {
                 let backbone = BackboneSpec::second_order(&*self.model)?;
                 (backbone, RepresentationSpec::new(&**name))

@@ -86,7 +86,7 @@ pub trait Vector: Copy {
     unsafe fn fma(self, a: Self, b: Self) -> Self;
     /// `self * other`
     unsafe fn mul(self, other: Self) -> Self;
-    /// `max(self, 0)`; a NaN stays one.
+    /// `max(self, 0)`; a NaN stays one, and so does -0.
     unsafe fn relu(self) -> Self;
     /// Stores `rows` as columns: `to[lane * stride + r] = rows[r][lane]`.
     #[inline(always)]

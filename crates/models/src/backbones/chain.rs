@@ -3,7 +3,7 @@
 
 use candle_core::Tensor;
 use isqrt_nn::layers::{BatchNorm2d, Conv2d, ConvNorm};
-use isqrt_nn::ops::{Conv, Window, block, is_blocked, max_pool2d};
+use isqrt_nn::ops::{Conv, Window, is_blocked, max_pool2d};
 use isqrt_nn::{Init, Mode, Scope};
 use serde::Deserialize;
 
@@ -70,7 +70,7 @@ impl<'a, 'b> Chain<'a, 'b> {
             ..options
         };
         // PyTorch's default of a bias has the bound of its weight.
-        let fan_in = (self.channels * kernel * kernel) as f64;
+        let fan_in = (self.channels / options.groups.max(1) * kernel * kernel) as f64;
         let bias = match init {
             Init::UniformFanIn => Init::Uniform(1.0 / fan_in.sqrt()),
             _ => Init::Constant(0.0),
@@ -115,14 +115,11 @@ impl Backbone for Finished {
         let mut x = x.clone();
         for layer in &self.layers {
             x = match layer {
-                Layer::Conv(conv) => conv.forward(&x)?,
+                Layer::Conv(conv) if is_blocked(&x) => conv.forward(&x)?,
+                Layer::Conv(conv) => conv.forward_into_blocks(&x)?,
                 Layer::Norm(norm) => norm.forward(&x, mode)?,
                 Layer::Pool(window) => max_pool2d(&x, *window)?,
             };
-            // Blocked from the first convolution on: three input channels would fill no block.
-            if !is_blocked(&x) {
-                x = block(&x)?;
-            }
         }
         leave_blocks(&x, self.reduce.as_ref(), mode)
     }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use isqrt_nn::layers::{ConvNorm, GradientCheckpoint};
-use isqrt_nn::ops::{self, Window, max_pool2d};
+use isqrt_nn::ops::{Window, max_pool2d};
 use isqrt_nn::{Mode, Scope};
 use serde::Deserialize;
 
@@ -150,8 +150,7 @@ struct ResNet {
 
 impl Backbone for ResNet {
     fn forward_features(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        // Blocked from the stem's output on: its three input channels would fill no block.
-        let mut x = max_pool2d(&ops::block(&self.stem.forward(x, mode)?)?, POOL)?;
+        let mut x = max_pool2d(&self.stem.forward_into_blocks(x, mode)?, POOL)?;
         for block in &self.blocks {
             x = match &self.checkpoint {
                 Some(checkpoint) => {

@@ -3,7 +3,7 @@
 
 use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
-use isqrt_nn::ops::{block, unblock};
+use isqrt_nn::ops::unblock;
 use isqrt_nn::{Mode, Scope};
 
 use super::residual::Block;
@@ -46,7 +46,7 @@ struct TinyResNet {
 
 impl Backbone for TinyResNet {
     fn forward_features(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let mut x = block(&self.stem.forward(x, mode)?)?;
+        let mut x = self.stem.forward_into_blocks(x, mode)?;
         for block in &self.blocks {
             x = block.forward(&x, mode)?;
         }

@@ -1,6 +1,7 @@
 //! The hidden linear layers of AlexNet (Krizhevsky et al. 2012) and VGG (Simonyan and Zisserman
-//! 2015), as torchvision has them: average pooling to a fixed size, then two linear layers with
-//! ReLU and dropout.
+//! 2015) with torchvision's structure: average pooling to a fixed size, then two linear layers with
+//! ReLU and dropout. Initial values are PyTorch's defaults; torchvision draws those of VGG's layers
+//! from N(0, 0.01²).
 //!
 //! Options: `side` (7, of the pooled maps), `hidden` (4096), `dropout` (0.5), `drop_features`
 //! (false: dropout after each of the two ReLUs; true: before each of the two layers, AlexNet).
@@ -66,7 +67,8 @@ impl RepresentationEntry for Entry {
         let Some(inputs) = inputs else {
             return Err(Error::Options {
                 name: self.name().to_owned(),
-                message: "side and hidden must be at least 1, and not so large".to_owned(),
+                message: "side and hidden must be at least 1, and their products fit into memory"
+                    .to_owned(),
             });
         };
         Ok(Box::new(Hidden {

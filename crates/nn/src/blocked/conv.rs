@@ -174,8 +174,9 @@ pub(crate) fn input_gradient<T: Lanes>(
     };
     // Of each phase its pixels and blocks.
     let mut phases = Vec::new();
-    for a in 0..rows.stride {
-        for b in 0..columns.stride {
+    let phases_of = |axis: crate::ops::ConvAxis| axis.stride.min(axis.input + axis.padding);
+    for a in 0..phases_of(rows) {
+        for b in 0..phases_of(columns) {
             let mut pixels = Vec::new();
             for y in (0..rows.input).filter(|y| (y + rows.padding) % rows.stride == a) {
                 for x in (0..columns.input).filter(|x| (x + columns.padding) % columns.stride == b)
@@ -526,6 +527,7 @@ mod tests {
                 let op = ConvOp {
                     shapes: Shapes::new(&x, &w, options).unwrap(),
                     relu: options.relu,
+                    into_blocks: false,
                     kernel,
                     aside: None,
                 };

@@ -19,11 +19,12 @@ use crate::element::{dispatch, read, values};
 use crate::ops::{BatchNorm, BatchNormOp, Conv, ConvShapes, check_affine};
 use crate::{Mode, Result};
 
-/// [`batch_norm`](crate::ops::batch_norm) of [`conv2d`](crate::ops::conv2d) for blocked maps.
+/// [`batch_norm`](crate::ops::batch_norm) of [`conv2d`](crate::ops::conv2d) for blocked maps. The
+/// ReLU of `options` would come between the two; that of `norm` comes after them.
 ///
 /// # Shapes
 /// - `x`: blocked maps, and so the result
-/// - `weight`: `(out, in, kernel height, kernel width)`
+/// - `weight`: `(out, in / groups, kernel height, kernel width)`
 /// - `affine`: scale and shift, `(out)` each
 ///
 /// # Errors

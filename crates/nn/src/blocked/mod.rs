@@ -109,7 +109,7 @@ impl Relayout {
 }
 
 /// Transposes each panel: `W` planes of pixels to pixels of `W` channels, or back.
-fn relayout<T: Lanes>(x: &[T], pixels: usize, into_blocks: bool) -> Vec<T> {
+pub(crate) fn relayout<T: Lanes>(x: &[T], pixels: usize, into_blocks: bool) -> Vec<T> {
     let width = T::WIDTH;
     let mut y = Unwritten::new(x.len());
     let panels = y.places().par_chunks_exact_mut(pixels * width);

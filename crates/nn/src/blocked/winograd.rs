@@ -452,9 +452,7 @@ impl Winograd {
             .par_chunks_exact_mut(kernel_points)
             .zip(packed.par_chunks_exact(kernel))
             .for_each(|(to, packed)| transform_weights(packed, rotated, to, isa));
-        // SAFETY: every output panel was transformed, or the vector is empty. The line that a
-        // point has too much is never read.
-        let weights = unsafe { weights.written() };
+        let weights = &*weights.places();
 
         let piece = if once { chunk } else { PIECE };
         let pixels: Vec<_> = (0..piece).map(|tile| (tile * w, tile * w)).collect();
@@ -701,7 +699,7 @@ fn transform_weights<T: Lanes>(packed: &[T], rotated: bool, to: &mut [T], isa: &
         };
         for c in 0..T::WIDTH {
             let grid = Grid {
-                from: taps[first + c * T::WIDTH..].as_ptr(),
+                from: taps.as_ptr().wrapping_add(first + c * T::WIDTH),
                 from_apart: (3 * apart, apart),
                 to: to.at(0, panel, c),
                 to_apart: to.apart(),

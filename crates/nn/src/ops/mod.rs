@@ -18,8 +18,8 @@ pub use avg_pool::{adaptive_avg_pool2d, avg_pool2d, global_avg_pool};
 pub use batch_norm::{BatchNorm, batch_norm};
 #[cfg(test)]
 pub(crate) use conv::ConvOp;
-pub(crate) use conv::{Axis as ConvAxis, Shapes as ConvShapes, conv2d_of};
-pub use conv::{Conv, conv2d};
+pub(crate) use conv::{Axis as ConvAxis, Shapes as ConvShapes, conv2d_of, into_blocks_of};
+pub use conv::{Conv, conv2d, conv2d_into_blocks};
 pub use cross_entropy::cross_entropy;
 pub use dropout::{MaskKey, dropout};
 pub use linear::linear;
