@@ -128,7 +128,7 @@ const CONVOLUTIONS: [ConvCase; 8] = [
 const OTHERS: u32 = 3;
 
 /// Times the ops of a ResNet at its shapes through candle's tape, on the maps that it has there:
-/// blocked ones past the stem's convolution and norm. `budget` is shared among them.
+/// blocked ones past the stem's convolution. `budget` is shared among them.
 ///
 /// # Errors
 /// Those of the ops.
@@ -162,7 +162,7 @@ pub fn ops(batch: usize, budget: Duration) -> Result<Vec<OpTiming>> {
         });
     }
 
-    let x = Var::from_tensor(&random("x", &[batch, 64, 112, 112])?)?;
+    let x = maps(batch, 64, 112)?;
     let mut vars = Vars::new(1, DType::F32, &Device::Cpu);
     let norm = BatchNorm2d::new(vars.root(), 64, true)?;
     let window = Window {
@@ -181,7 +181,6 @@ pub fn ops(batch: usize, budget: Duration) -> Result<Vec<OpTiming>> {
     };
     let times = medians(share, || Ok(pass(|| norm.forward(&x, Mode::Train))?.into()))?;
     rows.push(memory_bound("batch norm and ReLU, 64 at 112x112", times));
-    let x = maps(batch, 64, 112)?;
     let times = medians(share, || Ok(pass(|| max_pool2d(&x, window))?.into()))?;
     rows.push(memory_bound("max-pool 3x3 stride 2, 64 at 112x112", times));
     let (x, shortcut) = (maps(batch, 256, 56)?, maps(batch, 256, 56)?);

@@ -419,7 +419,11 @@ impl NetworkBench {
         ];
         output::table(&head, cells.collect(), 1)?;
         let peak = peak_gflops(Kernel::Auto)?;
-        output::line(&format!("measured peak {} GFLOP/s", show(peak)))
+        output::line(&format!(
+            "measured peak {} GFLOP/s; rates count the products of the definition, and 3x3 kernels of \
+             stride 1 take fewer (Winograd)",
+            show(peak)
+        ))
     }
 }
 

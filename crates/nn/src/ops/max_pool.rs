@@ -83,8 +83,34 @@ impl MaxPool {
     }
 }
 
-/// A plane of `L` channels beside each other.
+/// A plane of `L` channels beside each other, with AVX2 where the processor has it.
 fn blocked_plane<T: Element, const L: usize>(
+    windows: &Windows,
+    y: &mut [T],
+    winners: &mut [u32],
+    x: &[T],
+) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2")]
+        fn avx2<T: Element, const L: usize>(
+            windows: &Windows,
+            y: &mut [T],
+            winners: &mut [u32],
+            x: &[T],
+        ) {
+            blocked_windows::<T, L>(windows, y, winners, x);
+        }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has AVX2.
+            return unsafe { avx2::<T, L>(windows, y, winners, x) };
+        }
+    }
+    blocked_windows::<T, L>(windows, y, winners, x);
+}
+
+#[inline(always)]
+fn blocked_windows<T: Element, const L: usize>(
     windows: &Windows,
     y: &mut [T],
     winners: &mut [u32],
@@ -101,8 +127,7 @@ fn blocked_plane<T: Element, const L: usize>(
                 return;
             };
             let first = down.start * columns.input + across.start;
-            *y = x[first];
-            *winners = [first as u32; L];
+            let (mut best, mut place) = (x[first], [first as u32; L]);
             for row in down {
                 let start = row * columns.input;
                 let pixels = &x[start + across.start..start + across.end];
@@ -110,15 +135,16 @@ fn blocked_plane<T: Element, const L: usize>(
                     for lane in 0..L {
                         // `v != v` holds for NaN alone.
                         #[allow(clippy::eq_op)]
-                        let wins = (pixel[lane] > y[lane]) | (pixel[lane] != pixel[lane]);
-                        y[lane] = if wins { pixel[lane] } else { y[lane] };
-                        winners[lane] = if wins { at as u32 } else { winners[lane] };
+                        let wins = (pixel[lane] > best[lane]) | (pixel[lane] != pixel[lane]);
+                        best[lane] = if wins { pixel[lane] } else { best[lane] };
+                        place[lane] = if wins { at as u32 } else { place[lane] };
                     }
                 }
             }
+            *y = best;
             // From a pixel to a place in the plane.
-            for (lane, winner) in winners.iter_mut().enumerate() {
-                *winner = *winner * L as u32 + lane as u32;
+            for lane in 0..L {
+                winners[lane] = place[lane] * L as u32 + lane as u32;
             }
         }
     }
