@@ -511,7 +511,9 @@ impl Winograd {
                                 bias: bias.unwrap_or(std::ptr::null()),
                                 relu,
                             };
-                            self.write(grid, index, first + panel, place, isa);
+                            // SAFETY: all points of the tile were summed; a tile and panel are
+                            // one task's.
+                            unsafe { self.write(grid, index, first + panel, place, isa) };
                         }
                     }
                 });
@@ -522,7 +524,11 @@ impl Winograd {
     }
 
     /// Transforms a tile's sums, the source of `grid`, to its pixels in `y`.
-    fn write<T: Lanes>(
+    ///
+    /// # Safety
+    /// The sums and, if there is one, the bias of `grid` exist; `y` is the output, and nobody else
+    /// has these pixels of it.
+    unsafe fn write<T: Lanes>(
         &self,
         grid: Grid<T>,
         index: usize,
@@ -536,7 +542,7 @@ impl Winograd {
         let plane = (image * self.panels.1 + panel) * height * width;
         let to = y.at((plane + row * width + column) * w);
         let (rows, columns) = (TILE.min(height - row), TILE.min(width - column));
-        // SAFETY: the sums exist, and these pixels of the output are no other task's.
+        // SAFETY: as promised by the caller; the pixels lie inside the plane.
         unsafe {
             if (rows, columns) == (TILE, TILE) {
                 let to_apart = ((width * w) as isize, w as isize);
