@@ -4,6 +4,7 @@
 //! changes no other layer's weights, and two networks that share a backbone start from the same
 //! backbone.
 
+use candle_core::WithDType;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
@@ -32,8 +33,9 @@ pub enum Init {
 }
 
 impl Init {
-    /// Values for a parameter of this name and shape.
-    pub(crate) fn draw(self, seed: u64, name: &str, shape: &[usize]) -> Vec<f64> {
+    /// Values for a parameter of this name and shape, rounded to `T` one by one: in f64 all of a
+    /// large layer's would take twice its memory.
+    pub(crate) fn draw<T: WithDType>(self, seed: u64, name: &str, shape: &[usize]) -> Vec<T> {
         let count = shape.iter().product();
         // (out, in, kernel...): the kernel's area multiplies both fans.
         let area: usize = shape.iter().skip(2).product();
@@ -41,7 +43,7 @@ impl Init {
         let inputs = (shape.get(1).copied().unwrap_or(1) * area) as f64;
         let mut stream = Stream::new(seed, name);
         match self {
-            Self::Constant(value) => vec![value; count],
+            Self::Constant(value) => vec![T::from_f64(value); count],
             Self::KaimingFanOut => stream.normal(count, (2.0 / out).sqrt()),
             Self::KaimingFanIn => stream.normal(count, (2.0 / inputs).sqrt()),
             Self::XavierUniform => stream.uniform(count, (6.0 / (inputs + out)).sqrt()),
@@ -69,17 +71,17 @@ impl Stream {
         (self.0.next_u64() >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
     }
 
-    fn uniform(&mut self, count: usize, bound: f64) -> Vec<f64> {
+    fn uniform<T: WithDType>(&mut self, count: usize, bound: f64) -> Vec<T> {
         (0..count)
-            .map(|_| bound * (2.0 * self.unit() - 1.0))
+            .map(|_| T::from_f64(bound * (2.0 * self.unit() - 1.0)))
             .collect()
     }
 
     /// Box-Muller with `libm`, because the platform's `ln` and `cos` differ in the last bit.
-    fn normal(&mut self, count: usize, deviation: f64) -> Vec<f64> {
+    fn normal<T: WithDType>(&mut self, count: usize, deviation: f64) -> Vec<T> {
         let draw = |_| {
             let radius = (-2.0 * libm::log(1.0 - self.unit())).sqrt();
-            deviation * radius * libm::cos(std::f64::consts::TAU * self.unit())
+            T::from_f64(deviation * radius * libm::cos(std::f64::consts::TAU * self.unit()))
         };
         (0..count).map(draw).collect()
     }
@@ -101,7 +103,7 @@ mod tests {
     #[test]
     fn values_are_pinned() {
         // A change here changes every result of every experiment.
-        let drawn = Init::KaimingFanOut.draw(1, "conv1.weight", &[4, 3, 2, 2]);
+        let drawn = Init::KaimingFanOut.draw::<f64>(1, "conv1.weight", &[4, 3, 2, 2]);
         assert_eq!(drawn.len(), 48);
         assert_eq!(drawn[0].to_bits(), PINNED, "{:#x}", drawn[0].to_bits());
     }
@@ -109,13 +111,16 @@ mod tests {
 
     #[test]
     fn deviation_and_independence() {
-        let a = Init::KaimingFanOut.draw(1, "a", &[64, 32, 3, 3]);
-        let b = Init::KaimingFanOut.draw(1, "b", &[64, 32, 3, 3]);
+        let a = Init::KaimingFanOut.draw::<f64>(1, "a", &[64, 32, 3, 3]);
+        let b = Init::KaimingFanOut.draw::<f64>(1, "b", &[64, 32, 3, 3]);
         assert_ne!(a[0], b[0]);
-        assert_ne!(a[0], Init::KaimingFanOut.draw(2, "a", &[64, 32, 3, 3])[0]);
+        assert_ne!(
+            a[0],
+            Init::KaimingFanOut.draw::<f64>(2, "a", &[64, 32, 3, 3])[0]
+        );
         let variance = a.iter().map(|v| v * v).sum::<f64>() / a.len() as f64;
         assert!((variance / (2.0 / 576.0) - 1.0).abs() < 0.05, "{variance}");
-        let bound = Init::UniformFanIn.draw(1, "c", &[10, 100]);
+        let bound = Init::UniformFanIn.draw::<f64>(1, "c", &[10, 100]);
         assert!(bound.iter().all(|v| v.abs() <= 0.1) && bound.iter().any(|v| v.abs() > 0.09));
     }
 }

@@ -272,8 +272,11 @@ impl Scope<'_> {
     /// [`Error::Duplicate`] where the name is taken.
     pub fn parameter(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
         let name = self.new_name(name)?;
-        let values = init.draw(self.vars.seed, &name, shape);
-        let value = Tensor::from_vec(values, shape, &self.vars.device)?;
+        let (seed, device) = (self.vars.seed, &self.vars.device);
+        let value = match self.vars.dtype {
+            DType::F32 => Tensor::from_vec(init.draw::<f32>(seed, &name, shape), shape, device)?,
+            _ => Tensor::from_vec(init.draw::<f64>(seed, &name, shape), shape, device)?,
+        };
         let var = Var::from_tensor(&value.to_dtype(self.vars.dtype)?)?;
         let tensor = var.as_tensor().clone();
         self.vars.parameters.insert(name, var);
