@@ -38,8 +38,14 @@ impl BackboneEntry for Entry {
 
     fn about(&self) -> &'static str {
         match self.norm {
-            false => "convolutions of VGG-16; 224x224 images to 7x7x512",
-            true => "convolutions of VGG-16 with batch norm; 224x224 images to 7x7x512",
+            false => {
+                "convolutions of VGG-16; 224x224 images to 7x7x512; options last_pool (true or false), \
+                 reduction (to so many channels)"
+            }
+            true => {
+                "convolutions of VGG-16 with batch norm; 224x224 images to 7x7x512; options last_pool \
+                 (true or false), reduction (to so many channels)"
+            }
         }
     }
 
