@@ -107,7 +107,8 @@ fn line_of(line: Option<usize>) -> String {
     line.map(|l| format!(":{l}")).unwrap_or_default()
 }
 
-fn hint(nearest: Option<&str>) -> String {
+/// A question after a message, if there is a name to ask for.
+pub(crate) fn hint(nearest: Option<&str>) -> String {
     nearest
         .map(|n| format!("; did you mean `{n}`?"))
         .unwrap_or_default()

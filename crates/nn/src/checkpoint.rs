@@ -34,8 +34,10 @@ impl GradientCheckpoint {
     /// parameters of its own.
     #[must_use]
     pub fn new(scope: &Scope<'_>) -> Self {
-        let (step, aside) = scope.pass();
-        Self { step, aside }
+        Self {
+            step: scope.step(),
+            aside: scope.aside(),
+        }
     }
 
     /// `part(x, mode)`, of which only `x` is kept for the backward pass, which must then be

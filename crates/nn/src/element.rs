@@ -109,24 +109,24 @@ impl<T: Element> Unwritten<T> {
 /// Declares functions that are compiled twice, for AVX2 and for any processor, and chosen at run
 /// time. Without contraction to FMA both give the same bits.
 macro_rules! vectorised {
-    ($($(#[$note:meta])* fn $name:ident<T: Element>($($arg:ident: $type:ty),* $(,)?) $(-> $out:ty)? $body:block)*) => {$(
+    ($($(#[$note:meta])* fn $name:ident<T: Element $(, const $size:ident: usize)*>($($arg:ident: $type:ty),* $(,)?) $(-> $out:ty)? $body:block)*) => {$(
         $(#[$note])*
         #[allow(clippy::too_many_arguments)]
-        fn $name<T: Element>($($arg: $type),*) $(-> $out)? {
+        fn $name<T: Element $(, const $size: usize)*>($($arg: $type),*) $(-> $out)? {
             #[inline(always)]
-            fn body<T: Element>($($arg: $type),*) $(-> $out)? $body
+            fn body<T: Element $(, const $size: usize)*>($($arg: $type),*) $(-> $out)? $body
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx2")]
-                fn avx2<T: Element>($($arg: $type),*) $(-> $out)? {
-                    body($($arg),*)
+                fn avx2<T: Element $(, const $size: usize)*>($($arg: $type),*) $(-> $out)? {
+                    body::<T $(, $size)*>($($arg),*)
                 }
                 if is_x86_feature_detected!("avx2") {
                     // SAFETY: the processor has AVX2.
-                    return unsafe { avx2($($arg),*) };
+                    return unsafe { avx2::<T $(, $size)*>($($arg),*) };
                 }
             }
-            body($($arg),*)
+            body::<T $(, $size)*>($($arg),*)
         }
     )*};
 }

@@ -78,7 +78,7 @@ impl Conv2d {
             weight,
             bias: bias.transpose()?,
             options,
-            aside: scope.pass().1,
+            aside: scope.aside(),
         })
     }
 
@@ -214,7 +214,7 @@ impl Linear {
         Ok(Self {
             weight: scope.parameter("weight", &[outputs, inputs], Init::UniformFanIn)?,
             bias: scope.parameter("bias", &[outputs], Init::Uniform(bound))?,
-            aside: scope.pass().1,
+            aside: scope.aside(),
         })
     }
 

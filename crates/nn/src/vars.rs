@@ -304,13 +304,18 @@ impl Scope<'_> {
         Ok(Source {
             seed: self.vars.seed,
             layer: fnv1a(self.prefix.as_bytes()) as u64,
-            step: self.vars.step.clone(),
+            step: self.step(),
         })
     }
 
-    /// What the passes through this network share.
-    pub(crate) fn pass(&self) -> (Step, Aside) {
-        (self.vars.step.clone(), Arc::clone(&self.vars.aside))
+    /// The number of the pass, as layers see it.
+    pub(crate) fn step(&self) -> Step {
+        self.vars.step.clone()
+    }
+
+    /// Where gradients go that pass the tape by.
+    pub(crate) fn aside(&self) -> Aside {
+        Arc::clone(&self.vars.aside)
     }
 
     fn path(&self, name: &str) -> String {

@@ -59,6 +59,16 @@ macro_rules! number {
 }
 number!(f32, f64, u32, i32);
 
+/// Distance of `got` from `expected` in the 2-norm, relative to `expected`.
+///
+/// # Errors
+/// Those of candle, for shapes that differ.
+pub fn relative_error(got: &Tensor, expected: &Tensor) -> candle_core::Result<f64> {
+    let norm = |t: Tensor| t.sqr()?.sum_all()?.to_scalar::<f64>().map(f64::sqrt);
+    let (got, expected) = (got.to_dtype(DType::F64)?, expected.to_dtype(DType::F64)?);
+    Ok(norm((got - &expected)?)? / norm(expected)?)
+}
+
 /// Compares `got` with `expected`.
 ///
 /// # Errors

@@ -9,7 +9,7 @@ mod golden;
 mod gradcheck;
 mod random;
 
-pub use close::{Tolerance, Values, compare};
+pub use close::{Tolerance, Values, compare, relative_error};
 pub use golden::Golden;
 pub use gradcheck::{Gradcheck, gradcheck};
 pub use random::{randn, uniform};

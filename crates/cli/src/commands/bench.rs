@@ -310,12 +310,12 @@ impl NetworkBench {
         let (mut backbone, representation) = match &self.head {
             None => (backbone, own),
             Some(name) if *name == own.name => (backbone, own),
-            Some(name) if name == "gap" || name == "fc" => {
-                (backbone, RepresentationSpec::new(&**name))
-            }
             Some(name) => {
-                let backbone = BackboneSpec::second_order(&*self.model)?;
-                (backbone, RepresentationSpec::new(&**name))
+                let head = RepresentationSpec::new(&**name);
+                match head.entry()?.second_order() {
+                    true => (BackboneSpec::second_order(&*self.model)?, head),
+                    false => (backbone, head),
+                }
             }
         };
         let head = representation.name.clone();

@@ -6,7 +6,7 @@
 use super::{
     Experiment, FigureKind, HeadName, Measure, Row, check_decomposition_size, check_size, embedded,
 };
-use crate::error::{Error, Result, nearest};
+use crate::error::{Error, Result, hint, nearest};
 use isqrt_linalg::Schedule;
 use isqrt_models::BACKBONES;
 use std::collections::{BTreeMap, BTreeSet};
@@ -163,9 +163,7 @@ fn merge(under: &mut toml::Table, over: toml::Table) {
 }
 
 fn extends_error(stack: &[String], path: &str, files: &BTreeMap<String, String>) -> Error {
-    let hint = nearest(path, files.keys().map(String::as_str))
-        .map(|n| format!("; did you mean `{n}`?"))
-        .unwrap_or_default();
+    let hint = hint(nearest(path, files.keys().map(String::as_str)).as_deref());
     Error::Spec {
         file: stack.last().cloned().unwrap_or_default(),
         line: None,
@@ -236,9 +234,7 @@ fn check(e: &Experiment, file: &str) -> Result<()> {
         .flat_map(|c| c.rows.iter().chain(Some(&c.than).filter(|t| !t.is_empty())));
     for id in figures.chain(claims) {
         if !ids.contains(id.as_str()) {
-            let near = nearest(id, ids.iter().copied())
-                .map(|n| format!("; did you mean `{n}`?"))
-                .unwrap_or_default();
+            let near = hint(nearest(id, ids.iter().copied()).as_deref());
             return fail(format!("there is no row `{id}`{near}"));
         }
     }
@@ -255,9 +251,7 @@ fn check(e: &Experiment, file: &str) -> Result<()> {
         }
         let backbones = || BACKBONES.iter().map(|b| b.name());
         if !backbones().any(|b| b == recipe.backbone) {
-            let near = nearest(&recipe.backbone, backbones())
-                .map(|n| format!("; did you mean `{n}`?"))
-                .unwrap_or_default();
+            let near = hint(nearest(&recipe.backbone, backbones()).as_deref());
             return fail(format!(
                 "recipe `{name}`: there is no backbone `{}`{near}",
                 recipe.backbone

@@ -20,6 +20,10 @@ impl RepresentationEntry for Entry {
         "plain covariance, upper triangle"
     }
 
+    fn second_order(&self) -> bool {
+        true
+    }
+
     fn build(
         &self,
         options: &Options,

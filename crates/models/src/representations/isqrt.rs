@@ -24,6 +24,10 @@ impl RepresentationEntry for Entry {
         "covariance with an iterated square root (iSQRT-COV)"
     }
 
+    fn second_order(&self) -> bool {
+        true
+    }
+
     fn build(
         &self,
         options: &Options,

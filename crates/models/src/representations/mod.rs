@@ -33,6 +33,12 @@ pub trait RepresentationEntry: Sync {
     /// One line for people.
     fn about(&self) -> &'static str;
 
+    /// Whether it takes the backbone as covariance heads need it, see
+    /// [`BackboneEntry::second_order`](crate::BackboneEntry::second_order).
+    fn second_order(&self) -> bool {
+        false
+    }
+
     /// A new one for feature maps of `channels`; parameters, if it has any, go to `scope`.
     ///
     /// # Errors

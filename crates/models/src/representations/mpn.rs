@@ -21,6 +21,10 @@ impl RepresentationEntry for Entry {
         "covariance to a power by eigendecomposition (MPN-COV)"
     }
 
+    fn second_order(&self) -> bool {
+        true
+    }
+
     fn build(
         &self,
         options: &Options,

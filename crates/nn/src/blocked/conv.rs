@@ -15,7 +15,7 @@ use std::borrow::Cow;
 use super::kernel::{Correlate, Gather, Isa, Lanes};
 use super::winograd::Winograd;
 use crate::element::Unwritten;
-use crate::ops::ConvShapes as Shapes;
+use crate::ops::{ConvAxis, ConvShapes as Shapes};
 
 /// Output pixels that share a pass over the weights: several small images together.
 const PIXELS: usize = 192;
@@ -60,14 +60,6 @@ impl Shapes {
         (PADDED / padded.max(1)).clamp(1, self.batch)
     }
 
-    fn input_image(&self) -> usize {
-        self.channels.0 * self.rows.input * self.columns.input
-    }
-
-    fn output_image(&self) -> usize {
-        self.channels.1 * self.pixels()
-    }
-
     /// The input with its padding.
     fn source(&self) -> Padded {
         Padded {
@@ -97,7 +89,7 @@ pub(crate) fn forward<T: Lanes>(
     isa: &Isa<T>,
 ) -> Vec<T> {
     if let Some(winograd) = Winograd::of::<T>(shapes) {
-        return winograd.forward(shapes, x, weight, (bias, relu), isa);
+        return winograd.forward(x, weight, (bias, relu), isa);
     }
     let source = shapes.source();
     let (inputs, outputs) = shapes.panels();
@@ -128,10 +120,10 @@ pub(crate) fn forward<T: Lanes>(
         bias,
         relu,
     };
-    let mut y = Unwritten::new(shapes.batch * shapes.output_image());
+    let mut y = Unwritten::new(shapes.batch * shapes.out_image());
     let images = shapes.images(pass.x_group * shapes.groups);
-    let x = x.chunks(images * shapes.input_image());
-    for (x, y) in x.zip(y.places().chunks_mut(images * shapes.output_image())) {
+    let x = x.chunks(images * shapes.image());
+    for (x, y) in x.zip(y.places().chunks_mut(images * shapes.out_image())) {
         let x = pad(x, shapes.input(), source);
         pass.run(&x, y, &pixels, &blocks, isa);
     }
@@ -147,13 +139,13 @@ pub(crate) fn input_gradient<T: Lanes>(
     isa: &Isa<T>,
 ) -> Vec<T> {
     if let Some(winograd) = Winograd::of::<T>(shapes) {
-        return winograd.input_gradient(shapes, dy, weight, isa);
+        return winograd.input_gradient(dy, weight, isa);
     }
     let Shapes { rows, columns, .. } = *shapes;
     let (inputs, outputs) = shapes.panels();
     // Input row y meets output row (y + padding) / stride - t, for t up to `reach`.
     let reach = (rows.reach() / rows.stride, columns.reach() / columns.stride);
-    let most = |axis: crate::ops::ConvAxis| (axis.input - 1 + axis.padding) / axis.stride + 1;
+    let most = |axis: ConvAxis| (axis.input - 1 + axis.padding) / axis.stride + 1;
     let source = Padded {
         height: most(rows).max(rows.output) + reach.0,
         width: most(columns).max(columns.output) + reach.1,
@@ -174,7 +166,7 @@ pub(crate) fn input_gradient<T: Lanes>(
     };
     // Of each phase its pixels and blocks.
     let mut phases = Vec::new();
-    let phases_of = |axis: crate::ops::ConvAxis| axis.stride.min(axis.input + axis.padding);
+    let phases_of = |axis: ConvAxis| axis.stride.min(axis.input + axis.padding);
     for a in 0..phases_of(rows) {
         for b in 0..phases_of(columns) {
             let mut pixels = Vec::new();
@@ -208,10 +200,10 @@ pub(crate) fn input_gradient<T: Lanes>(
             }
         }
     }
-    let mut dx = Unwritten::new(shapes.batch * shapes.input_image());
+    let mut dx = Unwritten::new(shapes.batch * shapes.image());
     let images = shapes.images(pass.x_group * shapes.groups);
-    let dy = dy.chunks(images * shapes.output_image());
-    for (dy, dx) in dy.zip(dx.places().chunks_mut(images * shapes.input_image())) {
+    let dy = dy.chunks(images * shapes.out_image());
+    for (dy, dx) in dy.zip(dx.places().chunks_mut(images * shapes.image())) {
         let dy = pad(dy, shapes.output(), source);
         for (pixels, blocks) in &phases {
             pass.run(&dy, dx, pixels, blocks, isa);
@@ -229,7 +221,7 @@ pub(crate) fn weight_gradient<T: Lanes>(
     isa: &Isa<T>,
 ) -> Vec<T> {
     if let Some(winograd) = Winograd::of::<T>(shapes) {
-        return winograd.weight_gradient(shapes, x, dy, isa);
+        return winograd.weight_gradient(x, dy, isa);
     }
     let Shapes { rows, columns, .. } = *shapes;
     let (inputs, outputs) = shapes.panels();
@@ -259,10 +251,10 @@ pub(crate) fn weight_gradient<T: Lanes>(
     let place = Shared(dw.as_mut_ptr());
     let tasks = shapes.groups * inputs * together;
     let images = shapes.images(shapes.groups * (inputs * x_panel + outputs * dy_panel));
-    let x = x.chunks(images * shapes.input_image());
-    for (x, dy) in x.zip(dy.chunks(images * shapes.output_image())) {
+    let x = x.chunks(images * shapes.image());
+    for (x, dy) in x.zip(dy.chunks(images * shapes.out_image())) {
         let mut runs = Vec::new();
-        for image in 0..x.len() / shapes.input_image() {
+        for image in 0..x.len() / shapes.image() {
             let panels = image * shapes.groups;
             let (from, place) = (panels * inputs * x_panel, panels * outputs * dy_panel);
             if one_run {
@@ -511,7 +503,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use candle_core::{DType, Tensor, Var};
     use isqrt_linalg::Kernel;
-    use isqrt_testkit::randn;
+    use isqrt_testkit::{randn, relative_error};
 
     use super::Shapes;
     use crate::blocked::{block, unblock};
@@ -591,11 +583,7 @@ mod tests {
                         continue;
                     }
                     for (found, known) in run(Some(kernel), tensors, options).iter().zip(&known) {
-                        let norm = |t: &Tensor| {
-                            let t = t.to_dtype(DType::F64).unwrap().sqr().unwrap();
-                            t.sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt()
-                        };
-                        let error = norm(&(found - known).unwrap()) / norm(known);
+                        let error = relative_error(found, known).unwrap();
                         assert!(
                             error < tolerance,
                             "case {i} {dtype:?} {kernel:?} {:?}: {error}",

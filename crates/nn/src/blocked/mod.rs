@@ -69,18 +69,34 @@ pub(crate) fn dims(op: &'static str, x: &Tensor) -> Result<[usize; 4]> {
     }
 }
 
+/// Channels beside each other, and `(batch, channels or panels, height, width)`, of maps in any
+/// layout.
+pub(crate) fn dims_of_any_layout(op: &'static str, x: &Tensor) -> Result<(usize, [usize; 4])> {
+    match x.rank() {
+        5 => Ok((x.dim(4)?, dims(op, x)?)),
+        _ => Ok((1, dims4(op, x)?)),
+    }
+}
+
+/// Checks that so many channels (`kind` says which) of the type of `x` can be blocked.
+pub(crate) fn check_fills(op: &'static str, kind: &str, channels: usize, x: &Tensor) -> Result<()> {
+    if can_block(channels, x.dtype()) {
+        return Ok(());
+    }
+    let (dtype, width) = (x.dtype(), width(x.dtype()).unwrap_or(1));
+    shape_error(
+        op,
+        format!("{channels} {kind} of {dtype:?} do not fill blocks of {width}"),
+    )
+}
+
 /// Feature maps `(batch, channels, height, width)` to blocked channels.
 ///
 /// # Errors
 /// [`crate::Error::Shape`] where the channels are no multiple of 16 (f32) or 8 (f64).
 pub fn block(x: &Tensor) -> Result<Tensor> {
     let [_, channels, ..] = dims4("block", x)?;
-    if !can_block(channels, x.dtype()) {
-        return shape_error(
-            "block",
-            format!("{channels} channels of {:?} do not fill blocks", x.dtype()),
-        );
-    }
+    check_fills("block", "channels", channels, x)?;
     Ok(x.contiguous()?.apply_op1(Relayout { into_blocks: true })?)
 }
 

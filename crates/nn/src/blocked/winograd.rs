@@ -65,6 +65,25 @@ pub(super) struct Grid<T> {
     pub relu: bool,
 }
 
+impl<T> Grid<T> {
+    /// Without bias and ReLU.
+    fn new(
+        from: *const T,
+        from_apart: (isize, isize),
+        to: *mut T,
+        to_apart: (isize, isize),
+    ) -> Self {
+        Self {
+            from,
+            from_apart,
+            to,
+            to_apart,
+            bias: std::ptr::null(),
+            relu: false,
+        }
+    }
+}
+
 /// The transforms, compiled for an instruction set.
 pub(super) struct Transforms<T> {
     /// `Bᵀ d B`: an input tile to its points.
@@ -330,6 +349,8 @@ struct Maps<'a, T> {
 /// A convolution of stride 1 with a 3x3 kernel.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Winograd {
+    /// Of the convolution whose weights these are, also where this one is its adjoint.
+    shapes: Shapes,
     batch: usize,
     panels: (usize, usize),
     input: (usize, usize),
@@ -346,6 +367,7 @@ impl Winograd {
         let padding = rows.padding;
         let fits = fits(rows) && fits(columns) && padding <= 2 && columns.padding == padding;
         (fits && shapes.groups == 1).then_some(Self {
+            shapes: *shapes,
             batch: shapes.batch,
             panels: shapes.panels(),
             input: (rows.input, columns.input),
@@ -392,32 +414,25 @@ impl Winograd {
 
     pub(super) fn forward<T: Lanes>(
         &self,
-        shapes: &Shapes,
         x: &[T],
         weight: &[T],
         after: (Option<&[T]>, bool),
         isa: &Isa<T>,
     ) -> Vec<T> {
-        let packed = pack(shapes, weight, false);
+        let packed = pack(&self.shapes, weight, false);
         self.convolve(x, &packed, false, after, isa)
     }
 
-    pub(super) fn input_gradient<T: Lanes>(
-        &self,
-        shapes: &Shapes,
-        dy: &[T],
-        weight: &[T],
-        isa: &Isa<T>,
-    ) -> Vec<T> {
+    pub(super) fn input_gradient<T: Lanes>(&self, dy: &[T], weight: &[T], isa: &Isa<T>) -> Vec<T> {
         let (inputs, outputs) = self.panels;
-        let packed = pack(shapes, weight, true);
+        let packed = pack(&self.shapes, weight, true);
         // A convolution as well, with the kernel rotated and the channels exchanged.
         let adjoint = Self {
-            batch: self.batch,
             panels: (outputs, inputs),
             input: self.output,
             output: self.input,
             padding: 2 - self.padding,
+            ..*self
         };
         adjoint.convolve(dy, &packed, true, (None, false), isa)
     }
@@ -503,13 +518,12 @@ impl Winograd {
                         for panel in 0..panels {
                             let index = tiles.start + from + tile;
                             let bias = bias.map(|bias| bias[(first + panel) * w..].as_ptr());
+                            let nowhere = (std::ptr::null_mut(), (0, 0));
+                            let from = sums.at(0, panel, tile);
                             let grid = Grid {
-                                from: sums.at(0, panel, tile),
-                                from_apart: sums.apart(),
-                                to: std::ptr::null_mut(),
-                                to_apart: (0, w as isize),
                                 bias: bias.unwrap_or(std::ptr::null()),
                                 relu,
+                                ..Grid::new(from, sums.apart(), nowhere.0, nowhere.1)
                             };
                             // SAFETY: all points of the tile were summed; a tile and panel are
                             // one task's.
@@ -604,14 +618,9 @@ impl Winograd {
                     }
                     (window.as_ptr(), SIDE)
                 };
-                let grid = Grid {
-                    from,
-                    from_apart: ((from_down * w) as isize, w as isize),
-                    to: points.at(0, before + panel, tile),
-                    to_apart: points.apart(),
-                    bias: std::ptr::null(),
-                    relu: false,
-                };
+                let from_apart = ((from_down * w) as isize, w as isize);
+                let to = points.at(0, before + panel, tile);
+                let grid = Grid::new(from, from_apart, to, points.apart());
                 // SAFETY: the window lies in the map or in its copy; the points of a tile and
                 // panel are one task's.
                 unsafe { transform(&grid) };
@@ -619,13 +628,7 @@ impl Winograd {
         });
     }
 
-    pub(super) fn weight_gradient<T: Lanes>(
-        &self,
-        shapes: &Shapes,
-        x: &[T],
-        dy: &[T],
-        isa: &Isa<T>,
-    ) -> Vec<T> {
+    pub(super) fn weight_gradient<T: Lanes>(&self, x: &[T], dy: &[T], isa: &Isa<T>) -> Vec<T> {
         let w = T::WIDTH;
         let (inputs, outputs) = self.panels;
         let x = Maps {
@@ -675,14 +678,9 @@ impl Winograd {
                     for out in 0..panels {
                         let to = ((first + out) * inputs + panel) * TAPS * block;
                         for c in 0..w {
-                            let grid = Grid {
-                                from: sums.at(0, out, c).cast_const(),
-                                from_apart: sums.apart(),
-                                to: place.at(to + c * w),
-                                to_apart: ((3 * block) as isize, block as isize),
-                                bias: std::ptr::null(),
-                                relu: false,
-                            };
+                            let (from, to) = (sums.at(0, out, c), place.at(to + c * w));
+                            let to_apart = ((3 * block) as isize, block as isize);
+                            let grid = Grid::new(from, sums.apart(), to, to_apart);
                             // SAFETY: these blocks of weights are this task's.
                             unsafe { (isa.transforms.collect)(&grid) };
                         }
@@ -690,7 +688,7 @@ impl Winograd {
                 });
             });
         }
-        unpack(shapes, &dw)
+        unpack(&self.shapes, &dw)
     }
 }
 
@@ -704,14 +702,8 @@ fn transform_weights<T: Lanes>(packed: &[T], rotated: bool, to: &mut [T], isa: &
             false => (0, block as isize),
         };
         for c in 0..T::WIDTH {
-            let grid = Grid {
-                from: taps.as_ptr().wrapping_add(first + c * T::WIDTH),
-                from_apart: (3 * apart, apart),
-                to: to.at(0, panel, c),
-                to_apart: to.apart(),
-                bias: std::ptr::null(),
-                relu: false,
-            };
+            let from = taps.as_ptr().wrapping_add(first + c * T::WIDTH);
+            let grid = Grid::new(from, (3 * apart, apart), to.at(0, panel, c), to.apart());
             // SAFETY: the nine blocks lie in `taps`, the points of this row in `to`.
             unsafe { (isa.transforms.weight)(&grid) };
         }
@@ -727,7 +719,7 @@ mod tests {
     use crate::ops::Conv;
     use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType};
     use isqrt_linalg::Kernel;
-    use isqrt_testkit::{Gradcheck, gradcheck, randn};
+    use isqrt_testkit::{Gradcheck, gradcheck, randn, relative_error};
 
     /// Output, gradient of the input, gradient of the weights; by tiles or directly.
     fn run<T: Lanes>(
@@ -745,9 +737,9 @@ mod tests {
         let [xs, ws, dys] = [&xs, &ws, &dys].map(|t| t.values::<T>().unwrap());
         let [y, dx, dw] = match tiled {
             true => [
-                winograd.forward(&g, xs, ws, (None, false), isa),
-                winograd.input_gradient(&g, dys, ws, isa),
-                winograd.weight_gradient(&g, xs, dys, isa),
+                winograd.forward(xs, ws, (None, false), isa),
+                winograd.input_gradient(dys, ws, isa),
+                winograd.weight_gradient(xs, dys, isa),
             ],
             false => {
                 let y = g.forward(xs, ws, (None, false), kernel);
@@ -776,15 +768,6 @@ mod tests {
         [x, weight, randn(&shape, 3, DType::F32).unwrap()]
     }
 
-    /// Relative, in the 2-norm.
-    fn error(found: &Tensor, known: &Tensor) -> f64 {
-        let norm = |t: &Tensor| {
-            let squares = t.sqr().unwrap().sum_all().unwrap();
-            squares.to_scalar::<f64>().unwrap().sqrt()
-        };
-        norm(&(found - known).unwrap()) / norm(known)
-    }
-
     #[test]
     fn equals_the_direct_sums_on_every_kernel() {
         for (shape, out, padding) in [
@@ -809,7 +792,8 @@ mod tests {
                 let found = run::<f64>(operands, padding, true, kernel);
                 let single = run::<f32>(operands, padding, true, kernel);
                 for i in 0..3 {
-                    let error = [&found, &single].map(|found| error(&found[i], &known[i]));
+                    let error = [&found, &single]
+                        .map(|found| relative_error(&found[i], &known[i]).unwrap());
                     assert!(
                         error[0] < 1e-12 && error[1] < 2e-6,
                         "{shape:?} {kernel:?} {i}: {error:?}"
@@ -831,7 +815,7 @@ mod tests {
             let known = run::<f64>(operands, 1, false, Kernel::Auto);
             let found = run::<f32>(operands, 1, true, Kernel::Auto);
             for (found, known) in found.iter().zip(&known) {
-                let error = error(found, known);
+                let error = relative_error(found, known).unwrap();
                 assert!(error < 2e-6, "{shape:?} {:?}: {error:e}", found.dims());
             }
         }
@@ -877,7 +861,7 @@ mod tests {
             let isa = f64::isa(Kernel::Auto);
             let winograd = Winograd::new(&self.0).unwrap();
             let (x, weight) = (values::<f64>(s1, l1)?, values(s2, l2)?);
-            let y = winograd.forward(&self.0, x, weight, (None, false), isa);
+            let y = winograd.forward(x, weight, (None, false), isa);
             Ok((f64::to_cpu_storage_owned(y), self.0.shape()))
         }
         fn bwd(
@@ -891,8 +875,8 @@ mod tests {
             let winograd = Winograd::new(&self.0).unwrap();
             let dy = dy.contiguous()?;
             let (xs, ws, dys) = (read(x), read(weight), read(&dy));
-            let dx = winograd.input_gradient::<f64>(&self.0, dys.values()?, ws.values()?, isa);
-            let dw = winograd.weight_gradient::<f64>(&self.0, xs.values()?, dys.values()?, isa);
+            let dx = winograd.input_gradient::<f64>(dys.values()?, ws.values()?, isa);
+            let dw = winograd.weight_gradient::<f64>(xs.values()?, dys.values()?, isa);
             Ok((
                 Some(Tensor::from_vec(dx, x.shape(), x.device())?),
                 Some(Tensor::from_vec(dw, weight.shape(), x.device())?),

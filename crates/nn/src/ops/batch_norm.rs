@@ -3,9 +3,9 @@
 //!
 //! `y = γ·(x − μ)/√(σ² + ε) + β`. In training μ, σ² are the batch's (biased) and the running ones
 //! move towards them by `momentum`, with the unbiased variance, as in PyTorch. In evaluation, and in
-//! training with frozen statistics, the running ones are constants. Mean and squared deviations are taken plane by plane (in cache, two
-//! passes) and combined in f64 in the order of the images (Chan, Golub, LeVeque 1983), so that a
-//! large mean costs no accuracy.
+//! training with frozen statistics, the running ones are constants. Mean and squared deviations are
+//! taken plane by plane (in cache, two passes) and combined in f64 in the order of the images (Chan,
+//! Golub, LeVeque 1983), so that a large mean costs no accuracy.
 
 use std::sync::{Arc, OnceLock};
 
@@ -14,7 +14,6 @@ use candle_core::{
 };
 use rayon::prelude::*;
 
-use super::dims4;
 use crate::blocked::{self, Lanes, norm};
 use crate::element::{Element, Unwritten, dispatch, lane_sums, read, values, vectorised};
 use crate::error::shape_error;
@@ -51,10 +50,7 @@ pub fn batch_norm(
     norm: &BatchNorm,
     mode: Mode,
 ) -> Result<Tensor> {
-    let (lanes, [batch, panels, height, width]) = match x.rank() {
-        5 => (x.dim(4)?, blocked::dims("batch_norm", x)?),
-        _ => (1, dims4("batch_norm", x)?),
-    };
+    let (lanes, [batch, panels, height, width]) = blocked::dims_of_any_layout("batch_norm", x)?;
     check_affine("batch_norm", panels * lanes, gamma, beta)?;
     let op = BatchNormOp::new((batch, panels * lanes, lanes), height * width, norm, mode)?;
     let used = Arc::clone(&op.used);
@@ -338,7 +334,8 @@ impl BatchNormOp {
             }
         }
         let count = x.len() as f64 / self.channels as f64;
-        // Statistics of the batch move with x: dx = γ/σ · (dy − mean(dy) − (x − μ)/σ² · mean(dy·(x − μ))).
+        // Statistics of the batch move with x:
+        // dx = γ/σ · (dy − mean(dy) − (x − μ)/σ² · mean(dy·(x − μ))).
         let line = |c: usize| {
             let (mean, inverse) = normalisers[c];
             let (offset, slope) = match self.fixed {

@@ -103,7 +103,7 @@ pub(crate) fn into_blocks_of(
 ) -> Result<Tensor> {
     dims4("conv2d_into_blocks", x)?;
     let [out, ..] = dims4("conv2d weight", weight)?;
-    fills("conv2d_into_blocks", out, x)?;
+    blocked::check_fills("conv2d_into_blocks", "output channels", out, x)?;
     apply(x, weight, bias, (options, true), aside)
 }
 
@@ -117,26 +117,11 @@ pub(crate) fn conv2d_of(
 ) -> Result<Tensor> {
     if x.rank() == 5 && !blocked::fills_blocks(weight, options.groups) {
         let [out, ..] = dims4("conv2d weight", weight)?;
-        fills("conv2d", out, x)?;
+        blocked::check_fills("conv2d", "output channels", out, x)?;
         let y = conv2d_of(&blocked::unblock(x)?, weight, bias, options, aside)?;
         return blocked::block(&y);
     }
     apply(x, weight, bias, (options, false), aside)
-}
-
-/// Checks that so many output channels can be blocked.
-fn fills(op: &'static str, out: usize, x: &Tensor) -> Result<()> {
-    if blocked::can_block(out, x.dtype()) {
-        return Ok(());
-    }
-    let message = format!(
-        "{out} output channels of {:?} do not fill blocks of",
-        x.dtype()
-    );
-    shape_error(
-        op,
-        format!("{message} {}", blocked::width(x.dtype()).unwrap_or(1)),
-    )
 }
 
 fn apply(
@@ -204,11 +189,8 @@ pub(crate) struct Shapes {
 
 impl Shapes {
     pub(crate) fn new(x: &Tensor, weight: &Tensor, options: Conv) -> Result<Self> {
-        let (lanes, [batch, channels, height, width]) = match x.rank() {
-            5 => (x.dim(4)?, blocked::dims("conv2d", x)?),
-            _ => (1, dims4("conv2d", x)?),
-        };
-        let channels = channels * lanes;
+        let (lanes, [batch, panels, height, width]) = blocked::dims_of_any_layout("conv2d", x)?;
+        let channels = panels * lanes;
         let [out, in_group, kh, kw] = dims4("conv2d weight", weight)?;
         let Conv {
             stride,
@@ -278,6 +260,16 @@ impl Shapes {
     /// Pixels of an output plane.
     pub(crate) fn pixels(&self) -> usize {
         self.rows.output * self.columns.output
+    }
+
+    /// Size of an image of the input.
+    pub(crate) fn image(&self) -> usize {
+        self.channels.0 * self.rows.input * self.columns.input
+    }
+
+    /// Size of an image of the output.
+    pub(crate) fn out_image(&self) -> usize {
+        self.channels.1 * self.pixels()
     }
 
     pub(crate) fn taps(&self) -> usize {

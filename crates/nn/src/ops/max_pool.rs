@@ -15,7 +15,7 @@ use super::Pool;
 use super::window::Windows;
 use crate::Result;
 use crate::blocked::Lanes;
-use crate::element::{Element, dispatch, read, values};
+use crate::element::{Element, dispatch, read, values, vectorised};
 
 /// Maximum of each window. Padding never wins.
 ///
@@ -83,68 +83,44 @@ impl MaxPool {
     }
 }
 
-/// A plane of `L` channels beside each other, with AVX2 where the processor has it.
-fn blocked_plane<T: Element, const L: usize>(
-    windows: &Windows,
-    y: &mut [T],
-    winners: &mut [u32],
-    x: &[T],
-) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2")]
-        fn avx2<T: Element, const L: usize>(
-            windows: &Windows,
-            y: &mut [T],
-            winners: &mut [u32],
-            x: &[T],
-        ) {
-            blocked_windows::<T, L>(windows, y, winners, x);
-        }
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: the processor has AVX2.
-            return unsafe { avx2::<T, L>(windows, y, winners, x) };
-        }
-    }
-    blocked_windows::<T, L>(windows, y, winners, x);
-}
-
-#[inline(always)]
-fn blocked_windows<T: Element, const L: usize>(
-    windows: &Windows,
-    y: &mut [T],
-    winners: &mut [u32],
-    x: &[T],
-) {
-    let Windows { rows, columns, .. } = windows;
-    let (x, _) = x.as_chunks::<L>();
-    let outputs = y.as_chunks_mut::<L>().0.iter_mut();
-    let mut outputs = outputs.zip(winners.as_chunks_mut::<L>().0);
-    for oy in 0..rows.output {
-        for ox in 0..columns.output {
-            let (down, across) = (rows.range(oy), columns.range(ox));
-            let Some((y, winners)) = outputs.next() else {
-                return;
-            };
-            let first = down.start * columns.input + across.start;
-            let (mut best, mut place) = (x[first], [first as u32; L]);
-            for row in down {
-                let start = row * columns.input;
-                let pixels = &x[start + across.start..start + across.end];
-                for (at, pixel) in (start + across.start..).zip(pixels) {
-                    for lane in 0..L {
-                        // `v != v` holds for NaN alone.
-                        #[allow(clippy::eq_op)]
-                        let wins = (pixel[lane] > best[lane]) | (pixel[lane] != pixel[lane]);
-                        best[lane] = if wins { pixel[lane] } else { best[lane] };
-                        place[lane] = if wins { at as u32 } else { place[lane] };
+vectorised! {
+    /// A plane of `L` channels beside each other.
+    fn blocked_plane<T: Element, const L: usize>(
+        windows: &Windows,
+        y: &mut [T],
+        winners: &mut [u32],
+        x: &[T],
+    ) {
+        let Windows { rows, columns, .. } = windows;
+        let (x, _) = x.as_chunks::<L>();
+        let outputs = y.as_chunks_mut::<L>().0.iter_mut();
+        let mut outputs = outputs.zip(winners.as_chunks_mut::<L>().0);
+        for oy in 0..rows.output {
+            for ox in 0..columns.output {
+                let (down, across) = (rows.range(oy), columns.range(ox));
+                let Some((y, winners)) = outputs.next() else {
+                    return;
+                };
+                let first = down.start * columns.input + across.start;
+                let (mut best, mut place) = (x[first], [first as u32; L]);
+                for row in down {
+                    let start = row * columns.input;
+                    let pixels = &x[start + across.start..start + across.end];
+                    for (at, pixel) in (start + across.start..).zip(pixels) {
+                        for lane in 0..L {
+                            // `v != v` holds for NaN alone.
+                            #[allow(clippy::eq_op)]
+                            let wins = (pixel[lane] > best[lane]) | (pixel[lane] != pixel[lane]);
+                            best[lane] = if wins { pixel[lane] } else { best[lane] };
+                            place[lane] = if wins { at as u32 } else { place[lane] };
+                        }
                     }
                 }
-            }
-            *y = best;
-            // From a pixel to a place in the plane.
-            for lane in 0..L {
-                winners[lane] = place[lane] * L as u32 + lane as u32;
+                *y = best;
+                // From a pixel to a place in the plane.
+                for lane in 0..L {
+                    winners[lane] = place[lane] * L as u32 + lane as u32;
+                }
             }
         }
     }

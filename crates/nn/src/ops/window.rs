@@ -196,10 +196,8 @@ impl Windows {
 
     /// As [`new`](Self::new), for maps that may be blocked.
     pub(super) fn of_any_layout(op: &'static str, x: &Tensor, pool: Pool) -> Result<Self> {
-        match x.rank() {
-            5 => Self::over(op, blocked::dims(op, x)?, x.dim(4)?, pool),
-            _ => Self::new(op, x, pool),
-        }
+        let (lanes, dims) = blocked::dims_of_any_layout(op, x)?;
+        Self::over(op, dims, lanes, pool)
     }
 
     fn over(

@@ -35,12 +35,6 @@ impl Axis {
 }
 
 impl Shapes {
-    fn image(&self) -> usize {
-        self.channels.0 * self.rows.input * self.columns.input
-    }
-    fn out_image(&self) -> usize {
-        self.channels.1 * self.pixels()
-    }
     /// Rows of a group's column matrix.
     fn depth(&self) -> usize {
         self.channels.0 / self.groups * self.taps()
