@@ -1,5 +1,7 @@
 //! What can go wrong in this crate.
 
+use std::path::PathBuf;
+
 /// Errors of building and running networks.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -25,6 +27,14 @@ pub enum Error {
     /// A classifier needs classes.
     #[error("a network needs at least 1 class, got 0")]
     Classes,
+    /// A checkpoint that cannot be read, written, or does not fit the network.
+    #[error("{}: {message}", path.display())]
+    Checkpoint {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
     /// An error of a training op or of parameters.
     #[error(transparent)]
     Nn(#[from] isqrt_nn::Error),

@@ -1,18 +1,22 @@
 //! Backbones, representations (pooling heads) and the networks made of them.
 //!
-//! A network is backbone + representation + linear classifier, described by a [`ModelSpec`] and
+//! A network is backbone + representation + classifier, described by a [`ModelSpec`] and
 //! built by [`Network::new`]. To add a backbone, write one file in `backbones/` and add one line to
 //! [`BACKBONES`]; a representation likewise, in `representations/` and [`REPRESENTATIONS`]. A test
 //! builds, differentiates, saves and loads every combination (deep backbones with one head each).
 
 mod backbones;
 pub mod bench;
+pub mod checkpoint;
+mod classifier;
 mod error;
 mod network;
 mod options;
 mod representations;
 
 pub use backbones::{BACKBONES, Backbone, BackboneEntry, BackboneSpec};
+pub use checkpoint::Layout;
+pub use classifier::ClassifierSpec;
 pub use error::{Error, Result};
 pub use network::{ModelSpec, Network};
 pub use options::Options;

@@ -1,12 +1,14 @@
-//! A network: backbone, representation, linear classifier.
+//! A network: backbone, representation, classifier.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use isqrt_nn::layers::Linear;
 use isqrt_nn::{Mode, Vars};
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::{self, LoadOptions, Record};
+use crate::classifier::{Classifier, ClassifierSpec};
 use crate::{Backbone, BackboneSpec, Error, Representation, RepresentationSpec, Result};
 
 /// What a network consists of.
@@ -17,8 +19,73 @@ pub struct ModelSpec {
     pub backbone: BackboneSpec,
     /// The pooling head.
     pub representation: RepresentationSpec,
+    /// Hidden layers of the classifier; none by default.
+    #[serde(default, skip_serializing_if = "ClassifierSpec::is_linear")]
+    pub classifier: ClassifierSpec,
     /// Outputs of the classifier.
     pub classes: usize,
+}
+
+impl ModelSpec {
+    /// A network with a linear classifier.
+    #[must_use]
+    pub fn new(
+        backbone: impl Into<BackboneSpec>,
+        representation: RepresentationSpec,
+        classes: usize,
+    ) -> Self {
+        Self {
+            backbone: backbone.into(),
+            representation,
+            classifier: ClassifierSpec::default(),
+            classes,
+        }
+    }
+
+    /// A network as it was published, by its short name: `resnet50` is that of the backbone's
+    /// authors, `resnet50+isqrt` the backbone with another head and with what the head asks for
+    /// ([`BackboneEntry::second_order`](crate::BackboneEntry::second_order) for covariance heads,
+    /// without the reduction where [`reduces`](crate::RepresentationEntry::reduces) says no).
+    ///
+    /// The backbone's hidden layers of the classifier stay with its own head and with heads that
+    /// take the reduction; all others get a linear classifier.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`] with the names that there are.
+    pub fn named(name: &str, classes: usize) -> Result<Self> {
+        let (backbone, head) = match name.split_once('+') {
+            Some((backbone, head)) => (backbone, Some(head)),
+            None => (name, None),
+        };
+        let mut backbone = BackboneSpec::new(backbone);
+        let entry = backbone.entry()?;
+        let own = entry.own_head();
+        let (representation, hidden) = match head {
+            Some(head) if head != own.name => {
+                let representation = RepresentationSpec::new(head);
+                let head = representation.entry()?;
+                if head.second_order() {
+                    backbone.options = entry.second_order();
+                }
+                if !head.reduces() {
+                    backbone.options.remove("reduction");
+                }
+                (representation, head.second_order() && head.reduces())
+            }
+            _ => (own, true),
+        };
+        let mut spec = Self::new(backbone, representation, classes);
+        if hidden {
+            spec.classifier = entry.classifier();
+        }
+        Ok(spec)
+    }
+
+    /// Backbone and head in one word, as [`named`](Self::named) takes it.
+    #[must_use]
+    pub fn short_name(&self) -> String {
+        format!("{}+{}", self.backbone.name, self.representation.name)
+    }
 }
 
 /// A network with its parameters, named `backbone.*`, `representation.*`, `classifier.*`.
@@ -27,7 +94,7 @@ pub struct Network {
     vars: Vars,
     backbone: Box<dyn Backbone>,
     representation: Box<dyn Representation>,
-    classifier: Linear,
+    classifier: Classifier,
 }
 
 impl Network {
@@ -51,7 +118,8 @@ impl Network {
             .entry()?
             .build(&head.options, backbone.out_channels(), scope)?;
         let width = representation.out_dim();
-        let classifier = Linear::new(root.sub("classifier"), width, spec.classes)?;
+        let scope = root.sub("classifier");
+        let classifier = Classifier::new(&spec.classifier, width, spec.classes, scope)?;
         Ok(Self {
             spec: spec.clone(),
             vars,
@@ -66,7 +134,15 @@ impl Network {
     /// # Errors
     /// Where the images do not fit or features are not finite.
     pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        Ok(self.classifier.forward(&self.represent(x, mode)?)?)
+        self.classify(&self.represent(x, mode)?, mode)
+    }
+
+    /// Logits of representations `(batch, out_dim)`.
+    ///
+    /// # Errors
+    /// Where the length does not fit.
+    pub fn classify(&self, representation: &Tensor, mode: Mode) -> Result<Tensor> {
+        self.classifier.forward(representation, mode)
     }
 
     /// Feature maps of images, before pooling.
@@ -91,25 +167,80 @@ impl Network {
         &self.spec
     }
 
+    /// Names and shapes of its parameters and buffers, sorted.
+    pub(crate) fn shapes(&self) -> impl Iterator<Item = (&str, Vec<usize>)> {
+        let parameters = self
+            .vars
+            .parameters()
+            .map(|(name, var)| (name, var.dims().to_vec()));
+        let buffers = self
+            .vars
+            .buffers()
+            .map(|(name, buffer)| (name, buffer.get().dims().to_vec()));
+        parameters.chain(buffers)
+    }
+
+    /// Its parameters and buffers by name.
+    pub(crate) fn values(&self) -> impl Iterator<Item = (String, Tensor)> {
+        let parameters = self.vars.parameters();
+        let parameters = parameters.map(|(name, var)| (name.to_owned(), var.as_detached_tensor()));
+        let buffers = self.vars.buffers();
+        parameters.chain(buffers.map(|(name, buffer)| (name.to_owned(), buffer.get())))
+    }
+
+    /// Sets parameters and buffers, converted to the network's element type and device.
+    pub(crate) fn set_values(&self, values: &HashMap<&str, Tensor>) -> Result<()> {
+        let convert = |value: &Tensor| {
+            value
+                .to_device(self.vars.device())?
+                .to_dtype(self.vars.dtype())
+        };
+        for (name, var) in self.vars.parameters() {
+            if let Some(value) = values.get(name) {
+                var.set(&convert(value)?)?;
+            }
+        }
+        for (name, buffer) in self.vars.buffers() {
+            if let Some(value) = values.get(name) {
+                buffer.set(convert(value)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Side of the matrix whose upper triangle the representation is, if it is one.
+    pub(crate) fn triangle(&self) -> Option<usize> {
+        self.representation.triangle()
+    }
+
+    /// Name of the weight that multiplies the representation.
+    pub(crate) fn first_linear(&self) -> &'static str {
+        match self.spec.classifier.is_linear() {
+            true => "classifier.weight",
+            false => "classifier.hidden0.weight",
+        }
+    }
+
     /// Its parameters and buffers.
     #[must_use]
     pub fn vars(&self) -> &Vars {
         &self.vars
     }
 
-    /// Writes all parameters and buffers; see [`Vars::save`].
+    /// Writes all parameters and buffers with the spec; see [`checkpoint::save`].
     ///
     /// # Errors
     /// As there.
     pub fn save(&self, path: &Path) -> Result<()> {
-        Ok(self.vars.save(path)?)
+        checkpoint::save(self, path, &Record::default())
     }
 
-    /// Takes all parameters and buffers from a file; see [`Vars::load`].
+    /// Takes all parameters and buffers from a file; see [`checkpoint::load`].
     ///
     /// # Errors
     /// As there.
     pub fn load(&mut self, path: &Path) -> Result<()> {
-        Ok(self.vars.load(path)?)
+        checkpoint::load(self, path, &LoadOptions::default())?;
+        Ok(())
     }
 }

@@ -30,6 +30,11 @@ impl Options {
         self.0.insert(key.to_owned(), value.into());
     }
 
+    /// Takes one away, if it is there.
+    pub fn remove(&mut self, key: &str) {
+        self.0.remove(key);
+    }
+
     /// Whether there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {

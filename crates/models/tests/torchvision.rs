@@ -8,11 +8,7 @@ use isqrt_nn::{Decay, Mode, Optimizer, Sgd, SgdConfig};
 use isqrt_testkit::{Golden, assert_close, randn};
 
 fn spec(backbone: BackboneSpec, head: &str, classes: usize) -> ModelSpec {
-    ModelSpec {
-        backbone,
-        representation: RepresentationSpec::new(head),
-        classes,
-    }
+    ModelSpec::new(backbone, RepresentationSpec::new(head), classes)
 }
 
 fn network(backbone: BackboneSpec, head: &str, classes: usize) -> Network {
@@ -37,12 +33,7 @@ fn parameter_counts_are_those_of_torchvision_and_of_the_authors() {
         ("vgg16", 138_357_544),
         ("vgg16_bn", 138_365_992),
     ] {
-        let backbone = BackboneSpec::new(name);
-        let spec = ModelSpec {
-            representation: backbone.entry().unwrap().own_head(),
-            backbone,
-            classes: 1000,
-        };
+        let spec = ModelSpec::named(name, 1000).unwrap();
         let network = Network::new(&spec, 1, DType::F32, &Device::Cpu).unwrap();
         assert_eq!(network.vars().parameter_count(), count, "{name}");
     }
@@ -103,12 +94,22 @@ fn foreign(name: &str) -> String {
     name.replace("classifier.", "fc.")
 }
 
-/// The same where it is `fc`; `first` is the place of the first linear layer.
+/// The same where there are hidden layers; `first` is the place of the first linear layer.
 fn foreign_of_fc(name: &str, first: usize) -> String {
     let name = name.strip_prefix("backbone.").unwrap_or(name);
-    let name = name.replace("classifier.", "classifier.6.");
-    let name = name.replace("representation.fc1.", &format!("classifier.{first}."));
-    name.replace("representation.fc2.", &format!("classifier.{}.", first + 3))
+    match name.strip_prefix("classifier.") {
+        None => name.to_owned(),
+        Some(rest) => match rest
+            .split_once("hidden")
+            .and_then(|(_, r)| r.split_once('.'))
+        {
+            Some((place, rest)) => {
+                let place = first + 3 * place.parse::<usize>().unwrap();
+                format!("classifier.{place}.{rest}")
+            }
+            None => format!("classifier.6.{rest}"),
+        },
+    }
 }
 
 fn fill(network: &Network, foreign: impl Fn(&str) -> String) {
@@ -139,12 +140,13 @@ fn values_and_gradients_are_those_of_torchvision_with_equal_weights() {
         .with("reduction", 32);
     let vgg = |name| BackboneSpec::new(name).with("last_pool", false);
     let whole = |name: &str| {
-        let backbone = BackboneSpec::new(name);
-        let head = backbone.entry().unwrap().own_head();
-        (backbone, head.with("hidden", 48).with("dropout", 0.0))
+        let mut spec = ModelSpec::named(name, 5).unwrap();
+        spec.classifier.hidden = vec![48, 48];
+        spec.classifier.dropout = 0.0;
+        spec
     };
-    let pooled = |backbone| (backbone, RepresentationSpec::new("gap"));
-    for (key, (backbone, representation), side) in [
+    let pooled = |backbone| spec(backbone, "gap", 5);
+    for (key, spec, side) in [
         ("resnet18", pooled("resnet18".into()), [48, 64]),
         ("resnet50", pooled(surgery), [48, 64]),
         ("vgg16", pooled(vgg("vgg16")), [48, 64]),
@@ -156,11 +158,6 @@ fn values_and_gradients_are_those_of_torchvision_with_equal_weights() {
             "vgg16_fc" => foreign_of_fc(name, 0),
             "alexnet_fc" => foreign_of_fc(name, 1),
             _ => foreign(name),
-        };
-        let spec = ModelSpec {
-            backbone,
-            representation,
-            classes: 5,
         };
         let network = Network::new(&spec, 1, DType::F64, &Device::Cpu).unwrap();
         fill(&network, foreign);

@@ -1,7 +1,5 @@
 //! What can go wrong in this crate.
 
-use std::path::PathBuf;
-
 /// Errors of ops, parameters and optimisers.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -27,14 +25,6 @@ pub enum Error {
     /// Two parameters or buffers of one name.
     #[error("a parameter or buffer called {0:?} exists already: give each layer its own scope")]
     Duplicate(String),
-    /// A checkpoint that does not fit the network.
-    #[error("{}: {message}", path.display())]
-    Checkpoint {
-        /// The file.
-        path: PathBuf,
-        /// What does not fit.
-        message: String,
-    },
     /// State of an optimiser or a layer that does not fit, or is not there yet.
     #[error("{what}: {message}")]
     State {

@@ -4,8 +4,7 @@
 //! Parameters learn; buffers (running statistics) are saved with them but never given to an
 //! optimiser.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -173,79 +172,6 @@ impl Vars {
     #[must_use]
     pub fn dtype(&self) -> DType {
         self.dtype
-    }
-
-    /// Writes parameters and buffers as safetensors; the file appears whole or not at all.
-    ///
-    /// # Errors
-    /// [`Error::Checkpoint`] with the path where it cannot be written.
-    pub fn save(&self, path: &Path) -> Result<()> {
-        let failed = |error: &dyn std::fmt::Display| Error::Checkpoint {
-            path: path.to_path_buf(),
-            message: format!("cannot be written: {error}"),
-        };
-        let mut tensors: HashMap<&str, Tensor> = self
-            .parameters()
-            .map(|(name, var)| (name, var.as_detached_tensor()))
-            .collect();
-        tensors.extend(self.buffers().map(|(name, buffer)| (name, buffer.get())));
-        let mut partial = path.as_os_str().to_owned();
-        partial.push(".partial");
-        let partial = Path::new(&partial);
-        candle_core::safetensors::save(&tensors, partial).map_err(|e| failed(&e))?;
-        std::fs::File::open(partial)
-            .and_then(|file| file.sync_all())
-            .and_then(|()| std::fs::rename(partial, path))
-            .map_err(|e| failed(&e))
-    }
-
-    /// Takes all values from a file that [`save`](Self::save) wrote. On error nothing changes.
-    ///
-    /// # Errors
-    /// [`Error::Checkpoint`] where the file cannot be read, lacks a tensor, has one too many, or
-    /// one of another shape.
-    pub fn load(&mut self, path: &Path) -> Result<()> {
-        let failed = |message: String| Error::Checkpoint {
-            path: path.to_path_buf(),
-            message,
-        };
-        let mut tensors = candle_core::safetensors::load(path, &self.device)
-            .map_err(|error| failed(format!("cannot be read: {error}")))?;
-        let mut take = |name: &str, like: &Tensor| -> Result<Tensor> {
-            let Some(tensor) = tensors.remove(name) else {
-                return Err(failed(format!("has no tensor {name:?}")));
-            };
-            if tensor.dims() != like.dims() {
-                return Err(failed(format!(
-                    "{name:?} has shape {:?}, the network needs {:?}",
-                    tensor.dims(),
-                    like.dims()
-                )));
-            }
-            Ok(tensor.to_dtype(like.dtype())?)
-        };
-        let parameters = self
-            .parameters
-            .iter()
-            .map(|(name, var)| Ok((var, take(name, var)?)))
-            .collect::<Result<Vec<_>>>()?;
-        let buffers = self
-            .buffers
-            .iter()
-            .map(|(name, buffer)| Ok((buffer, take(name, &buffer.get())?)))
-            .collect::<Result<Vec<_>>>()?;
-        if let Some(name) = tensors.keys().min() {
-            return Err(failed(format!(
-                "has a tensor {name:?} that the network does not"
-            )));
-        }
-        for (var, value) in parameters {
-            var.set(&value)?;
-        }
-        for (buffer, value) in buffers {
-            buffer.set(value);
-        }
-        Ok(())
     }
 }
 

@@ -6,8 +6,8 @@ use clap::{Args, Subcommand, ValueEnum};
 use isqrt_experiments::spec::{check_decomposition_size, check_size};
 use isqrt_linalg::bench::{LayerCase, decompositions, layer, peak_gflops};
 use isqrt_linalg::{CovPool, Kernel, Memory, Root, Schedule, Side};
+use isqrt_models::ModelSpec;
 use isqrt_models::bench::{NetworkCase, network, ops};
-use isqrt_models::{BackboneSpec, ModelSpec, RepresentationSpec};
 use std::time::Duration;
 
 /// Time the layer, what it replaces, and networks
@@ -305,30 +305,18 @@ pub struct NetworkBench {
 
 impl NetworkBench {
     fn run(&self, json: bool) -> anyhow::Result<()> {
-        let backbone = BackboneSpec::new(&*self.model);
-        let own = backbone.entry()?.own_head();
-        let (mut backbone, representation) = match &self.head {
-            None => (backbone, own),
-            Some(name) if *name == own.name => (backbone, own),
-            Some(name) => {
-                let head = RepresentationSpec::new(&**name);
-                match head.entry()?.second_order() {
-                    true => (BackboneSpec::second_order(&*self.model)?, head),
-                    false => (backbone, head),
-                }
-            }
+        let name = match &self.head {
+            Some(head) => format!("{}+{head}", self.model),
+            None => self.model.clone(),
         };
-        let head = representation.name.clone();
+        let mut model = ModelSpec::named(&name, self.classes)?;
+        let head = model.representation.name.clone();
         if self.checkpoint {
-            backbone = backbone.with("checkpoint", true);
+            model.backbone = model.backbone.with("checkpoint", true);
         }
         let batch = usize::from(self.batch);
         let case = NetworkCase {
-            model: ModelSpec {
-                backbone,
-                representation,
-                classes: self.classes,
-            },
+            model,
             batch,
             side: usize::from(self.size),
         };

@@ -70,11 +70,11 @@ pub(super) fn run(
 fn config(training: &Training, seed: u64, classes: usize) -> Option<TrainConfig> {
     let recipe = &training.recipe;
     Some(TrainConfig {
-        model: ModelSpec {
-            backbone: recipe.backbone.as_str().into(),
-            representation: representation(&training.head),
+        model: ModelSpec::new(
+            recipe.backbone.as_str(),
+            representation(&training.head),
             classes,
-        },
+        ),
         epochs: recipe.epochs,
         batch: recipe.batch,
         lr: training.lr?,

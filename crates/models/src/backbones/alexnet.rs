@@ -8,9 +8,9 @@
 use isqrt_nn::ops::{Conv, Window};
 use isqrt_nn::{Init, Scope};
 
-use super::chain::{Chain, Keys};
+use super::chain::{self, Chain, Keys};
 use super::{Backbone, BackboneEntry, Options};
-use crate::{RepresentationSpec, Result};
+use crate::{ClassifierSpec, Layout, RepresentationSpec, Result};
 
 pub(super) const ALEXNET: Entry = Entry;
 
@@ -48,8 +48,15 @@ impl BackboneEntry for Entry {
     }
 
     fn own_head(&self) -> RepresentationSpec {
-        let head = RepresentationSpec::new("fc").with("side", 6);
-        head.with("drop_features", true)
+        RepresentationSpec::new("flat").with("side", 6)
+    }
+
+    fn classifier(&self) -> ClassifierSpec {
+        ClassifierSpec::two_hidden(true)
+    }
+
+    fn layouts(&self) -> &'static [Layout] {
+        chain::ALEXNET_LAYOUTS
     }
 
     fn build(&self, options: &Options, mut scope: Scope<'_>) -> Result<Box<dyn Backbone>> {

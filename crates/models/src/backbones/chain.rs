@@ -9,7 +9,8 @@ use serde::Deserialize;
 
 use super::Backbone;
 use super::reduction::{leave_blocks, reduce};
-use crate::Result;
+use crate::checkpoint::Triangle;
+use crate::{Layout, Result};
 
 /// The keys in a spec.
 #[derive(Deserialize)]
@@ -28,6 +29,36 @@ impl Default for Keys {
         }
     }
 }
+
+/// torchvision's names and the authors' (`mpncovvgg16_bn`), whose later code it was that had them.
+const FEATURES: &[(&str, &str)] = &[
+    ("features.", "features."),
+    ("layer_reduce_bn.", "representation.conv_dr_block.1."),
+    ("layer_reduce.", "representation.conv_dr_block.0."),
+];
+
+const TORCHVISION_VGG: Layout = Layout {
+    name: "torchvision",
+    backbone: FEATURES,
+    linear: "classifier.",
+    hidden: &["classifier.0.", "classifier.3.", "classifier.6."],
+    triangle: Some(Triangle::Upper),
+};
+
+pub(super) const VGG_LAYOUTS: &[Layout] = &[
+    TORCHVISION_VGG,
+    Layout {
+        name: "timm",
+        linear: "head.fc.",
+        hidden: &["pre_logits.fc1.", "pre_logits.fc2.", "head.fc."],
+        ..TORCHVISION_VGG
+    },
+];
+
+pub(super) const ALEXNET_LAYOUTS: &[Layout] = &[Layout {
+    hidden: &["classifier.1.", "classifier.4.", "classifier.6."],
+    ..TORCHVISION_VGG
+}];
 
 enum Layer {
     Conv(Conv2d),

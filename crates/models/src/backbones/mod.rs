@@ -18,7 +18,7 @@ use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::options::{NoOptions, Options};
-use crate::{Error, RepresentationSpec, Result};
+use crate::{ClassifierSpec, Error, Layout, RepresentationSpec, Result};
 
 /// Makes feature maps of images.
 pub trait Backbone: Send + Sync {
@@ -41,7 +41,7 @@ pub trait BackboneEntry: Sync {
     fn about(&self) -> &'static str;
 
     /// The options that covariance heads need where the defaults are made for global average
-    /// pooling: more positions and fewer channels.
+    /// pooling: more positions and fewer channels, the latter by the option `reduction`.
     fn second_order(&self) -> Options {
         Options::default()
     }
@@ -49,6 +49,16 @@ pub trait BackboneEntry: Sync {
     /// The representation that the published network has: global average pooling by default.
     fn own_head(&self) -> RepresentationSpec {
         RepresentationSpec::new("gap")
+    }
+
+    /// The classifier of the published network: linear by default.
+    fn classifier(&self) -> ClassifierSpec {
+        ClassifierSpec::default()
+    }
+
+    /// The names that other programs give to its parameters, see [`Layout`].
+    fn layouts(&self) -> &'static [Layout] {
+        &[Layout::FLAT]
     }
 
     /// A new one with its parameters in `scope`.

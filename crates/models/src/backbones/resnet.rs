@@ -18,7 +18,8 @@ use serde::Deserialize;
 use super::reduction::{leave_blocks, reduce};
 use super::residual::Block;
 use super::{Backbone, BackboneEntry, Options};
-use crate::{Error, Result};
+use crate::checkpoint::Triangle;
+use crate::{Error, Layout, Result};
 
 pub(super) const RESNET18: Entry = entry("resnet18", Kind::Basic, [2, 2, 2, 2]);
 pub(super) const RESNET34: Entry = entry("resnet34", Kind::Basic, [3, 4, 6, 3]);
@@ -32,6 +33,43 @@ pub(super) struct Entry {
     /// Blocks of each stage.
     depths: [usize; 4],
 }
+
+/// Names in files that the authors' `main.py` wrote, whose representation has the reduction.
+const TRAINED: Layout = Layout {
+    name: "trained",
+    backbone: &[
+        ("conv1.", "features.0."),
+        ("bn1.", "features.1."),
+        ("layer1.", "features.4."),
+        ("layer2.", "features.5."),
+        ("layer3.", "features.6."),
+        ("layer4.", "features.7."),
+        ("layer_reduce_bn.", "representation.conv_dr_block.1."),
+        ("layer_reduce.", "representation.conv_dr_block.0."),
+    ],
+    linear: "classifier.",
+    hidden: &[],
+    // `main.py` came after the order of triangles had changed.
+    triangle: Some(Triangle::Upper),
+};
+
+/// The same of networks fine-tuned from released weights, whose features have the reduction.
+const FINE_TUNED: Layout = Layout {
+    name: "fine-tuned",
+    backbone: &[
+        ("conv1.", "features.0."),
+        ("bn1.", "features.1."),
+        ("layer1.", "features.4."),
+        ("layer2.", "features.5."),
+        ("layer3.", "features.6."),
+        ("layer4.", "features.7."),
+        ("layer_reduce_bn.", "features.9."),
+        ("layer_reduce.", "features.8."),
+    ],
+    ..TRAINED
+};
+
+const LAYOUTS: &[Layout] = &[Layout::FLAT, TRAINED, FINE_TUNED];
 
 enum Kind {
     Basic,
@@ -87,6 +125,10 @@ impl BackboneEntry for Entry {
         options.set("last_stride", 1);
         options.set("reduction", 256);
         options
+    }
+
+    fn layouts(&self) -> &'static [Layout] {
+        LAYOUTS
     }
 
     fn build(&self, options: &Options, mut scope: Scope<'_>) -> Result<Box<dyn Backbone>> {

@@ -9,9 +9,9 @@
 use isqrt_nn::ops::{Conv, Window};
 use isqrt_nn::{Init, Scope};
 
-use super::chain::{Chain, Keys};
+use super::chain::{self, Chain, Keys};
 use super::{Backbone, BackboneEntry, Options};
-use crate::{RepresentationSpec, Result};
+use crate::{ClassifierSpec, Layout, RepresentationSpec, Result};
 
 pub(super) const VGG16: Entry = Entry {
     name: "vgg16",
@@ -57,7 +57,15 @@ impl BackboneEntry for Entry {
     }
 
     fn own_head(&self) -> RepresentationSpec {
-        RepresentationSpec::new("fc").with("side", 7)
+        RepresentationSpec::new("flat").with("side", 7)
+    }
+
+    fn classifier(&self) -> ClassifierSpec {
+        ClassifierSpec::two_hidden(false)
+    }
+
+    fn layouts(&self) -> &'static [Layout] {
+        chain::VGG_LAYOUTS
     }
 
     fn build(&self, options: &Options, mut scope: Scope<'_>) -> Result<Box<dyn Backbone>> {

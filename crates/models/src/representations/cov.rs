@@ -1,7 +1,7 @@
 //! Covariance pooling without a root.
 
 use candle_core::Tensor;
-use isqrt_linalg::CovPool;
+use isqrt_linalg::{CovPool, Output};
 use isqrt_nn::{Mode, Scope};
 
 use super::{NoOptions, Options, Representation, RepresentationEntry};
@@ -51,5 +51,9 @@ impl Representation for Covariance {
 
     fn out_dim(&self) -> usize {
         self.pool.out_dim(self.channels)
+    }
+
+    fn triangle(&self) -> Option<usize> {
+        matches!(self.pool.output, Output::Triangle).then_some(self.channels)
     }
 }

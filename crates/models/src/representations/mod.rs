@@ -1,7 +1,7 @@
 //! Pooling heads, from feature maps to one vector an image, and their registry.
 
 mod cov;
-mod fc;
+mod flat;
 mod gap;
 mod isqrt;
 mod mpn;
@@ -23,6 +23,12 @@ pub trait Representation: Send + Sync {
 
     /// Length of the vector.
     fn out_dim(&self) -> usize;
+
+    /// The side `n` of a symmetric matrix, where the vector is its upper triangle row by row,
+    /// `n (n + 1) / 2` values: the order in which checkpoints of others may differ.
+    fn triangle(&self) -> Option<usize> {
+        None
+    }
 }
 
 /// A representation that can be asked for by name.
@@ -39,6 +45,12 @@ pub trait RepresentationEntry: Sync {
         false
     }
 
+    /// Whether a covariance head takes the backbone's reduction to fewer channels too; the older
+    /// ones work on all of them.
+    fn reduces(&self) -> bool {
+        self.second_order()
+    }
+
     /// A new one for feature maps of `channels`; parameters, if it has any, go to `scope`.
     ///
     /// # Errors
@@ -53,7 +65,7 @@ pub trait RepresentationEntry: Sync {
 
 /// All representations. Adding one is a file beside this one and a line here.
 pub const REPRESENTATIONS: &[&dyn RepresentationEntry] =
-    &[&gap::GAP, &cov::COV, &isqrt::ISQRT, &mpn::MPN, &fc::FC];
+    &[&gap::GAP, &cov::COV, &isqrt::ISQRT, &mpn::MPN, &flat::FLAT];
 
 /// A representation by name with its options: in TOML
 /// `representation = { name = "isqrt", iterations = 5 }`.

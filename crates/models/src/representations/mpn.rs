@@ -1,6 +1,7 @@
 //! MPN-COV: covariance pooling with a matrix power by eigendecomposition (Li et al. 2017).
 
 use candle_core::Tensor;
+use isqrt_linalg::Output;
 use isqrt_linalg::eig::MpnCov;
 use isqrt_nn::{Mode, Scope};
 use serde::Deserialize;
@@ -65,5 +66,9 @@ impl Representation for Mpn {
 
     fn out_dim(&self) -> usize {
         self.pool.output.len(self.channels)
+    }
+
+    fn triangle(&self) -> Option<usize> {
+        matches!(self.pool.output, Output::Triangle).then_some(self.channels)
     }
 }
