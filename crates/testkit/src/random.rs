@@ -42,3 +42,23 @@ fn build(shape: Shape, dtype: DType, mut draw: impl FnMut() -> f64) -> Result<Te
 fn unit(rng: &mut ChaCha8Rng) -> f64 {
     (rng.next_u64() >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
 }
+/// In [-1, 1), from the name alone: FNV-1a of the name, then SplitMix64 at each place, the same
+/// numbers as `uniform` of `tools/golden/torchvision_nets.py`.
+///
+/// # Panics
+/// For a shape that does not fit into memory.
+#[must_use]
+pub fn hashed(name: &str, shape: &[usize]) -> Tensor {
+    let seed = name.bytes().fold(0xCBF2_9CE4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01B3)
+    });
+    let value = |i: u64| {
+        let mut z = seed.wrapping_add((i + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+    };
+    let count = shape.iter().product::<usize>() as u64;
+    let values = (0..count).map(value).collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).expect("as many values as the shape says")
+}

@@ -105,14 +105,14 @@ impl View {
     }
 
     fn is_contiguous(&self) -> bool {
-        let mut expected = 1;
+        let mut expected = 1_usize;
         self.shape
             .iter()
             .zip(&self.strides)
             .rev()
             .all(|(&size, &stride)| {
                 let fits = size == 1 || stride == expected;
-                expected *= size;
+                expected = expected.saturating_mul(size);
                 fits
             })
     }
@@ -140,6 +140,16 @@ impl View {
         }
         out
     }
+}
+
+/// Strides of a tensor whose elements lie one after the other.
+pub(super) fn row_major(shape: &[usize]) -> Vec<usize> {
+    let mut strides = vec![1_usize; shape.len()];
+    for i in (1..shape.len()).rev() {
+        // A shape that overflows has a 0 in it and no elements.
+        strides[i - 1] = strides[i].saturating_mul(shape[i]);
+    }
+    strides
 }
 
 /// Where the storages are.
@@ -361,16 +371,12 @@ fn safetensors(path: &Path, mut file: File, length: u64) -> Opened {
             Dtype::BOOL => Element::Bool,
             other => return Err(format!("{name:?} has elements of type {other:?}")),
         };
-        let mut strides = vec![1; info.shape.len()];
-        for i in (1..info.shape.len()).rev() {
-            strides[i - 1] = strides[i] * info.shape[i];
-        }
         let view = View {
             storage: name.clone(),
             element,
             offset: 0,
             shape: info.shape.clone(),
-            strides,
+            strides: row_major(&info.shape),
         };
         let (from, to) = info.data_offsets;
         places.insert(name.clone(), (size + 8 + from as u64, (to - from) as u64));

@@ -9,8 +9,10 @@ mod file;
 mod layout;
 mod pickle;
 mod report;
+mod torch_writer;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
@@ -285,7 +287,8 @@ pub fn save(network: &Network, path: &Path, record: &Record) -> Result<()> {
 }
 
 /// Writes all parameters and buffers under the names of another program and with triangles in the
-/// given order, as safetensors, which `safetensors.torch.load_file` reads. Returns the layout.
+/// given order, for `torch.load` where the path ends in `.pth`, otherwise as safetensors (for
+/// `safetensors.torch.load_file`). Returns the layout.
 ///
 /// # Errors
 /// [`Error::Checkpoint`](crate::Error::Checkpoint) where the backbone has no such layout, a
@@ -332,8 +335,12 @@ pub fn export(network: &Network, path: &Path, layout: &str, triangle: Triangle) 
     Ok(*layout)
 }
 
-/// A temporary file beside the target, synced, renamed.
-fn write(
+/// Writes tensors by name, for `torch.load` where the path ends in `.pth` (which has no place for
+/// `metadata`), otherwise as safetensors: to a temporary file beside the target, synced, renamed.
+///
+/// # Errors
+/// [`Error::Checkpoint`](crate::Error::Checkpoint) with the path where it cannot be written.
+pub fn write(
     tensors: Vec<(String, Tensor)>,
     mut metadata: HashMap<String, String>,
     path: &Path,
@@ -342,17 +349,22 @@ fn write(
     let mut partial = path.as_os_str().to_owned();
     partial.push(format!(".{}.partial", std::process::id()));
     let partial = Path::new(&partial);
-    let written = safetensors::serialize_to_file(tensors, Some(metadata), partial)
-        .map_err(|e| e.to_string())
-        .and_then(|()| {
-            std::fs::File::open(partial)
-                .and_then(|file| file.sync_all())
-                .and_then(|()| std::fs::rename(partial, path))
-                .map_err(|e| e.to_string())
-        });
-    written.map_err(|message| {
-        // The first error is the one to report.
-        let _ = std::fs::remove_file(partial);
-        failed(path, format!("cannot be written: {message}"))
-    })
+    let written = match path.extension().is_some_and(|e| e == "pth") {
+        true => File::create(partial)
+            .map_err(|e| e.to_string())
+            .and_then(|file| torch_writer::write(&tensors, file)),
+        false => safetensors::serialize_to_file(tensors, Some(metadata), partial)
+            .map_err(|e| e.to_string())
+            .and_then(|()| {
+                let synced = File::open(partial).and_then(|file| file.sync_all());
+                synced.map_err(|e| e.to_string())
+            }),
+    };
+    written
+        .and_then(|()| std::fs::rename(partial, path).map_err(|e| e.to_string()))
+        .map_err(|message| {
+            // The first error is the one to report.
+            let _ = std::fs::remove_file(partial);
+            failed(path, format!("cannot be written: {message}"))
+        })
 }
