@@ -52,6 +52,12 @@ enum Command {
     Report(commands::report::Report),
     /// List backbones and pooling heads
     Models(commands::models::Models),
+    /// Turn a checkpoint into ours, or back
+    Convert(commands::convert::Convert),
+    /// Write representations and logits of images
+    Features(commands::features::Features),
+    /// Print the most probable classes of images
+    Classify(commands::classify::Classify),
 }
 
 fn main() -> ExitCode {
@@ -103,5 +109,8 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Bench(c) => c.run(json),
         Command::Report(c) => c.run(json),
         Command::Models(c) => c.run(json),
+        Command::Convert(c) => c.run(json),
+        Command::Features(c) => c.run(json),
+        Command::Classify(c) => c.run(json),
     }
 }

@@ -19,7 +19,7 @@ const IMAGE_EXTENSIONS: [&str; 11] = [
 /// Names of the validation part, the usual one first.
 const VAL_NAMES: [&str; 3] = ["val", "valid", "validation"];
 /// Sub-folders inside a class folder are followed this deep (a link to a parent must not loop).
-const MAX_DEPTH: usize = 6;
+pub(crate) const MAX_DEPTH: usize = 6;
 const LAYOUT: &str = "train/<class>/<image>.jpg|png, beside it val/ or test/ with the same classes";
 
 /// This layout; the one for whatever no other source recognises.
@@ -181,7 +181,12 @@ fn part(root: &Path, dir: &Path, classes: &[String]) -> Result<Vec<Sample>> {
 }
 
 /// Image files below `dir`, hidden ones left out, in no particular order.
-fn collect(dir: &Path, depth: usize, files: &mut Vec<PathBuf>, other: &mut usize) -> Result<()> {
+pub(crate) fn collect(
+    dir: &Path,
+    depth: usize,
+    files: &mut Vec<PathBuf>,
+    other: &mut usize,
+) -> Result<()> {
     for (name, path) in entries(dir)? {
         // `metadata` follows links, so a folder of links to images works.
         let meta = std::fs::metadata(&path).map_err(Error::io(&path, "look at the file"))?;
@@ -203,7 +208,7 @@ fn collect(dir: &Path, depth: usize, files: &mut Vec<PathBuf>, other: &mut usize
     Ok(())
 }
 
-fn is_image_name(name: &str) -> bool {
+pub(crate) fn is_image_name(name: &str) -> bool {
     Path::new(name)
         .extension()
         .and_then(|e| e.to_str())

@@ -15,10 +15,20 @@ pub enum Resize {
     Keep,
     /// The centre square of each image, its side brought to this many pixels.
     ShortSideCrop(usize),
+    /// The short side brought to `short` pixels with the long one in proportion (rounded down), then
+    /// the centre square of `crop` pixels: torchvision's `Resize` and `CenterCrop`.
+    Evaluation {
+        /// Pixels of the short side.
+        short: usize,
+        /// Side of the square, at most `short`.
+        crop: usize,
+    },
 }
 
-/// Largest side that [`Resize::ShortSideCrop`] accepts.
+/// Largest side that [`Resize`] accepts.
 pub const MAX_SIDE: usize = 4096;
+/// Largest long side of a resized image: 64 times the largest short one.
+const MAX_LONG: usize = 64 * MAX_SIDE;
 
 impl Resize {
     /// Applies this to one image.
@@ -31,27 +41,56 @@ impl Resize {
             Self::ShortSideCrop(side) if side == 0 || side > MAX_SIDE => Err(format!(
                 "cannot resize to a side of {side} (1 to {MAX_SIDE} is possible)"
             )),
-            Self::ShortSideCrop(side) => scale_square(centre_square(image), side),
+            Self::ShortSideCrop(side) => {
+                let square = image.width.min(image.height);
+                let (left, top) = ((image.width - square) / 2, (image.height - square) / 2);
+                scale(cut(image, left, top, square), (side, side))
+            }
+            Self::Evaluation { short, crop } if crop == 0 || crop > short || short > MAX_SIDE => {
+                Err(format!(
+                    "cannot cut a square of {crop} out of a short side of {short} (1 to {short}, at \
+                     most {MAX_SIDE}, is possible)"
+                ))
+            }
+            Self::Evaluation { short, crop } => {
+                let (width, height) = (image.width, image.height);
+                let long = |long: usize, of: usize| short.saturating_mul(long) / of.max(1);
+                let (width, height) = match width <= height {
+                    true => (short, long(height, width)),
+                    false => (long(width, height), short),
+                };
+                if width.max(height) > MAX_LONG {
+                    return Err(format!(
+                        "an image of {}x{} cannot be brought to a short side of {short}: its long \
+                         side would have {} pixels",
+                        image.width,
+                        image.height,
+                        width.max(height)
+                    ));
+                }
+                // torchvision rounds the half, and Python's halves go to the even number.
+                let margin = |size: usize| ((size - crop) as f64 / 2.0).round_ties_even() as usize;
+                let image = scale(image, (width, height))?;
+                Ok(cut(image, margin(width), margin(height), crop))
+            }
         }
     }
 }
 
-/// The largest square around the centre; an odd pixel too many goes right or below.
-fn centre_square(image: Image) -> Image {
+/// A square of `side` pixels whose corner is at `left` and `top`, all within the image.
+fn cut(image: Image, left: usize, top: usize, side: usize) -> Image {
     let Image {
         width,
         height,
         pixels,
     } = image;
-    let side = width.min(height);
-    if width == height {
+    if (width, height) == (side, side) {
         return Image {
             width,
             height,
             pixels,
         };
     }
-    let (left, top) = ((width - side) / 2, (height - side) / 2);
     let rows = pixels.chunks_exact(width * 3).skip(top).take(side);
     let pixels = rows
         .flat_map(|row| &row[left * 3..(left + side) * 3])
@@ -64,21 +103,21 @@ fn centre_square(image: Image) -> Image {
     }
 }
 
-fn scale_square(image: Image, side: usize) -> Result<Image, String> {
-    if image.width == side {
+fn scale(image: Image, (width, height): (usize, usize)) -> Result<Image, String> {
+    if (image.width, image.height) == (width, height) {
         return Ok(image);
     }
-    let from = image.width as u32;
+    let from = (image.width as u32, image.height as u32);
     let source =
-        ImageRef::new(from, from, &image.pixels, PixelType::U8x3).map_err(|e| e.to_string())?;
-    let mut target = ImageView::new(side as u32, side as u32, PixelType::U8x3);
+        ImageRef::new(from.0, from.1, &image.pixels, PixelType::U8x3).map_err(|e| e.to_string())?;
+    let mut target = ImageView::new(width as u32, height as u32, PixelType::U8x3);
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear));
     Resizer::new()
         .resize(&source, &mut target, &options)
         .map_err(|e| e.to_string())?;
     Ok(Image {
-        width: side,
-        height: side,
+        width,
+        height,
         pixels: target.into_vec(),
     })
 }

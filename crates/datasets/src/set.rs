@@ -36,16 +36,21 @@ pub struct ChannelStats {
     pub std: [f32; 3],
 }
 
+/// Reads and decodes an image and brings it to its size.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::Decode`] with the path; [`Error::Config`] for a size that cannot be.
+pub fn open_image(path: &Path, resize: Resize) -> Result<Image> {
+    resize.apply(decode_file(path)?).map_err(Error::Config)
+}
+
 /// Reads and decodes all `samples`, in parallel, to one size.
 ///
 /// # Errors
 /// The first sample in order that fails: [`Error::Io`], [`Error::Decode`] or [`Error::Size`];
 /// [`Error::Config`] where there are no samples or too many pixels.
 pub fn decode_all(samples: &[Sample], classes: &[String], resize: Resize) -> Result<ImageSet> {
-    let load = |sample: &Sample| -> Result<Image> {
-        let image = decode_file(&sample.path)?;
-        resize.apply(image).map_err(Error::Config)
-    };
+    let load = |sample: &Sample| open_image(&sample.path, resize);
     let Some(first) = samples.first() else {
         return Err(Error::Config("a set without images".to_owned()));
     };

@@ -5,7 +5,7 @@ mod common;
 
 use std::time::Instant;
 
-use isqrt_datasets::{Augment, DataSet, Loader, LoaderConfig, Resize};
+use isqrt_datasets::{Augment, DataSet, Loader, LoaderConfig, Resize, open_image};
 
 /// Opens a set of `sizes` = (train, val, test) images in `classes` classes and checks its batches.
 fn open(name: &str, resize: Resize, classes: usize, sizes: (usize, usize, usize)) {
@@ -73,4 +73,39 @@ fn dtd10_needs_a_resize() {
             .to_string();
         assert!(error.contains("choose a resize"), "{error}");
     }
+}
+
+/// Eight crops that Pillow made with Resize(256) and CenterCrop(224).
+#[test]
+fn evaluation_crops_are_those_of_pillow() {
+    let Some(dir) = common::shared_data("imagenet_samples") else {
+        return;
+    };
+    let resize = Resize::Evaluation {
+        short: 256,
+        crop: 224,
+    };
+    let mut crops = 0;
+    let mut worst = 0;
+    for entry in std::fs::read_dir(dir.join("reference_crops")).unwrap() {
+        let reference = entry.unwrap().path();
+        let name = reference.file_name().unwrap().to_str().unwrap();
+        let stem = name.strip_suffix(".r256c224.png").unwrap();
+        let wnid = stem.split('_').next().unwrap();
+        let image = dir.join("train").join(wnid).join(format!("{stem}.JPEG"));
+        let found = open_image(&image, resize).unwrap();
+        let known = open_image(&reference, Resize::Keep).unwrap();
+        assert_eq!((found.width, found.height), (224, 224), "{name}");
+        assert_eq!((known.width, known.height), (224, 224), "{name}");
+        let off = found
+            .pixels
+            .iter()
+            .zip(&known.pixels)
+            .map(|(a, b)| a.abs_diff(*b));
+        worst = worst.max(off.max().unwrap());
+        crops += 1;
+    }
+    assert_eq!(crops, 8);
+    assert!(worst <= 2, "off by {worst} of 255");
+    eprintln!("evaluation crops: at most {worst} of 255 off");
 }

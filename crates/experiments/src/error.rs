@@ -1,6 +1,7 @@
 //! The one error type of this crate. Each message is a single line for a person: what was wrong,
 //! where, and what to do.
 
+use isqrt_models::hint;
 use std::path::PathBuf;
 
 /// Result with this crate's [`Error`].
@@ -105,20 +106,4 @@ impl Error {
 
 fn line_of(line: Option<usize>) -> String {
     line.map(|l| format!(":{l}")).unwrap_or_default()
-}
-
-/// A question after a message, if there is a name to ask for.
-pub(crate) fn hint(nearest: Option<&str>) -> String {
-    nearest
-        .map(|n| format!("; did you mean `{n}`?"))
-        .unwrap_or_default()
-}
-
-/// The known name closest to `name`, if any is close at all.
-pub(crate) fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<String> {
-    known
-        .map(|k| (strsim::jaro_winkler(name, k), k))
-        .filter(|(score, _)| *score > 0.7)
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .map(|(_, k)| k.to_owned())
 }

@@ -2,12 +2,14 @@
 
 use std::path::PathBuf;
 
+use crate::names::{hint, nearest};
+
 /// Errors of building and running networks.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// A name that is not in a registry.
-    #[error("there is no {what} called {name:?}; known are {known}")]
+    #[error("there is no {what} called {name:?}{}; known are {known}", hint(nearest(name, known.split(", ")).as_deref()))]
     Unknown {
         /// "backbone" or "representation".
         what: &'static str,

@@ -10,6 +10,7 @@ pub mod bench;
 pub mod checkpoint;
 mod classifier;
 mod error;
+mod names;
 mod network;
 mod options;
 mod representations;
@@ -18,6 +19,7 @@ pub use backbones::{BACKBONES, Backbone, BackboneEntry, BackboneSpec};
 pub use checkpoint::Layout;
 pub use classifier::ClassifierSpec;
 pub use error::{Error, Result};
+pub use names::{hint, nearest};
 pub use network::{ModelSpec, Network};
 pub use options::Options;
 pub use representations::{

@@ -161,6 +161,12 @@ impl Network {
         self.representation.forward(&self.features(x, mode)?, mode)
     }
 
+    /// Length of the representation.
+    #[must_use]
+    pub fn out_dim(&self) -> usize {
+        self.representation.out_dim()
+    }
+
     /// What it consists of.
     #[must_use]
     pub fn spec(&self) -> &ModelSpec {

@@ -481,11 +481,7 @@ fn our_files_tell_what_they_are() {
     checkpoint::save(&network(&spec, 1), &path, &record).unwrap();
     let file = Checkpoint::open(&path).unwrap();
     assert_eq!(checkpoint::model(&file).unwrap(), Some(spec));
-    assert_eq!(
-        checkpoint::preprocessing(&file).unwrap(),
-        record.preprocessing
-    );
-    assert_eq!(checkpoint::training(&file).unwrap(), record.training);
+    assert_eq!(checkpoint::record(&file).unwrap(), record);
     assert_eq!(checkpoint::model(&open("archive.pth")).unwrap(), None);
 
     // Nothing is left of a file that cannot be written.

@@ -1,5 +1,7 @@
 //! What can go wrong in training.
 
+use std::path::PathBuf;
+
 /// Errors of the training engine.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -48,6 +50,14 @@ pub enum Error {
     /// The network's answers left the numbers.
     #[error("the network's output is not finite: its weights diverged in training")]
     Output,
+    /// A file that cannot be written.
+    #[error("{}: cannot be written: {message}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        message: String,
+    },
     /// An error of the data.
     #[error(transparent)]
     Data(#[from] isqrt_datasets::Error),

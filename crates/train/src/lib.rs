@@ -8,11 +8,15 @@
 mod config;
 mod engine;
 mod error;
+mod feature_file;
 mod metrics;
 mod observer;
+mod predict;
 
 pub use config::{AugmentConfig, TrainConfig};
 pub use engine::{evaluate, train, train_network};
 pub use error::{Error, Result};
+pub use feature_file::FeatureFile;
 pub use metrics::{EpochMetrics, Evaluation, TrainResult};
 pub use observer::{Observer, Silent};
+pub use predict::{Prediction, predict};

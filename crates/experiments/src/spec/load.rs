@@ -6,9 +6,10 @@
 use super::{
     Experiment, FigureKind, HeadName, Measure, Row, check_decomposition_size, check_size, embedded,
 };
-use crate::error::{Error, Result, hint, nearest};
+use crate::error::{Error, Result};
 use isqrt_linalg::Schedule;
 use isqrt_models::BACKBONES;
+use isqrt_models::{hint, nearest};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 

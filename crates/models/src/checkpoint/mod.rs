@@ -2,8 +2,7 @@
 //!
 //! [`load`] takes a network's parameters and buffers from any of them; every name of the file and of
 //! the network is accounted for in its [`Report`]. [`save`] writes safetensors with the network's
-//! spec, the preprocessing and the training record, which [`model`] and [`preprocessing`] find
-//! again; [`export`] writes them under the names of another program.
+//! spec, the preprocessing and the training record, which [`model`] and [`record`] find again; [`export`] writes them under the names of another program.
 
 mod file;
 mod layout;
@@ -86,20 +85,15 @@ pub fn model(file: &Checkpoint) -> Result<Option<ModelSpec>> {
     told(file, MODEL)
 }
 
-/// The preprocessing that a file of ours tells of.
+/// What else a file of ours tells; nothing of a file of others.
 ///
 /// # Errors
 /// As [`model`].
-pub fn preprocessing(file: &Checkpoint) -> Result<Option<Preprocessing>> {
-    told(file, PREPROCESSING)
-}
-
-/// The training record that a file of ours has.
-///
-/// # Errors
-/// As [`model`].
-pub fn training(file: &Checkpoint) -> Result<Option<serde_json::Value>> {
-    told(file, TRAINING)
+pub fn record(file: &Checkpoint) -> Result<Record> {
+    Ok(Record {
+        preprocessing: told(file, PREPROCESSING)?,
+        training: told(file, TRAINING)?,
+    })
 }
 
 fn told<T: for<'de> Deserialize<'de>>(file: &Checkpoint, key: &str) -> Result<Option<T>> {

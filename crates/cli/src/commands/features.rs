@@ -1,0 +1,68 @@
+//! `isqrt features`: representations and logits of images in a file.
+
+use super::weights::{ImageArgs, WeightsArgs};
+use crate::output;
+use clap::Args;
+use isqrt_datasets::list_images;
+use isqrt_train::{FeatureFile, predict};
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// Write representations and logits of images
+///
+/// The file is safetensors, rows in the order of the images: `representation` (images x length, what
+/// the classifier sees), `logits` (images x classes), both f32, and `images`, the paths in UTF-8, one
+/// a line, as bytes. It is written row by row, so that memory does not grow with the images, and
+/// appears when it is whole.
+#[derive(Args)]
+#[command(after_help = "Example:
+  isqrt features --weights r50.safetensors --images photos --out photos.safetensors")]
+pub struct Features {
+    /// File with the weights: our own, or any that `isqrt convert` reads
+    #[arg(long, value_name = "FILE")]
+    weights: PathBuf,
+    #[command(flatten)]
+    model: WeightsArgs,
+    #[command(flatten)]
+    images: ImageArgs,
+    /// File to write
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+impl Features {
+    pub fn run(&self, json: bool) -> anyhow::Result<()> {
+        let images = list_images(&self.images.images)?;
+        let loaded = self.model.load(&self.weights)?;
+        let network = &loaded.network;
+        let preprocessing = self.images.preprocessing(&loaded.record);
+        let sizes = (network.out_dim(), network.spec().classes);
+        let start = Instant::now();
+        let mut file = FeatureFile::create(&self.out, &images, sizes)?;
+        let batch = usize::from(self.images.batch);
+        predict::<anyhow::Error>(network, &preprocessing, &images, batch, |batch| {
+            Ok(file.write(&batch)?)
+        })?;
+        file.finish()?;
+        let seconds = start.elapsed().as_secs_f64();
+        if json {
+            return output::json(&serde_json::json!({
+                "out": self.out,
+                "model": network.spec().short_name(),
+                "images": images.len(),
+                "representation": sizes.0,
+                "classes": sizes.1,
+                "seconds": seconds,
+            }));
+        }
+        output::line(&format!(
+            "wrote {}: {} images, {} values and {} logits each ({}, {} images/s)",
+            self.out.display(),
+            images.len(),
+            sizes.0,
+            sizes.1,
+            network.spec().short_name(),
+            output::show(images.len() as f64 / seconds)
+        ))
+    }
+}

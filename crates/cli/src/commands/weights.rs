@@ -1,0 +1,137 @@
+//! A network with weights from a file, as several commands take it.
+
+use anyhow::Context;
+use candle_core::{DType, Device};
+use clap::{Args, ValueEnum};
+use isqrt_models::checkpoint::{
+    self, Checkpoint, LoadOptions, Preprocessing, Record, Report, Triangle,
+};
+use isqrt_models::{ModelSpec, Network};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// What to make of a file of weights.
+#[derive(Args)]
+pub struct WeightsArgs {
+    /// Network: `resnet50`, `resnet50+isqrt`, or a TOML file with its spec; our own files tell it
+    #[arg(long, value_name = "NAME")]
+    model: Option<String>,
+    /// Outputs of the classifier [default: as many as the file has]
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    classes: Option<u32>,
+    /// Order of the covariance's triangle in the file, where it may have either
+    #[arg(long, value_enum)]
+    triangle: Option<Order>,
+    /// Take what fits and leave the rest at its initial values
+    #[arg(long)]
+    partial: bool,
+}
+
+/// The order of the entries of a symmetric matrix.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Order {
+    /// The authors' code since December 2018 (commit e68a5ee); ours
+    Upper,
+    /// The authors' code before; MatConvNet
+    Lower,
+}
+
+impl From<Order> for Triangle {
+    fn from(order: Order) -> Self {
+        match order {
+            Order::Upper => Self::Upper,
+            Order::Lower => Self::Lower,
+        }
+    }
+}
+
+/// A network with its weights.
+pub struct Loaded {
+    pub network: Network,
+    pub report: Report,
+    /// What the file tells of itself.
+    pub record: Record,
+}
+
+impl WeightsArgs {
+    /// Reads the weights; what found no place is told on standard error where `partial` allows it.
+    pub fn load(&self, path: &Path) -> anyhow::Result<Loaded> {
+        let file = Checkpoint::open(path)?;
+        let told = checkpoint::model(&file)?;
+        let mut spec = match (&self.model, told) {
+            (Some(name), told) => {
+                let mut spec = named(name)?;
+                let classes = checkpoint::classes(&file, &spec)?;
+                if let Some(classes) = classes.or(told.map(|spec| spec.classes)) {
+                    spec.classes = classes;
+                }
+                spec
+            }
+            (None, Some(spec)) => spec,
+            (None, None) => anyhow::bail!(
+                "{} does not tell which network it is of: say it with --model (`isqrt models` lists \
+                 the parts, `--model resnet50+isqrt` is a network)",
+                path.display()
+            ),
+        };
+        if let Some(classes) = self.classes {
+            spec.classes = classes as usize;
+        }
+        let mut network = Network::new(&spec, 0, DType::F32, &Device::Cpu)?;
+        let options = LoadOptions {
+            triangle: self.triangle.map(Triangle::from),
+            partial: self.partial,
+        };
+        let report = checkpoint::load_from(&mut network, &file, &options)?;
+        for line in report.lines() {
+            // Where standard error is closed there is nobody to tell.
+            let _ = writeln!(std::io::stderr(), "{line}");
+        }
+        Ok(Loaded {
+            network,
+            report,
+            record: checkpoint::record(&file)?,
+        })
+    }
+}
+
+/// The network of a short name or of a file.
+fn named(name: &str) -> anyhow::Result<ModelSpec> {
+    /// Where the file does not tell.
+    const CLASSES: usize = 1000;
+    if !name.ends_with(".toml") {
+        return Ok(ModelSpec::named(name, CLASSES)?);
+    }
+    let text = std::fs::read_to_string(name).with_context(|| format!("cannot read {name}"))?;
+    toml::from_str(&text).with_context(|| format!("{name} is no spec of a network"))
+}
+
+/// How images are made ready for a network.
+#[derive(Args)]
+pub struct ImageArgs {
+    /// An image, a folder of images, or a text file with one path a line
+    #[arg(long, value_name = "PATH")]
+    pub images: PathBuf,
+    /// Pixels of the short side [default: the file's, or 256]
+    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    resize: Option<u16>,
+    /// Side of the square cut out of its centre [default: the file's, or 224]
+    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    crop: Option<u16>,
+    /// Images at once
+    #[arg(long, value_name = "B", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..))]
+    pub batch: u16,
+}
+
+impl ImageArgs {
+    /// From the flags, the file, or what ImageNet is usually evaluated with.
+    pub fn preprocessing(&self, record: &Record) -> Preprocessing {
+        let told = record.preprocessing.unwrap_or(Preprocessing::IMAGENET);
+        let crop = self.crop.map_or(told.crop, usize::from);
+        Preprocessing {
+            resize: self.resize.map_or(told.resize.max(crop), usize::from),
+            crop,
+            ..told
+        }
+    }
+}

@@ -1,0 +1,19 @@
+//! The known name that a misspelt one may have meant.
+
+/// A question after a message, if there is a name to ask for.
+#[must_use]
+pub fn hint(nearest: Option<&str>) -> String {
+    nearest
+        .map(|n| format!("; did you mean `{n}`?"))
+        .unwrap_or_default()
+}
+
+/// The known name closest to `name`, if any is close at all.
+#[must_use]
+pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<String> {
+    known
+        .map(|k| (strsim::jaro_winkler(name, k), k))
+        .filter(|(score, _)| *score > 0.7)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, k)| k.to_owned())
+}

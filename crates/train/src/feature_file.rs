@@ -1,0 +1,150 @@
+//! A safetensors file of representations and logits, written row by row.
+
+use std::fs::File;
+use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use candle_core::Tensor;
+
+use crate::predict::Prediction;
+use crate::{Error, Result};
+
+/// A file in the making; it appears under its name when it is finished, and leaves nothing otherwise.
+#[derive(Debug)]
+pub struct FeatureFile {
+    path: PathBuf,
+    partial: PathBuf,
+    file: Option<BufWriter<File>>,
+    /// Rows, values a row of the representation, values a row of the logits.
+    sizes: (usize, usize, usize),
+    /// First byte of the two matrices.
+    starts: (u64, u64),
+}
+
+impl FeatureFile {
+    /// A file for so many images with rows of `(representation, logits)` values: f32 matrices of
+    /// these names, and `images`, the paths one a line in UTF-8, as bytes.
+    ///
+    /// # Errors
+    /// [`Error::File`] where it cannot be written.
+    pub fn create(path: &Path, images: &[PathBuf], sizes: (usize, usize)) -> Result<Self> {
+        let names: Vec<String> = images.iter().map(|p| p.display().to_string()).collect();
+        let names = names.join("\n").into_bytes();
+        let sizes = (images.len(), sizes.0, sizes.1);
+        let bytes = |columns: usize| sizes.0.checked_mul(columns).and_then(|n| n.checked_mul(4));
+        let (Some(first), Some(second)) = (bytes(sizes.1), bytes(sizes.2)) else {
+            return Err(failed(path, "more values than a file can hold".to_owned()));
+        };
+        let ends = (first, first + second);
+        let matrix = |columns: usize, from: usize, to: usize| {
+            format!(
+                r#"{{"dtype":"F32","shape":[{},{columns}],"data_offsets":[{from},{to}]}}"#,
+                sizes.0
+            )
+        };
+        let mut header = format!(
+            r#"{{"representation":{},"logits":{},"images":{{"dtype":"U8","shape":[{}],"data_offsets":[{},{}]}}}}"#,
+            matrix(sizes.1, 0, ends.0),
+            matrix(sizes.2, ends.0, ends.1),
+            names.len(),
+            ends.1,
+            ends.1 + names.len()
+        );
+        // The values start at a multiple of eight.
+        while header.len() % 8 != 0 {
+            header.push(' ');
+        }
+        let start = 8 + header.len() as u64;
+        let mut partial = path.as_os_str().to_owned();
+        partial.push(format!(".{}.partial", std::process::id()));
+        let partial = PathBuf::from(partial);
+        let file = File::create(&partial).map_err(|e| failed(path, e.to_string()))?;
+        let mut this = Self {
+            path: path.to_owned(),
+            partial,
+            file: Some(BufWriter::new(file)),
+            sizes,
+            starts: (start, start + first as u64),
+        };
+        this.at(0, &(header.len() as u64).to_le_bytes())?;
+        this.at(8, header.as_bytes())?;
+        this.at(start + ends.1 as u64, &names)?;
+        Ok(this)
+    }
+
+    /// Writes the rows of a batch.
+    ///
+    /// # Errors
+    /// [`Error::File`] where the disk is full, for one.
+    pub fn write(&mut self, batch: &Prediction) -> Result<()> {
+        let (rows, first, second) = self.sizes;
+        let count = batch.logits.dims()[0];
+        if batch.first + count > rows {
+            return Err(failed(
+                &self.path,
+                format!("is for {rows} images, not more"),
+            ));
+        }
+        for (values, columns, start) in [
+            (&batch.representation, first, self.starts.0),
+            (&batch.logits, second, self.starts.1),
+        ] {
+            let bytes = little_endian(values)?;
+            if bytes.len() != count * columns * 4 {
+                return Err(failed(
+                    &self.path,
+                    format!("is for rows of {columns} values"),
+                ));
+            }
+            self.at(start + (batch.first * columns * 4) as u64, &bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the file its name.
+    ///
+    /// # Errors
+    /// [`Error::File`] where it cannot be completed.
+    pub fn finish(mut self) -> Result<()> {
+        let file = self.file.take();
+        let done = file.map_or(Ok(()), |mut file| {
+            file.flush()?;
+            file.get_ref().sync_all()?;
+            std::fs::rename(&self.partial, &self.path)
+        });
+        done.map_err(|e| {
+            // The first error is the one to report.
+            let _ = std::fs::remove_file(&self.partial);
+            failed(&self.path, e.to_string())
+        })
+    }
+
+    fn at(&mut self, place: u64, bytes: &[u8]) -> Result<()> {
+        let written = self.file.as_mut().map_or(Ok(()), |file| {
+            file.seek(SeekFrom::Start(place))?;
+            file.write_all(bytes)
+        });
+        written.map_err(|e| failed(&self.path, e.to_string()))
+    }
+}
+
+impl Drop for FeatureFile {
+    fn drop(&mut self) {
+        if self.file.take().is_some() {
+            // An error came before: half a file is of no use.
+            let _ = std::fs::remove_file(&self.partial);
+        }
+    }
+}
+
+fn little_endian(values: &Tensor) -> Result<Vec<u8>> {
+    let values = values.flatten_all()?.to_vec1::<f32>()?;
+    Ok(values.into_iter().flat_map(f32::to_le_bytes).collect())
+}
+
+fn failed(path: &Path, message: String) -> Error {
+    Error::File {
+        path: path.to_owned(),
+        message,
+    }
+}
