@@ -108,14 +108,14 @@ fn line_of(line: Option<usize>) -> String {
 }
 
 /// A question after a message, if there is a name to ask for.
-pub(crate) fn hint(nearest: Option<&str>) -> String {
+pub fn hint(nearest: Option<&str>) -> String {
     nearest
         .map(|n| format!("; did you mean `{n}`?"))
         .unwrap_or_default()
 }
 
 /// The known name closest to `name`, if any is close at all.
-pub(crate) fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<String> {
+pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<String> {
     known
         .map(|k| (strsim::jaro_winkler(name, k), k))
         .filter(|(score, _)| *score > 0.7)

@@ -23,4 +23,4 @@ pub mod run;
 pub mod spec;
 pub mod stats;
 
-pub use error::{Error, Result};
+pub use error::{Error, Result, hint, nearest};

@@ -25,6 +25,14 @@ pub enum Error {
     /// A classifier needs classes.
     #[error("a network needs at least 1 class, got 0")]
     Classes,
+    /// An image that a network is not described for.
+    #[error("images of 1 to {largest} pixels a side can be described, got {size}")]
+    ImageSize {
+        /// The side asked for.
+        size: usize,
+        /// The largest one.
+        largest: usize,
+    },
     /// An error of a training op or of parameters.
     #[error(transparent)]
     Nn(#[from] isqrt_nn::Error),

@@ -7,12 +7,14 @@
 
 mod backbones;
 pub mod bench;
+mod describe;
 mod error;
 mod network;
 mod options;
 mod representations;
 
 pub use backbones::{BACKBONES, Backbone, BackboneEntry, BackboneSpec};
+pub use describe::{Description, Stage};
 pub use error::{Error, Result};
 pub use network::{ModelSpec, Network};
 pub use options::Options;

@@ -66,7 +66,7 @@ impl Network {
     /// # Errors
     /// Where the images do not fit or features are not finite.
     pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        Ok(self.classifier.forward(&self.represent(x, mode)?)?)
+        self.classify(&self.represent(x, mode)?)
     }
 
     /// Feature maps of images, before pooling.
@@ -82,7 +82,17 @@ impl Network {
     /// # Errors
     /// As [`forward`](Self::forward).
     pub fn represent(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        self.representation.forward(&self.features(x, mode)?, mode)
+        self.pool(&self.features(x, mode)?, mode)
+    }
+
+    /// Representation of feature maps.
+    pub(crate) fn pool(&self, features: &Tensor, mode: Mode) -> Result<Tensor> {
+        self.representation.forward(features, mode)
+    }
+
+    /// Logits of representations.
+    pub(crate) fn classify(&self, values: &Tensor) -> Result<Tensor> {
+        Ok(self.classifier.forward(values)?)
     }
 
     /// What it consists of.
