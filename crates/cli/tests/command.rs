@@ -52,6 +52,9 @@ fn every_command_has_help_with_an_example() {
         &["bench", "network", "--help"],
         &["report", "--help"],
         &["models", "--help"],
+        &["convert", "--help"],
+        &["features", "--help"],
+        &["classify", "--help"],
     ] {
         let output = isqrt(dir.path(), words);
         assert!(output.status.success());
@@ -92,7 +95,19 @@ fn wrong_input_is_one_clear_line() {
         &["expected auto, cpu or cuda:N"],
     );
     fails(&["report", "."], &["holds no run"]);
-    fails(&["models", "resnet9000"], &["resnet9000", "e10net"]);
+    fails(
+        &["models", "resnet50x"],
+        &["\"resnet50x\"", "did you mean `resnet50`?"],
+    );
+    fails(
+        &["models", "resnet50+isqr"],
+        &["\"isqr\"", "did you mean `isqrt`?"],
+    );
+    fails(&["models", "isqrt"], &["pooling head", "resnet50+isqrt"]);
+    fails(
+        &["models", "e10net", "--size", "0"],
+        &["1 to 2048", "got 0"],
+    );
     fails(
         &["iterations", "--features", "none.safetensors"],
         &["none.safetensors"],
@@ -384,4 +399,42 @@ fn bench_network_times_a_step_and_its_ops() {
         text.contains("training step") && text.contains("images/s"),
         "{text}"
     );
+}
+
+#[test]
+fn models_lists_the_registry_or_the_stages_of_one_network() {
+    let dir = scratch();
+    let run = |words: &[&str]| {
+        let output = isqrt(dir.path(), words);
+        assert!(output.status.success(), "{}", err(&output));
+        out(&output)
+    };
+    let list = run(&["models"]);
+    assert!(
+        list.contains("resnet50") && list.contains("isqrt"),
+        "{list}"
+    );
+
+    let words = ["models", "resnet18+isqrt", "--size", "64", "--classes", "7"];
+    let text = run(&words);
+    assert!(
+        text.starts_with("resnet18+isqrt, last_stride = 1, reduction = 256; 7 classes"),
+        "{text}"
+    );
+    let text = run(&[&words[..], &["--json"]].concat());
+    let rows: Vec<serde_json::Value> = text
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    let (total, stages) = rows.split_last().unwrap();
+    assert_eq!(total["stage"], "total");
+    assert_eq!(stages.last().unwrap()["stage"], "classifier");
+    assert_eq!(
+        stages.last().unwrap()["parameters"],
+        7 * (256 * 257 / 2 + 1)
+    );
+    for key in ["parameters", "multiply_adds", "activation_bytes"] {
+        let sum: u64 = stages.iter().map(|s| s[key].as_u64().unwrap()).sum();
+        assert_eq!(total[key], sum, "{key}");
+    }
 }

@@ -26,6 +26,9 @@ pub enum Error {
         /// What is wrong with them.
         message: String,
     },
+    /// A pooling head where a network was asked for.
+    #[error("{0:?} is a pooling head: name a backbone with it, `resnet50+{0}` for example")]
+    HeadAlone(String),
     /// A classifier needs classes.
     #[error("a network needs at least 1 class, got 0")]
     Classes,
@@ -36,6 +39,14 @@ pub enum Error {
         path: PathBuf,
         /// What is wrong with it.
         message: String,
+    },
+    /// An image that a network is not described for.
+    #[error("images of 1 to {largest} pixels a side can be described, got {size}")]
+    ImageSize {
+        /// The side asked for.
+        size: usize,
+        /// The largest one.
+        largest: usize,
     },
     /// An error of a training op or of parameters.
     #[error(transparent)]

@@ -51,14 +51,18 @@ impl ModelSpec {
     /// take the reduction; all others get a linear classifier.
     ///
     /// # Errors
-    /// [`Error::Unknown`] with the names that there are.
+    /// [`Error::Unknown`] with the names that there are; [`Error::HeadAlone`] for a head's name.
     pub fn named(name: &str, classes: usize) -> Result<Self> {
         let (backbone, head) = match name.split_once('+') {
             Some((backbone, head)) => (backbone, Some(head)),
             None => (name, None),
         };
         let mut backbone = BackboneSpec::new(backbone);
-        let entry = backbone.entry()?;
+        let is_head = RepresentationSpec::new(name).entry().is_ok();
+        let entry = backbone.entry().map_err(|error| match is_head {
+            true => Error::HeadAlone(name.to_owned()),
+            false => error,
+        })?;
         let own = entry.own_head();
         let (representation, hidden) = match head {
             Some(head) if head != own.name => {
@@ -158,7 +162,12 @@ impl Network {
     /// # Errors
     /// As [`forward`](Self::forward).
     pub fn represent(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        self.representation.forward(&self.features(x, mode)?, mode)
+        self.pool(&self.features(x, mode)?, mode)
+    }
+
+    /// Representation of feature maps.
+    pub(crate) fn pool(&self, features: &Tensor, mode: Mode) -> Result<Tensor> {
+        self.representation.forward(features, mode)
     }
 
     /// Length of the representation.

@@ -65,6 +65,14 @@ fn every_combination_builds_differentiates_saves_and_loads() {
                 );
             }
 
+            // Each parameter belongs to a layer that ran, in one stage.
+            let description = first.describe(images.dim(3).unwrap()).unwrap();
+            assert_eq!(
+                description.total().parameters,
+                first.vars().parameter_count(),
+                "{name}"
+            );
+
             let path = folder.path().join("network.safetensors");
             first.save(&path).unwrap();
             let mut second = network(&spec, 8);

@@ -1,12 +1,15 @@
 //! Layers that own parameters or a place in the network: an op of [`crate::ops`] with its weights,
 //! or with its stream of random numbers.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 
 use crate::blocked::conv_norm_of;
 use crate::checkpoint::Aside;
 use crate::error::shape_error;
 use crate::ops::{self, BatchNorm as Norm, Conv, MaskKey};
+use crate::record::{note, note_op};
 use crate::vars::Source;
 use crate::{Error, Init, Mode, Result, Scope};
 
@@ -15,6 +18,7 @@ pub use crate::checkpoint::GradientCheckpoint;
 /// A convolution with a square kernel, without or with bias.
 #[derive(Debug, Clone)]
 pub struct Conv2d {
+    path: Arc<str>,
     weight: Tensor,
     bias: Option<Tensor>,
     options: Conv,
@@ -75,6 +79,7 @@ impl Conv2d {
         let weight = scope.parameter("weight", &shape, weight)?;
         let bias = bias.map(|init| scope.parameter("bias", &[outputs], init));
         Ok(Self {
+            path: scope.name(),
             weight,
             bias: bias.transpose()?,
             options,
@@ -88,7 +93,9 @@ impl Conv2d {
     /// As there.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (bias, aside) = (self.bias.as_ref(), Some(&self.aside));
-        ops::conv2d_of(x, &self.weight, bias, self.options, aside)
+        let y = ops::conv2d_of(x, &self.weight, bias, self.options, aside)?;
+        self.note(&y);
+        Ok(y)
     }
 
     /// See [`ops::conv2d_into_blocks`].
@@ -97,13 +104,31 @@ impl Conv2d {
     /// As there.
     pub fn forward_into_blocks(&self, x: &Tensor) -> Result<Tensor> {
         let (bias, aside) = (self.bias.as_ref(), Some(&self.aside));
-        ops::into_blocks_of(x, &self.weight, bias, self.options, aside)
+        let y = ops::into_blocks_of(x, &self.weight, bias, self.options, aside)?;
+        self.note(&y);
+        Ok(y)
+    }
+
+    /// For the record of a pass, where one is made.
+    fn note(&self, y: &Tensor) {
+        note("conv2d", y, || {
+            let (weight, bias) = (self.weight.elem_count(), self.bias.as_ref());
+            let products = y.elem_count() as u64 * (weight / self.outputs().max(1)) as u64;
+            let parameters = weight + bias.map_or(0, Tensor::elem_count);
+            (Arc::clone(&self.path), parameters, products)
+        });
+    }
+
+    /// Channels of the result.
+    fn outputs(&self) -> usize {
+        self.weight.dims()[0]
     }
 }
 
 /// Batch normalisation with its scale, shift and running statistics.
 #[derive(Debug, Clone)]
 pub struct BatchNorm2d {
+    path: Arc<str>,
     weight: Tensor,
     bias: Tensor,
     norm: Norm,
@@ -117,6 +142,7 @@ impl BatchNorm2d {
     /// [`crate::Error::Duplicate`] where the scope has such names already.
     pub fn new(mut scope: Scope<'_>, channels: usize, relu: bool) -> Result<Self> {
         Ok(Self {
+            path: scope.name(),
             weight: scope.parameter("weight", &[channels], Init::Constant(1.0))?,
             bias: scope.parameter("bias", &[channels], Init::Constant(0.0))?,
             norm: Norm {
@@ -134,7 +160,17 @@ impl BatchNorm2d {
     /// # Errors
     /// As there.
     pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        ops::batch_norm(x, &self.weight, &self.bias, &self.norm, mode)
+        let y = ops::batch_norm(x, &self.weight, &self.bias, &self.norm, mode)?;
+        self.note(&y);
+        Ok(y)
+    }
+
+    /// For the record of a pass, where one is made.
+    fn note(&self, y: &Tensor) {
+        note("batch_norm", y, || {
+            let parameters = self.weight.elem_count() + self.bias.elem_count();
+            (Arc::clone(&self.path), parameters, 0)
+        });
     }
 }
 
@@ -169,7 +205,7 @@ impl ConvNorm {
     /// Channels of the result.
     #[must_use]
     pub fn outputs(&self) -> usize {
-        self.conv.weight.dims()[0]
+        self.conv.outputs()
     }
 
     /// Convolution, normalisation, ReLU.
@@ -181,7 +217,11 @@ impl ConvNorm {
             let (conv, norm) = (&self.conv, &self.norm);
             let affine = (&norm.weight, &norm.bias);
             let (norm, aside) = ((&norm.norm, mode), Some(&conv.aside));
-            return conv_norm_of(x, &conv.weight, conv.options, affine, norm, aside);
+            let y = conv_norm_of(x, &conv.weight, conv.options, affine, norm, aside)?;
+            // One node, but the convolution's output is kept as well.
+            conv.note(&y);
+            self.norm.note(&y);
+            return Ok(y);
         }
         self.norm.forward(&self.conv.forward(x)?, mode)
     }
@@ -198,6 +238,7 @@ impl ConvNorm {
 /// A linear layer with bias.
 #[derive(Debug, Clone)]
 pub struct Linear {
+    path: Arc<str>,
     weight: Tensor,
     bias: Tensor,
     aside: Aside,
@@ -212,6 +253,7 @@ impl Linear {
     pub fn new(mut scope: Scope<'_>, inputs: usize, outputs: usize) -> Result<Self> {
         let bound = 1.0 / (inputs.max(1) as f64).sqrt();
         Ok(Self {
+            path: scope.name(),
             weight: scope.parameter("weight", &[outputs, inputs], Init::UniformFanIn)?,
             bias: scope.parameter("bias", &[outputs], Init::Uniform(bound))?,
             aside: scope.aside(),
@@ -223,7 +265,13 @@ impl Linear {
     /// # Errors
     /// As there.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::linear_of(x, &self.weight, &self.bias, Some(&self.aside))
+        let y = ops::linear_of(x, &self.weight, &self.bias, Some(&self.aside))?;
+        note("linear", &y, || {
+            let (weight, bias) = (self.weight.elem_count(), self.bias.elem_count());
+            let products = y.dims()[0] as u64 * weight as u64;
+            (Arc::clone(&self.path), weight + bias, products)
+        });
+        Ok(y)
     }
 }
 
@@ -267,6 +315,8 @@ impl Dropout {
             }
         };
         let (seed, layer) = (*seed, *layer);
-        ops::dropout(x, self.p, MaskKey { seed, layer, step }, mode)
+        let y = ops::dropout(x, self.p, MaskKey { seed, layer, step }, mode)?;
+        note_op("dropout", &y);
+        Ok(y)
     }
 }

@@ -17,6 +17,7 @@ mod mode;
 pub mod ops;
 mod optim;
 mod philox;
+mod record;
 mod schedule;
 mod vars;
 
@@ -27,5 +28,6 @@ pub use optim::{
     AdamW, AdamWConfig, Decay, Ema, Optimizer, ParamGroup, Sgd, SgdConfig, clip_grad_norm,
     clip_grad_value,
 };
+pub use record::{LayerRecord, record};
 pub use schedule::Schedule;
 pub use vars::{Buffer, Scope, Vars};

@@ -234,6 +234,11 @@ impl Scope<'_> {
         })
     }
 
+    /// The name of this place, for records of a forward pass.
+    pub(crate) fn name(&self) -> Arc<str> {
+        self.prefix.as_str().into()
+    }
+
     /// The number of the pass, as layers see it.
     pub(crate) fn step(&self) -> Step {
         self.vars.step.clone()

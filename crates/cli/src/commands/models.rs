@@ -1,43 +1,97 @@
-//! `isqrt models`: the registry.
+//! `isqrt models`: the registry, and what one network consists of.
 
 use crate::output;
+use candle_core::{DType, Device};
 use clap::Args;
-use isqrt_models::{BACKBONES, REPRESENTATIONS};
+use isqrt_models::{BACKBONES, ModelSpec, Network, REPRESENTATIONS, Stage};
+use serde_json::json;
 
-/// List backbones and pooling heads
+/// List backbones and pooling heads, or the stages of one network
 #[derive(Args)]
-#[command(after_help = "Example:\n  isqrt models --json")]
+#[command(after_help = "Example:\n  isqrt models resnet50+isqrt --classes 200")]
 pub struct Models {
-    /// Show only this one
+    /// A backbone with its own head, or `backbone+representation`: show its stages
     name: Option<String>,
+    /// Side of the images
+    #[arg(long, value_name = "PIXELS", default_value_t = 224, requires = "name")]
+    size: usize,
+    /// Outputs of the classifier
+    #[arg(long, value_name = "K", default_value_t = 1000, requires = "name",
+          value_parser = clap::value_parser!(u32).range(1..=50_000))]
+    classes: u32,
 }
 
 impl Models {
     pub fn run(&self, json: bool) -> anyhow::Result<()> {
-        let backbones = BACKBONES.iter().map(|b| ("backbone", b.name(), b.about()));
-        let heads = REPRESENTATIONS
-            .iter()
-            .map(|r| ("representation", r.name(), r.about()));
-        let mut all: Vec<_> = backbones.chain(heads).collect();
-        if let Some(name) = &self.name {
-            let names: Vec<&str> = all.iter().map(|m| m.1).collect();
-            if !names.contains(&name.as_str()) {
-                anyhow::bail!(
-                    "there is no model part `{name}`; there are {}",
-                    names.join(", ")
-                );
-            }
-            all.retain(|m| m.1 == name);
+        match &self.name {
+            Some(name) => self.describe(name, json),
+            None => list(json),
         }
+    }
+
+    fn describe(&self, name: &str, json: bool) -> anyhow::Result<()> {
+        let spec = ModelSpec::named(name, self.classes as usize)?;
+        let network = Network::new(&spec, 0, DType::F32, &Device::Cpu)?;
+        let description = network.describe(self.size)?;
+        let total = description.total();
         if json {
-            for (kind, name, about) in all {
-                output::json(&serde_json::json!({ "kind": kind, "name": name, "about": about }))?;
+            for stage in description.stages.iter().chain([&total]) {
+                output::json(&json!({
+                    "model": name,
+                    "size": self.size,
+                    "stage": stage.name,
+                    "shape": stage.shape,
+                    "parameters": stage.parameters,
+                    "multiply_adds": stage.multiply_adds,
+                    "activation_bytes": stage.activation_bytes,
+                }))?;
             }
             return Ok(());
         }
-        let rows = all
-            .into_iter()
-            .map(|(kind, name, about)| vec![kind.to_owned(), name.to_owned(), about.to_owned()]);
-        output::table(&["kind", "name", "about"], rows.collect(), 3)
+        let options = serde_json::to_value(&spec.backbone.options)?;
+        let options = options.as_object().into_iter().flatten();
+        let options: String = options.map(|(k, v)| format!(", {k} = {v}")).collect();
+        output::line(&format!(
+            "{}{options}; {} classes; one image of {size}x{size}",
+            spec.short_name(),
+            spec.classes,
+            size = self.size,
+        ))?;
+        let rows = description.stages.iter().chain([&total]).map(row).collect();
+        let head = [
+            "stage",
+            "output",
+            "parameters",
+            "multiply-adds (M)",
+            "activations (MiB)",
+        ];
+        output::table(&head, rows, 2)
     }
+}
+
+fn row(stage: &Stage) -> Vec<String> {
+    let shape: Vec<String> = stage.shape.iter().map(ToString::to_string).collect();
+    vec![
+        stage.name.clone(),
+        shape.join("x"),
+        stage.parameters.to_string(),
+        format!("{:.1}", stage.multiply_adds as f64 / 1e6),
+        format!("{:.2}", stage.activation_bytes as f64 / f64::from(1 << 20)),
+    ]
+}
+
+fn list(json: bool) -> anyhow::Result<()> {
+    let backbones = BACKBONES.iter().map(|b| ("backbone", b.name(), b.about()));
+    let heads = REPRESENTATIONS
+        .iter()
+        .map(|r| ("representation", r.name(), r.about()));
+    let all = backbones.chain(heads);
+    if json {
+        for (kind, name, about) in all {
+            output::json(&json!({ "kind": kind, "name": name, "about": about }))?;
+        }
+        return Ok(());
+    }
+    let rows = all.map(|(kind, name, about)| vec![kind.into(), name.into(), about.into()]);
+    output::table(&["kind", "name", "about"], rows.collect(), 3)
 }

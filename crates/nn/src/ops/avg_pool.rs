@@ -13,6 +13,7 @@ use super::window::Windows;
 use super::{Pool, dims4};
 use crate::Result;
 use crate::element::{Element, dispatch, lane_sums, read, values};
+use crate::record::note_op;
 
 /// Mean of each window; padding counts as zeros unless `count_include_pad` is off.
 ///
@@ -27,7 +28,9 @@ pub fn avg_pool2d(x: &Tensor, window: impl Into<Pool>) -> Result<Tensor> {
         windows: Windows::new("avg_pool2d", x, pool)?,
         count_include_pad: pool.count_include_pad,
     };
-    Ok(x.contiguous()?.apply_op1(op)?)
+    let y = x.contiguous()?.apply_op1(op)?;
+    note_op("avg_pool2d", &y);
+    Ok(y)
 }
 
 /// Mean of each of `rows x columns` windows that share the plane out as evenly as they can: window
@@ -48,7 +51,9 @@ pub fn adaptive_avg_pool2d(x: &Tensor, output: (usize, usize)) -> Result<Tensor>
         windows,
         count_include_pad: false,
     };
-    Ok(x.contiguous()?.apply_op1(op)?)
+    let y = x.contiguous()?.apply_op1(op)?;
+    note_op("adaptive_avg_pool2d", &y);
+    Ok(y)
 }
 
 /// Mean of each plane: `(batch, channels, height, width)` to `(batch, channels)`.
@@ -61,7 +66,9 @@ pub fn global_avg_pool(x: &Tensor) -> Result<Tensor> {
         plane: height * width,
         shape: Shape::from((batch, channels)),
     };
-    Ok(x.contiguous()?.apply_op1(op)?)
+    let y = x.contiguous()?.apply_op1(op)?;
+    note_op("global_avg_pool", &y);
+    Ok(y)
 }
 
 struct AvgPool {

@@ -14,6 +14,7 @@ use rayon::prelude::*;
 
 use super::dims4;
 use crate::element::{Element, Unwritten, dispatch, read, values, vectorised, with_scratch};
+use crate::record::note_op;
 use crate::{Error, Result};
 
 /// Options of a local response normalisation. Note that α is divided by the size.
@@ -84,7 +85,9 @@ pub fn local_response_norm(x: &Tensor, norm: LocalResponseNorm) -> Result<Tensor
         channels,
         plane: height * width,
     };
-    Ok(x.contiguous()?.apply_op1(op)?)
+    let y = x.contiguous()?.apply_op1(op)?;
+    note_op("local_response_norm", &y);
+    Ok(y)
 }
 
 struct LrnOp {

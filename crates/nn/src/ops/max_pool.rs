@@ -16,6 +16,7 @@ use super::window::Windows;
 use crate::Result;
 use crate::blocked::Lanes;
 use crate::element::{Element, dispatch, read, values, vectorised};
+use crate::record::note_op;
 
 /// Maximum of each window. Padding never wins.
 ///
@@ -32,7 +33,9 @@ pub fn max_pool2d(x: &Tensor, window: impl Into<Pool>) -> Result<Tensor> {
         windows: Windows::of_any_layout("max_pool2d", x, window.into())?,
         winners: OnceLock::new(),
     };
-    Ok(x.contiguous()?.apply_op1(op)?)
+    let y = x.contiguous()?.apply_op1(op)?;
+    note_op("max_pool2d", &y);
+    Ok(y)
 }
 
 struct MaxPool {

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 use crate::Result;
 use crate::element::{Element, dispatch, read, values};
 use crate::error::shape_error;
+use crate::record::note_op;
 
 /// Values that one task works through.
 const BLOCK: usize = 1 << 14;
@@ -17,7 +18,9 @@ const BLOCK: usize = 1 << 14;
 /// # Errors
 /// Where `x` is not f32 or f64 on the CPU.
 pub fn relu(x: &Tensor) -> Result<Tensor> {
-    Ok(x.contiguous()?.apply_op1(Relu)?)
+    let y = x.contiguous()?.apply_op1(Relu)?;
+    note_op("relu", &y);
+    Ok(y)
 }
 
 /// `max(x + shortcut, 0)`: the end of a residual block.
@@ -35,8 +38,11 @@ pub fn add_relu(x: &Tensor, shortcut: &Tensor) -> Result<Tensor> {
             ),
         );
     }
-    Ok(x.contiguous()?
-        .apply_op2(&shortcut.contiguous()?, AddRelu)?)
+    let y = x
+        .contiguous()?
+        .apply_op2(&shortcut.contiguous()?, AddRelu)?;
+    note_op("add_relu", &y);
+    Ok(y)
 }
 
 pub(super) fn clip<T: Element>(value: T) -> T {
