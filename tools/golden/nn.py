@@ -46,6 +46,8 @@ CONVOLUTIONS = [
     ((2, 16, 5, 6), (16, 16, 3, 3), (1, 1), (1, 1), (1, 1), 1, True),
     ((1, 16, 6, 7), (32, 16, 3, 3), (2, 2), (2, 2), (2, 2), 1, False),
     ((1, 32, 5, 6), (32, 16, 3, 1), (1, 2), (1, 0), (1, 1), 2, True),
+    ((1, 16, 6, 5), (16, 1, 3, 3), (1, 1), (1, 1), (1, 1), 16, True),
+    ((1, 16, 7, 6), (16, 1, 3, 3), (2, 2), (1, 1), (1, 1), 16, False),
 ]
 
 
@@ -210,6 +212,14 @@ def adaptive_pooling(record):
         record(f"adaptive_avg_pool2d.{name}", x, lambda x: F.adaptive_avg_pool2d(x, size))
 
 
+def activations(record):
+    """At both kinks too, and NaN-free."""
+    x = 4 * torch.randn(2, 2, 5, 4)
+    x[0, 0, 0] = torch.tensor([0.0, 6.0, -0.0, 7.0])
+    record("relu6.6", x, F.relu6)
+    record("channel_shuffle.2", torch.randn(2, 6, 3, 2), lambda x: F.channel_shuffle(x, 2))
+
+
 def main():
     torch.manual_seed(20180618)
     torch.set_default_dtype(torch.float64)
@@ -233,6 +243,7 @@ def main():
     initialisers(tensors)
     convolutions(tensors)
     adaptive_pooling(record)
+    activations(record)
 
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(HERE.read_bytes()).hexdigest()

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Makes crates/models/tests/golden/{torchvision,curve,curve_f32}.safetensors of torchvision's networks.
+"""Makes crates/models/tests/golden/{torchvision,curve,curve_f32}.safetensors of torchvision's networks
+and of a few modules written here.
 
 The weights are too many to keep. Both sides compute them (and the images) from the names: value i
 of the tensor `name` is a hash of (name, i), exactly the same number in Python and in Rust
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import alexnet, resnet, vgg
+from torchvision.models import alexnet, mobilenet_v2, resnet, shufflenet_v2_x1_0, vgg
 
 HERE = pathlib.Path(__file__).resolve()
 TARGET = HERE.parents[2] / "crates/models/tests/golden/torchvision.safetensors"
@@ -78,15 +79,124 @@ class SecondOrder(nn.Module):
 
 
 class Pooled(nn.Module):
-    """The features of a VGG without the last max-pooling, pooled by the mean."""
+    """Features pooled by the mean."""
 
-    def __init__(self, net):
+    def __init__(self, features, channels):
         super().__init__()
-        self.features = net.features[:-1]
-        self.fc = nn.Linear(512, CLASSES)
+        self.features = features
+        self.fc = nn.Linear(channels, CLASSES)
 
     def forward(self, x):
         return self.fc(self.features(x).mean((2, 3)))
+
+
+def paper_alexnet():
+    """The convolutions of the authors' MatConvNet network, without the last pooling."""
+    layers = []
+    for inputs, outputs, kernel, stride, padding, groups, pooled in [
+        (3, 96, 11, 4, 0, 1, True),
+        (96, 256, 5, 1, 2, 2, True),
+        (256, 384, 3, 1, 1, 1, False),
+        (384, 384, 3, 1, 1, 2, False),
+        (384, 256, 3, 1, 1, 2, False),
+    ]:
+        layers += [nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups)]
+        layers += [nn.BatchNorm2d(outputs), nn.ReLU()] + [nn.MaxPool2d(3, 2)] * pooled
+    return nn.Sequential(*layers)
+
+
+class Shuffled(nn.Module):
+    """ShuffleNetV2 whose last stage keeps the resolution, with a reduction, pooled by the mean."""
+
+    def __init__(self, net, channels):
+        super().__init__()
+        for name, child in net.named_children():
+            if name != "fc":
+                self.add_module(name, child)
+        unit = self.stage4[0]
+        unit.branch1[0].stride = (1, 1)
+        unit.branch2[3].stride = (1, 1)
+        self.layer_reduce = nn.Conv2d(1024, channels, 1, bias=False)
+        self.layer_reduce_bn = nn.BatchNorm2d(channels)
+        self.fc = nn.Linear(channels, CLASSES)
+
+    def forward(self, x):
+        x = self.maxpool(self.conv1(x))
+        x = self.conv5(self.stage4(self.stage3(self.stage2(x))))
+        x = torch.relu(self.layer_reduce_bn(self.layer_reduce(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+class PreBlock(nn.Module):
+    """Norm and ReLU before each convolution; shapes are (outputs, kernel, stride)."""
+
+    def __init__(self, inputs, shapes):
+        super().__init__()
+        self.count, channels = len(shapes), inputs
+        for i, (outputs, kernel, stride) in enumerate(shapes, 1):
+            setattr(self, f"bn{i}", nn.BatchNorm2d(channels))
+            setattr(self, f"conv{i}", nn.Conv2d(channels, outputs, kernel, stride, kernel // 2, bias=False))
+            channels = outputs
+        stride = max(stride for _, _, stride in shapes)
+        changes = stride != 1 or inputs != channels
+        self.downsample = nn.Conv2d(inputs, channels, 1, stride, bias=False) if changes else None
+
+    def forward(self, x):
+        y = torch.relu(self.bn1(x))
+        shortcut = x if self.downsample is None else self.downsample(y)
+        for i in range(1, self.count + 1):
+            if i > 1:
+                y = torch.relu(getattr(self, f"bn{i}")(y))
+            y = getattr(self, f"conv{i}")(y)
+        return y + shortcut
+
+
+class SmallResNet(nn.Module):
+    """For images of 32 pixels: torchvision's basic blocks, or blocks that normalise first."""
+
+    def __init__(self, kind, depth, last_stride=2, stem_stride=1, reduction=None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, stem_stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16) if kind == "basic" else None
+        channels = 16
+        for stage, (width, first) in enumerate(((16, 1), (32, 2), (64, last_stride)), 1):
+            blocks = []
+            for i in range(depth):
+                stride = first if i == 0 else 1
+                if kind == "basic":
+                    change = None
+                    if stride != 1 or channels != width:
+                        change = nn.Sequential(
+                            nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+                        )
+                    blocks.append(resnet.BasicBlock(channels, width, stride, change))
+                    channels = width
+                elif kind == "pre_basic":
+                    blocks.append(PreBlock(channels, [(width, 3, stride), (width, 3, 1)]))
+                    channels = width
+                else:
+                    shapes = [(width, 1, 1), (width, 3, stride), (4 * width, 1, 1)]
+                    blocks.append(PreBlock(channels, shapes))
+                    channels = 4 * width
+            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+        self.bn = None if kind == "basic" else nn.BatchNorm2d(channels)
+        self.layer_reduce = None
+        if reduction:
+            self.layer_reduce = nn.Conv2d(channels, reduction, 1, bias=False)
+            self.layer_reduce_bn = nn.BatchNorm2d(reduction)
+            channels = reduction
+        self.fc = nn.Linear(channels, CLASSES)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        if self.bn1 is not None:
+            x = torch.relu(self.bn1(x))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        if self.bn is not None:
+            x = torch.relu(self.bn(x))
+        if self.layer_reduce is not None:
+            x = torch.relu(self.layer_reduce_bn(self.layer_reduce(x)))
+        return self.fc(x.mean((2, 3)))
 
 
 def calm(net):
@@ -155,15 +265,24 @@ def main():
     networks = {
         "resnet18": resnet.resnet18(num_classes=CLASSES),
         "resnet50": SecondOrder(resnet.resnet50(num_classes=CLASSES), 32),
-        "vgg16": Pooled(vgg.vgg16(init_weights=False)),
-        "vgg16_bn": Pooled(vgg.vgg16_bn(init_weights=False)),
+        "vgg16": Pooled(vgg.vgg16(init_weights=False).features[:-1], 512),
+        "vgg16_bn": Pooled(vgg.vgg16_bn(init_weights=False).features[:-1], 512),
         "vgg16_fc": narrow(vgg.vgg16(init_weights=False, dropout=0.0), (0, 3, 6)),
         "alexnet_fc": narrow(alexnet(dropout=0.0), (1, 4, 6)),
+        "alexnet_bn": Pooled(paper_alexnet(), 256),
+        "vgg11_bn": Pooled(vgg.vgg11_bn(init_weights=False).features[:-1], 512),
+        "mobilenet_v2": Pooled(mobilenet_v2().features, 1280),
+        "shufflenet_v2_x1_0": Shuffled(shufflenet_v2_x1_0(), 256),
+        "resnet20": SmallResNet("basic", 3),
+        "preresnet20": SmallResNet("pre_basic", 3),
+        "preresnet164": SmallResNet("pre_bottleneck", 18, last_stride=1, stem_stride=2, reduction=24),
     }
     for key, net in networks.items():
         net = net.double()
         fill(net)
-        shape = (2, 3, 72, 96) if key == "alexnet_fc" else (2, 3, 48, 64)
+        sides = {"alexnet": (72, 96), "resnet20": (16, 24)}
+        sides |= {"preresnet20": (16, 24), "preresnet164": (16, 24)}
+        shape = (2, 3, *sides.get(key.removesuffix("_fc").removesuffix("_bn"), (48, 64)))
         x = uniform("images", shape).requires_grad_(True)
         logits = net(x)
         loss = nn.functional.cross_entropy(logits, torch.tensor([0, 1]))

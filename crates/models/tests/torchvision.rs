@@ -1,11 +1,12 @@
-//! The ResNets and VGG-16 against torchvision: parameter counts, shapes, and values from equal weights.
+//! The backbones against torchvision, and the small ResNets against a PyTorch module of their own:
+//! parameter counts, shapes, and values from equal weights.
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{DType, Device, Tensor, Var};
 use isqrt_models::{BackboneSpec, ModelSpec, Network, RepresentationSpec};
 use isqrt_nn::ops::cross_entropy;
 use isqrt_nn::{Decay, Mode, Optimizer, Sgd, SgdConfig};
-use isqrt_testkit::{Golden, assert_close, randn};
+use isqrt_testkit::{Golden, assert_close, hashed, randn, relative_error};
 
 fn spec(backbone: BackboneSpec, head: &str, classes: usize) -> ModelSpec {
     ModelSpec::new(backbone, RepresentationSpec::new(head), classes)
@@ -24,29 +25,52 @@ fn parameter_counts_are_those_of_torchvision_and_of_the_authors() {
         ("resnet50", 25_557_032),
         ("resnet101", 44_549_160),
         ("resnet152", 60_192_808),
+        ("mobilenet_v2", 3_504_872),
+        ("shufflenet_v2_x1_0", 2_278_604),
     ] {
         let network = network(name.into(), "gap", 1000);
         assert_eq!(network.vars().parameter_count(), count, "{name}");
     }
     for (name, count) in [
         ("alexnet", 61_100_840),
-        ("vgg16", 138_357_544),
-        ("vgg16_bn", 138_365_992),
+        // The sizes of the released weights: mpncovresnet50, mpncovresnet101, mpncovvgg16_bn.
+        ("resnet50+isqrt", 56_929_832),
+        ("resnet101+isqrt", 75_921_960),
+        ("vgg16_bn+isqrt", 170_479_144),
     ] {
         let spec = ModelSpec::named(name, 1000).unwrap();
         let network = Network::new(&spec, 1, DType::F32, &Device::Cpu).unwrap();
         assert_eq!(network.vars().parameter_count(), count, "{name}");
     }
     // Without torchvision's three linear layers: 5 classes on 512 channels instead.
-    for (name, count) in [("vgg16", 14_714_688), ("vgg16_bn", 14_723_136)] {
+    let linear = 4096 * (512 * 49 + 1) + 4096 * 4097 + 1000 * 4097;
+    for (name, count) in [
+        ("vgg11", 132_863_336),
+        ("vgg11_bn", 132_868_840),
+        ("vgg13", 133_047_848),
+        ("vgg13_bn", 133_053_736),
+        ("vgg16", 138_357_544),
+        ("vgg16_bn", 138_365_992),
+        ("vgg19", 143_667_240),
+        ("vgg19_bn", 143_678_248),
+    ] {
         let network = network(name.into(), "gap", 5);
-        assert_eq!(network.vars().parameter_count(), count + 5 * 513, "{name}");
+        let found = network.vars().parameter_count() - 5 * 513 + linear;
+        assert_eq!(found, count, "{name}");
     }
-    // The sizes of the released weights, mpncovresnet50 and mpncovresnet101.
-    for (name, count) in [("resnet50", 56_929_832), ("resnet101", 75_921_960)] {
-        let backbone = BackboneSpec::second_order(name).unwrap();
-        let network = network(backbone, "isqrt", 1000);
-        assert_eq!(network.vars().parameter_count(), count, "{name} with iSQRT");
+    // Section 4.2 of He et al. 2016 gives 0.27, 0.46, 0.66, 0.85 and 1.7 million for 10 classes, with
+    // shortcuts without parameters: less those of two 1x1 convolutions and their norms.
+    let shortcuts = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64;
+    for (name, count) in [
+        ("resnet20", 269_722),
+        ("resnet32", 464_154),
+        ("resnet44", 658_586),
+        ("resnet56", 853_018),
+        ("resnet110", 1_727_962),
+    ] {
+        let network = network(name.into(), "gap", 10);
+        let found = network.vars().parameter_count() - shortcuts;
+        assert_eq!(found, count, "{name}");
     }
 }
 
@@ -66,6 +90,27 @@ fn the_last_stage_keeps_the_resolution_for_covariance_heads() {
                 .with("reduction", 32),
             [1, 32, 4, 6],
         ),
+        (BackboneSpec::new("preresnet20"), [1, 64, 16, 24]),
+        (
+            BackboneSpec::second_order("resnet20")
+                .unwrap()
+                .with("stem_stride", 2),
+            [1, 64, 16, 24],
+        ),
+        (
+            BackboneSpec::second_order("preresnet164").unwrap(),
+            [1, 128, 32, 48],
+        ),
+        (BackboneSpec::new("mobilenet_v2"), [1, 1280, 2, 3]),
+        (
+            BackboneSpec::second_order("mobilenet_v2").unwrap(),
+            [1, 256, 4, 6],
+        ),
+        (BackboneSpec::new("shufflenet_v2_x1_0"), [1, 1024, 2, 3]),
+        (
+            BackboneSpec::second_order("shufflenet_v2_x1_0").unwrap(),
+            [1, 256, 4, 6],
+        ),
     ] {
         let network = network(backbone, "gap", 2);
         let features = network.features(&x, Mode::Eval).unwrap();
@@ -73,19 +118,14 @@ fn the_last_stage_keeps_the_resolution_for_covariance_heads() {
     }
 }
 
-/// In [-1, 1), the same numbers as `uniform` of tools/golden/torchvision_nets.py.
-fn uniform(name: &str, shape: &[usize]) -> Tensor {
-    let seed = name.bytes().fold(0xCBF2_9CE4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01B3)
-    });
-    let value = |i: u64| {
-        let mut z = seed.wrapping_add((i + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 52) as f64 - 1.0
-    };
-    let count = shape.iter().product::<usize>() as u64;
-    Tensor::from_vec((0..count).map(value).collect(), shape, &Device::Cpu).unwrap()
+/// 13x13x256, as in the authors' code.
+#[test]
+fn alexnet_of_the_paper_has_its_positions() {
+    let backbone = BackboneSpec::second_order("alexnet_bn").unwrap();
+    let network = network(backbone, "gap", 2);
+    let x = randn((1, 3, 227, 227), 1, DType::F32).unwrap();
+    let features = network.features(&x, Mode::Eval).unwrap();
+    assert_eq!(features.dims(), [1, 256, 13, 13]);
 }
 
 /// torchvision's name of one of our parameters, where the head is `gap`.
@@ -115,7 +155,7 @@ fn foreign_of_fc(name: &str, first: usize) -> String {
 fn fill(network: &Network, foreign: impl Fn(&str) -> String) {
     for (name, var) in network.vars().parameters() {
         let name = foreign(name);
-        let values = uniform(&name, var.dims());
+        let values = hashed(&name, var.dims());
         let (scale, shift) = match var.dims() {
             [_, fan @ ..] if !fan.is_empty() => {
                 ((3.0 / fan.iter().product::<usize>() as f64).sqrt(), 0.0)
@@ -146,6 +186,9 @@ fn values_and_gradients_are_those_of_torchvision_with_equal_weights() {
         spec
     };
     let pooled = |backbone| spec(backbone, "gap", 5);
+    let shuffled = BackboneSpec::second_order("shufflenet_v2_x1_0").unwrap();
+    let preact = BackboneSpec::second_order("preresnet164").unwrap();
+    let preact = preact.with("reduction", 24).with("stem_stride", 2);
     for (key, spec, side) in [
         ("resnet18", pooled("resnet18".into()), [48, 64]),
         ("resnet50", pooled(surgery), [48, 64]),
@@ -153,15 +196,32 @@ fn values_and_gradients_are_those_of_torchvision_with_equal_weights() {
         ("vgg16_bn", pooled(vgg("vgg16_bn")), [48, 64]),
         ("vgg16_fc", whole("vgg16"), [48, 64]),
         ("alexnet_fc", whole("alexnet"), [72, 96]),
+        ("alexnet_bn", pooled(vgg("alexnet_bn")), [72, 96]),
+        ("vgg11_bn", pooled(vgg("vgg11_bn")), [48, 64]),
+        ("mobilenet_v2", pooled("mobilenet_v2".into()), [48, 64]),
+        ("shufflenet_v2_x1_0", pooled(shuffled), [48, 64]),
+        ("resnet20", pooled("resnet20".into()), [16, 24]),
+        ("preresnet20", pooled("preresnet20".into()), [16, 24]),
+        ("preresnet164", pooled(preact), [16, 24]),
     ] {
         let foreign = |name: &str| match key {
             "vgg16_fc" => foreign_of_fc(name, 0),
             "alexnet_fc" => foreign_of_fc(name, 1),
             _ => foreign(name),
         };
+        // Blocks are wider in f32: other channels fill them.
+        let network = Network::new(&spec, 1, DType::F32, &Device::Cpu).unwrap();
+        fill(&network, foreign);
+        let x = hashed("images", &[2, 3, side[0], side[1]]);
+        network.vars().set_step(0);
+        let logits = network.forward(&x.to_dtype(DType::F32).unwrap(), Mode::Train);
+        let known = &golden[&format!("{key}.train")];
+        let error = relative_error(&logits.unwrap(), known).unwrap();
+        assert!(error < 1e-3, "{key} in f32: {error}");
+
         let network = Network::new(&spec, 1, DType::F64, &Device::Cpu).unwrap();
         fill(&network, foreign);
-        let x = Var::from_tensor(&uniform("images", &[2, 3, side[0], side[1]])).unwrap();
+        let x = Var::from_tensor(&hashed("images", &[2, 3, side[0], side[1]])).unwrap();
         network.vars().set_step(0);
         let logits = network.forward(&x, Mode::Train).unwrap();
         assert_close!(
@@ -178,12 +238,12 @@ fn values_and_gradients_are_those_of_torchvision_with_equal_weights() {
             let found = gradients.get(var.as_tensor()).unwrap();
             let known: Vec<f64> = golden[&format!("{key}.gradient.{name}")].to_vec1().unwrap();
             let norm = scalar(&found.sqr().unwrap().sum_all().unwrap()).sqrt();
-            let probe = uniform(&format!("{name}.probe"), var.dims());
+            let probe = hashed(&format!("{name}.probe"), var.dims());
             let product = scalar(&(found * probe).unwrap().sum_all().unwrap());
             // Their product with the probe is a sum with cancellation.
             let bound = 1e-8 * known[0] * (var.elem_count() as f64).sqrt();
-            if key == "vgg16_bn" && name.ends_with("bias") && norm < 1e-12 && known[0] < 1e-12 {
-                // A bias before batch norm: zero but for rounding, on both sides.
+            if name.ends_with("bias") && norm < 1e-12 && known[0] < 1e-12 {
+                // A bias whose effect batch norm takes away: zero but for rounding, on both sides.
                 continue;
             }
             assert!(
@@ -223,13 +283,13 @@ fn follow(network: &Network, known: &[f64], lr: f64, batch: u32, within: impl Fn
         decay: Decay::All,
     };
     let mut optimiser = Sgd::new(vars, config).unwrap();
-    let brightness = uniform("classes", &[5, 3, 1, 1]);
+    let brightness = hashed("classes", &[5, 3, 1, 1]);
     assert_eq!(known.len(), 20);
     for (step, &known) in known.iter().enumerate() {
         let labels: Vec<u32> = (0..batch).map(|i| (3 * step as u32 + i) % 5).collect();
         let own = Tensor::new(labels.as_slice(), &Device::Cpu).unwrap();
         let own = brightness.index_select(&own, 0).unwrap();
-        let images = uniform(&format!("batch {step}"), &[batch as usize, 3, 64, 64]);
+        let images = hashed(&format!("batch {step}"), &[batch as usize, 3, 64, 64]);
         let images = images.broadcast_add(&own).unwrap();
         let images = images.to_dtype(vars.dtype()).unwrap();
         let logits = network.forward(&images, Mode::Train).unwrap();

@@ -196,6 +196,36 @@ impl ConvNorm {
         relu: bool,
     ) -> Result<Self> {
         let options = Conv::new(stride, kernel / 2);
+        Self::build(scope, names, (inputs, outputs), kernel, options, relu)
+    }
+
+    /// The same, each channel alone: a depthwise convolution.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn depthwise(
+        scope: &mut Scope<'_>,
+        names: (&str, &str),
+        channels: usize,
+        kernel: usize,
+        stride: usize,
+        relu: bool,
+    ) -> Result<Self> {
+        let options = Conv {
+            groups: channels,
+            ..Conv::new(stride, kernel / 2)
+        };
+        Self::build(scope, names, (channels, channels), kernel, options, relu)
+    }
+
+    fn build(
+        scope: &mut Scope<'_>,
+        names: (&str, &str),
+        (inputs, outputs): (usize, usize),
+        kernel: usize,
+        options: Conv,
+        relu: bool,
+    ) -> Result<Self> {
         Ok(Self {
             conv: Conv2d::new(scope.sub(names.0), inputs, outputs, kernel, options)?,
             norm: BatchNorm2d::new(scope.sub(names.1), outputs, relu)?,
@@ -232,6 +262,22 @@ impl ConvNorm {
     /// As there.
     pub fn forward_into_blocks(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
         self.norm.forward(&self.conv.forward_into_blocks(x)?, mode)
+    }
+
+    /// The same of maps in either layout: blocked where the channels of the result fill blocks, else
+    /// plain. For networks in which only some do.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_in_any_layout(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        match (
+            ops::is_blocked(x),
+            ops::can_block(self.outputs(), x.dtype()),
+        ) {
+            (false, true) => self.forward_into_blocks(x, mode),
+            (true, false) => self.forward(&ops::unblock(x)?, mode),
+            _ => self.forward(x, mode),
+        }
     }
 }
 

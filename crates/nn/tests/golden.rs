@@ -3,8 +3,8 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use isqrt_nn::ops::{
-    Conv, LocalResponseNorm, Pool, adaptive_avg_pool2d, avg_pool2d, block, can_block, conv2d,
-    cross_entropy, local_response_norm, max_pool2d, unblock,
+    Conv, LocalResponseNorm, Pool, adaptive_avg_pool2d, avg_pool2d, block, can_block,
+    channel_shuffle, conv2d, cross_entropy, local_response_norm, max_pool2d, relu6, unblock,
 };
 use isqrt_nn::{
     AdamW, AdamWConfig, Decay, Ema, Init, Optimizer, ParamGroup, Result, Schedule, Sgd, SgdConfig,
@@ -44,11 +44,20 @@ fn agrees(op: &str, cases: usize, layer: impl Fn(&Tensor, &[f64]) -> Result<Tens
 }
 
 #[test]
+fn relu6_and_channel_shuffle_agree_with_pytorch() {
+    agrees("relu6", 1, |x, _| relu6(x));
+    agrees("channel_shuffle", 1, |x, _| {
+        let halves = x.chunk(2, 1)?;
+        channel_shuffle(&halves[0], &halves[1])
+    });
+}
+
+#[test]
 fn conv2d_agrees_with_pytorch() {
     let golden = golden();
     let names = golden.names().filter_map(|n| n.strip_suffix(".y"));
     let names: Vec<&str> = names.filter(|n| n.starts_with("conv2d.")).collect();
-    assert_eq!(names.len(), 9);
+    assert_eq!(names.len(), 11);
     let (f64s, f32s) = ((DType::F64, 1e-12), (DType::F32, 1e-5));
     for (name, (dtype, tolerance)) in names.iter().flat_map(|&n| [(n, f64s), (n, f32s)]) {
         let options = name["conv2d.".len()..].split('-');

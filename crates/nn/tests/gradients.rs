@@ -3,9 +3,10 @@
 
 use candle_core::{DType, Device, Tensor};
 use isqrt_nn::ops::{
-    BatchNorm, Conv, LocalResponseNorm, MaskKey, Pool, Window, adaptive_avg_pool2d, add_relu,
-    avg_pool2d, batch_norm, block, conv_norm, conv2d, conv2d_into_blocks, cross_entropy, dropout,
-    global_avg_pool, linear, local_response_norm, max_pool2d, relu, unblock,
+    BatchNorm, Conv, LocalResponseNorm, MaskKey, Pool, Window, adaptive_avg_pool2d, add, add_relu,
+    avg_pool2d, batch_norm, block, channel_shuffle, conv_norm, conv2d, conv2d_into_blocks,
+    cross_entropy, dropout, global_avg_pool, linear, local_response_norm, max_pool2d, relu, relu6,
+    unblock,
 };
 use isqrt_nn::{Buffer, Mode};
 use isqrt_testkit::{Gradcheck, gradcheck, randn};
@@ -79,6 +80,8 @@ fn conv2d_with_dilation_groups_bias_and_relu() {
         ([2, 6, 3, 4], [3, 2, 1, 1], grouped(3, Conv::new(1, 0))),
         ([2, 16, 5, 4], [16, 8, 3, 3], grouped(2, Conv::new(2, 1))),
         ([2, 16, 4, 4], [16, 4, 3, 3], grouped(4, Conv::new(1, 1))),
+        ([2, 16, 4, 5], [16, 1, 3, 3], grouped(16, Conv::new(1, 1))),
+        ([1, 16, 5, 6], [16, 1, 3, 3], grouped(16, Conv::new(2, 1))),
     ]
     .into_iter()
     .enumerate()
@@ -431,4 +434,13 @@ fn a_residual_block_end_to_end() {
             0.1,
         )
     });
+}
+
+#[test]
+fn relu6_sums_and_channel_shuffle() {
+    // From -12.7 to 12.8, so both kinks are passed.
+    check(&[apart(&[2, 2, 8, 8], 1)], |t| relu6(&t[0]));
+    let inputs = [random(&[2, 3, 2, 4], 2), random(&[2, 3, 2, 4], 3)];
+    check(&inputs, |t| add(&t[0], &t[1]));
+    check(&inputs, |t| channel_shuffle(&t[0], &t[1]));
 }

@@ -6,7 +6,7 @@ use isqrt_nn::layers::Dropout;
 use isqrt_nn::ops::{
     BatchNorm, Conv, LocalResponseNorm, MaskKey, Pool, Window, avg_pool2d, batch_norm, block,
     conv_norm, conv2d, cross_entropy, dropout, global_avg_pool, linear, local_response_norm,
-    max_pool2d, relu, unblock,
+    max_pool2d, relu, relu6, unblock,
 };
 use isqrt_nn::{Buffer, Decay, Init, Mode, Optimizer, Sgd, SgdConfig, Vars};
 use isqrt_testkit::{assert_close, randn};
@@ -267,7 +267,8 @@ fn nan_is_not_swallowed() {
         stride: 2,
         padding: 0,
     };
-    for y in [max_pool2d(&x, window).unwrap(), relu(&x).unwrap()] {
+    let clipped = [relu(&x).unwrap(), relu6(&x).unwrap()];
+    for y in clipped.into_iter().chain([max_pool2d(&x, window).unwrap()]) {
         let values = y.flatten_all().unwrap().to_vec1::<f64>().unwrap();
         assert!(values.iter().any(|v| v.is_nan()));
     }
@@ -498,6 +499,11 @@ fn blocked_ops_do_not_depend_on_threads() {
 
 fn blocked_ops_on_threads(x: &Tensor) {
     let w = randn(&[48, 16, 3, 3], 2, DType::F32).unwrap();
+    let alone = randn(&[48, 1, 3, 3], 3, DType::F32).unwrap();
+    let depthwise = Conv {
+        groups: 48,
+        ..Conv::new(1, 1)
+    };
     let one = Tensor::ones(48, DType::F32, &Device::Cpu).unwrap();
     let options = Conv::new(1, 1);
     let window = Window {
@@ -508,7 +514,7 @@ fn blocked_ops_on_threads(x: &Tensor) {
     let run = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
         pool.unwrap().install(|| {
-            let (x, w) = (Var::from_tensor(x).unwrap(), Var::from_tensor(&w).unwrap());
+            let [x, w, alone] = [x, &w, &alone].map(|t| Var::from_tensor(t).unwrap());
             let buffer = || Buffer::new(one.clone());
             let norm = BatchNorm {
                 running_mean: buffer(),
@@ -518,14 +524,15 @@ fn blocked_ops_on_threads(x: &Tensor) {
             };
             let y = block(&x).unwrap();
             let y = conv_norm(&y, &w, options, (&one, &one), &norm, Mode::Train).unwrap();
+            let y = conv2d(&y, &alone, None, depthwise).unwrap();
             let y = unblock(&max_pool2d(&y, window).unwrap()).unwrap();
             let gradients = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
             let bits = |t: &Tensor| -> Vec<u32> {
                 let values = t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
                 values.into_iter().map(f32::to_bits).collect()
             };
-            let [dx, dw] = [&x, &w].map(|v| bits(gradients.get(v.as_tensor()).unwrap()));
-            [bits(&y), dx, dw]
+            let gradient = |v: &Var| bits(gradients.get(v.as_tensor()).unwrap());
+            [bits(&y), gradient(&x), gradient(&w), gradient(&alone)]
         })
     };
     let first = run(1);

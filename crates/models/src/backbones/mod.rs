@@ -3,9 +3,12 @@
 mod alexnet;
 mod chain;
 mod e10net;
+mod mobilenet;
 mod reduction;
 mod residual;
 mod resnet;
+mod shufflenet;
+mod small_resnet;
 mod tinyresnet;
 mod vgg;
 
@@ -77,9 +80,27 @@ pub const BACKBONES: &[&dyn BackboneEntry] = &[
     &resnet::RESNET50,
     &resnet::RESNET101,
     &resnet::RESNET152,
+    &small_resnet::RESNET20,
+    &small_resnet::RESNET32,
+    &small_resnet::RESNET44,
+    &small_resnet::RESNET56,
+    &small_resnet::RESNET110,
+    &small_resnet::PRERESNET20,
+    &small_resnet::PRERESNET56,
+    &small_resnet::PRERESNET110,
+    &small_resnet::PRERESNET164,
     &alexnet::ALEXNET,
+    &alexnet::ALEXNET_BN,
+    &vgg::VGG11,
+    &vgg::VGG11_BN,
+    &vgg::VGG13,
+    &vgg::VGG13_BN,
     &vgg::VGG16,
     &vgg::VGG16_BN,
+    &vgg::VGG19,
+    &vgg::VGG19_BN,
+    &mobilenet::MOBILENET_V2,
+    &shufflenet::SHUFFLENET_V2_X1_0,
 ];
 
 /// A backbone by name with its options: in TOML `backbone = "resnet50"` or

@@ -3,10 +3,13 @@
 
 use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
-use isqrt_nn::ops::{can_block, unblock};
+use isqrt_nn::ops::{is_blocked, unblock};
 use isqrt_nn::{Mode, Scope};
 
 use crate::{Error, Result};
+
+/// Channels beyond any use, whose weights still fit into memory.
+const MOST: usize = 1 << 16;
 
 /// The reduction of the backbone `name` from `channels` to `reduction` ones, if it is wanted, and
 /// the channels after it.
@@ -19,10 +22,10 @@ pub(super) fn reduce(
     let Some(reduced) = reduction else {
         return Ok((None, channels));
     };
-    if reduced == 0 {
+    if !(1..=MOST).contains(&reduced) {
         return Err(Error::Options {
             name: name.to_owned(),
-            message: "reduction needs at least 1 channel".to_owned(),
+            message: format!("reduction needs at least 1 channel and at most {MOST}"),
         });
     }
     let (names, shape) = (("layer_reduce", "layer_reduce_bn"), (channels, reduced));
@@ -30,13 +33,25 @@ pub(super) fn reduce(
     Ok((Some(layer), reduced))
 }
 
-/// Blocked maps through the reduction, if there is one, to plain ones.
+/// Maps in either layout through the reduction, if there is one, to plain ones.
 pub(super) fn leave_blocks(x: &Tensor, reduce: Option<&ConvNorm>, mode: Mode) -> Result<Tensor> {
-    match reduce {
-        Some(reduce) if can_block(reduce.outputs(), x.dtype()) => {
-            Ok(unblock(&reduce.forward(x, mode)?)?)
-        }
-        Some(reduce) => Ok(reduce.forward(&unblock(x)?, mode)?),
-        None => Ok(unblock(x)?),
+    let x = match reduce {
+        Some(reduce) => reduce.forward_in_any_layout(x, mode)?,
+        None => x.clone(),
+    };
+    match is_blocked(&x) {
+        true => Ok(unblock(&x)?),
+        false => Ok(x),
     }
+}
+
+/// Checks a stride that is an option of the backbone `name`.
+pub(super) fn check_stride(name: &str, key: &str, stride: usize) -> Result<()> {
+    if (1..=2).contains(&stride) {
+        return Ok(());
+    }
+    Err(Error::Options {
+        name: name.to_owned(),
+        message: format!("{key} must be 1 or 2"),
+    })
 }

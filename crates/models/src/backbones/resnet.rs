@@ -15,11 +15,11 @@ use isqrt_nn::ops::{Window, max_pool2d};
 use isqrt_nn::{Mode, Scope};
 use serde::Deserialize;
 
-use super::reduction::{leave_blocks, reduce};
+use super::reduction::{check_stride, leave_blocks, reduce};
 use super::residual::Block;
 use super::{Backbone, BackboneEntry, Options};
 use crate::checkpoint::Triangle;
-use crate::{Error, Layout, Result};
+use crate::{Layout, Result};
 
 pub(super) const RESNET18: Entry = entry("resnet18", Kind::Basic, [2, 2, 2, 2]);
 pub(super) const RESNET34: Entry = entry("resnet34", Kind::Basic, [3, 4, 6, 3]);
@@ -137,12 +137,7 @@ impl BackboneEntry for Entry {
             reduction,
             checkpoint,
         } = options.read(self.name)?;
-        if !(1..=2).contains(&last_stride) {
-            return Err(Error::Options {
-                name: self.name.to_owned(),
-                message: "last_stride must be 1 or 2".to_owned(),
-            });
-        }
+        check_stride(self.name, "last_stride", last_stride)?;
 
         let stem = ConvNorm::new(&mut scope, ("conv1", "bn1"), (3, 64), 7, 2, true)?;
         let (block, expansion): (MakeBlock, usize) = match self.kind {

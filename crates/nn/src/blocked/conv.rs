@@ -8,13 +8,16 @@
 //! there each thread owns weights, so nothing is added up between threads. Weights are packed into
 //! blocks once a call. In f32 most convolutions of stride 1 with a 3x3 kernel go through
 //! [`Winograd`] instead.
+//!
+//! A depthwise convolution (as many groups as channels) is the same with a panel for a group and a
+//! weight for each channel of it in place of a matrix.
 
 use rayon::prelude::*;
 use std::borrow::Cow;
 
 use super::kernel::{Correlate, Gather, Isa, Lanes};
 use super::winograd::Winograd;
-use crate::element::Unwritten;
+use crate::element::{Unwritten, transpose};
 use crate::ops::{ConvAxis, ConvShapes as Shapes};
 
 /// Output pixels that share a pass over the weights: several small images together.
@@ -41,10 +44,29 @@ impl Padded {
 }
 
 impl Shapes {
-    /// Panels of channels in and out, of each group.
+    /// Panels of channels in and out, of each [part](Self::parts).
     pub(super) fn panels(&self) -> (usize, usize) {
+        if self.is_depthwise() {
+            return (1, 1);
+        }
         let width = self.lanes * self.groups;
         (self.channels.0 / width, self.channels.1 / width)
+    }
+
+    /// Panels that see each other: groups, or in a depthwise convolution each panel alone.
+    fn parts(&self) -> usize {
+        match self.is_depthwise() {
+            true => self.channels.0 / self.lanes,
+            false => self.groups,
+        }
+    }
+
+    /// Weights of a tap of one panel with another.
+    fn block(&self) -> usize {
+        match self.is_depthwise() {
+            true => self.lanes,
+            false => self.lanes * self.lanes,
+        }
     }
 
     fn input(&self) -> (usize, usize) {
@@ -94,8 +116,8 @@ pub(crate) fn forward<T: Lanes>(
     let source = shapes.source();
     let (inputs, outputs) = shapes.panels();
     let taps = shapes.tap_places();
-    let block = T::WIDTH * T::WIDTH;
-    let weight = pack(shapes, weight, false);
+    let block = shapes.block();
+    let weight = pack_any(shapes, weight, false);
     let mut pixels = Vec::with_capacity(shapes.pixels());
     for y in 0..shapes.rows.output {
         for x in 0..shapes.columns.output {
@@ -111,17 +133,18 @@ pub(crate) fn forward<T: Lanes>(
         }
     }
     let pass = Pass {
-        x_group: inputs * source.plane() * T::WIDTH,
+        x_part: inputs * source.plane() * T::WIDTH,
         weight: &weight,
         weight_panel: inputs * taps.len() * block,
         y_panel: shapes.pixels() * T::WIDTH,
         y_panels: outputs,
-        groups: shapes.groups,
+        parts: shapes.parts(),
+        depthwise: shapes.is_depthwise(),
         bias,
         relu,
     };
     let mut y = Unwritten::new(shapes.batch * shapes.out_image());
-    let images = shapes.images(pass.x_group * shapes.groups);
+    let images = shapes.images(pass.x_part * pass.parts);
     let x = x.chunks(images * shapes.image());
     for (x, y) in x.zip(y.places().chunks_mut(images * shapes.out_image())) {
         let x = pad(x, shapes.input(), source);
@@ -152,15 +175,16 @@ pub(crate) fn input_gradient<T: Lanes>(
         top: reach.0,
         left: reach.1,
     };
-    let weight = pack(shapes, weight, true);
-    let block = T::WIDTH * T::WIDTH;
+    let weight = pack_any(shapes, weight, true);
+    let block = shapes.block();
     let pass = Pass {
-        x_group: outputs * source.plane() * T::WIDTH,
+        x_part: outputs * source.plane() * T::WIDTH,
         weight: &weight,
         weight_panel: outputs * shapes.taps() * block,
         y_panel: rows.input * columns.input * T::WIDTH,
         y_panels: inputs,
-        groups: shapes.groups,
+        parts: shapes.parts(),
+        depthwise: shapes.is_depthwise(),
         bias: None,
         relu: false,
     };
@@ -201,7 +225,7 @@ pub(crate) fn input_gradient<T: Lanes>(
         }
     }
     let mut dx = Unwritten::new(shapes.batch * shapes.image());
-    let images = shapes.images(pass.x_group * shapes.groups);
+    let images = shapes.images(pass.x_part * pass.parts);
     let dy = dy.chunks(images * shapes.out_image());
     for (dy, dx) in dy.zip(dx.places().chunks_mut(images * shapes.image())) {
         let dy = pad(dy, shapes.output(), source);
@@ -224,7 +248,7 @@ pub(crate) fn weight_gradient<T: Lanes>(
         return winograd.weight_gradient(x, dy, isa);
     }
     let Shapes { rows, columns, .. } = *shapes;
-    let (inputs, outputs) = shapes.panels();
+    let ((inputs, outputs), parts) = (shapes.panels(), shapes.parts());
     let (w, taps) = (T::WIDTH, shapes.tap_places());
     let source = shapes.source();
     // At stride 1 all rows of an image are one run, if the output has the source's width;
@@ -244,18 +268,19 @@ pub(crate) fn weight_gradient<T: Lanes>(
     let x_panel = source.plane() * w;
     let dy_panel = target.plane() * w;
     let step = columns.stride * w;
-    let block = taps.len() * w * w;
-    let mut dw = vec![T::ZERO; shapes.groups * inputs * outputs * block];
+    let tap_block = shapes.block();
+    let block = taps.len() * tap_block;
+    let mut dw = vec![T::ZERO; parts * inputs * outputs * block];
     // Panels of outputs that go together lie beside each other: [outputs][inputs][taps].
     let together = outputs.div_ceil(isa.panels);
     let place = Shared(dw.as_mut_ptr());
-    let tasks = shapes.groups * inputs * together;
-    let images = shapes.images(shapes.groups * (inputs * x_panel + outputs * dy_panel));
+    let tasks = parts * inputs * together;
+    let images = shapes.images(parts * (inputs * x_panel + outputs * dy_panel));
     let x = x.chunks(images * shapes.image());
     for (x, dy) in x.zip(dy.chunks(images * shapes.out_image())) {
         let mut runs = Vec::new();
         for image in 0..x.len() / shapes.image() {
-            let panels = image * shapes.groups;
+            let panels = image * parts;
             let (from, place) = (panels * inputs * x_panel, panels * outputs * dy_panel);
             if one_run {
                 runs.push((from, place));
@@ -277,17 +302,17 @@ pub(crate) fn weight_gradient<T: Lanes>(
         );
         (0..tasks).into_par_iter().for_each(|task| {
             let (panel, task) = (task / together, task % together);
-            let (group, panel) = (panel / inputs, panel % inputs);
+            let (part, panel) = (panel / inputs, panel % inputs);
             let first = task * isa.panels;
             let panels = isa.panels.min(outputs - first);
-            let first = group * outputs + first;
+            let first = part * outputs + first;
             let dw = place.at((first * inputs + panel) * block);
             for (runs, count) in &jobs {
                 for (tap, at) in taps.iter().enumerate() {
                     let job = Correlate {
-                        x: x[(group * inputs + panel) * x_panel + at * w..].as_ptr(),
+                        x: x[(part * inputs + panel) * x_panel + at * w..].as_ptr(),
                         dy: dy[first * dy_panel..].as_ptr(),
-                        dw: dw.wrapping_add(tap * w * w),
+                        dw: dw.wrapping_add(tap * tap_block),
                         runs,
                         count: *count,
                         step,
@@ -297,12 +322,20 @@ pub(crate) fn weight_gradient<T: Lanes>(
                     };
                     // SAFETY: a run's last pixel with the last tap is the last of its padded
                     // image; each task writes blocks of its own.
-                    unsafe { isa.correlate(&job) };
+                    unsafe {
+                        match shapes.is_depthwise() {
+                            true => isa.correlate_depthwise(&job),
+                            false => isa.correlate(&job),
+                        }
+                    }
                 }
             }
         });
     }
-    unpack(shapes, &dw)
+    match shapes.is_depthwise() {
+        true => transpose_panels(&dw, w, shapes.taps()),
+        false => unpack(shapes, &dw),
+    }
 }
 
 /// Equally long runs, cut into jobs of pieces that stay in the first-level cache.
@@ -350,14 +383,16 @@ impl<T> Shared<T> {
 
 /// A sum over blocks for the pixels of a batch.
 struct Pass<'a, T> {
-    /// Size of a group of an image.
-    x_group: usize,
+    /// Size of a part of an image.
+    x_part: usize,
     weight: &'a [T],
     weight_panel: usize,
     y_panel: usize,
-    /// Of a group.
+    /// Of a part.
     y_panels: usize,
-    groups: usize,
+    /// See [`Shapes::parts`].
+    parts: usize,
+    depthwise: bool,
     /// Of all output channels.
     bias: Option<&'a [T]>,
     relu: bool,
@@ -373,8 +408,8 @@ impl<T: Lanes> Pass<'_, T> {
         blocks: &[(usize, usize)],
         isa: &Isa<T>,
     ) {
-        let x_image = self.x_group * self.groups;
-        let y_image = self.y_panel * self.y_panels * self.groups;
+        let x_image = self.x_part * self.parts;
+        let y_image = self.y_panel * self.y_panels * self.parts;
         let batch = y.len() / y_image;
         assert!(y.len() == batch * y_image && x.len() == batch * x_image);
         let together = PIXELS.div_ceil(pixels.len()).min(batch);
@@ -387,15 +422,15 @@ impl<T: Lanes> Pass<'_, T> {
             .collect();
         let passes = self.y_panels.div_ceil(isa.panels);
         let place = Shared(y.as_mut_ptr());
-        let tasks = batch.div_ceil(together) * self.groups * passes;
+        let tasks = batch.div_ceil(together) * self.parts * passes;
         (0..tasks).into_par_iter().for_each(|task| {
             let (task, first) = (task / passes, task % passes * isa.panels);
-            let (image, group) = (task / self.groups * together, task % self.groups);
+            let (image, part) = (task / self.parts * together, task % self.parts);
             let images = together.min(batch - image);
-            let panel = group * self.y_panels + first;
+            let panel = part * self.y_panels + first;
             let bias = self.bias.map(|bias| bias[panel * T::WIDTH..].as_ptr());
             let job = Gather {
-                x: x[image * x_image + group * self.x_group..].as_ptr(),
+                x: x[image * x_image + part * self.x_part..].as_ptr(),
                 weight: self.weight[panel * self.weight_panel..].as_ptr(),
                 y: place.at(image * y_image + panel * self.y_panel),
                 pixels: &table[..images * pixels.len()],
@@ -408,7 +443,12 @@ impl<T: Lanes> Pass<'_, T> {
             };
             // SAFETY: a pixel's last block is the last of its padded image (the maps were padded
             // for that); tasks write panels and images of their own.
-            unsafe { isa.gather(&job) };
+            unsafe {
+                match self.depthwise {
+                    true => isa.depthwise(&job),
+                    false => isa.gather(&job),
+                }
+            }
         });
     }
 }
@@ -441,6 +481,22 @@ fn pad<T: Lanes>(x: &[T], (height, columns): (usize, usize), to: Padded) -> Cow<
         });
     // SAFETY: every row of every plane was written.
     Cow::Owned(unsafe { out.written() })
+}
+
+/// Weights into blocks: see [`pack`], and `[panel][tap][channel]` of a depthwise convolution.
+fn pack_any<T: Lanes>(shapes: &Shapes, weight: &[T], transposed: bool) -> Vec<T> {
+    match shapes.is_depthwise() {
+        true => transpose_panels(weight, shapes.taps(), T::WIDTH),
+        false => pack(shapes, weight, transposed),
+    }
+}
+
+/// Transposes the `columns` of `rows` of each panel of a depthwise convolution's weights.
+fn transpose_panels<T: Lanes>(weight: &[T], columns: usize, rows: usize) -> Vec<T> {
+    let panels = weight.chunks_exact(columns * rows);
+    panels
+        .flat_map(|panel| transpose(panel, rows, columns))
+        .collect()
 }
 
 /// Weights `(out, in / groups, taps)` into blocks: `[out panel][in panel][tap][in][out]`, or
@@ -561,6 +617,12 @@ mod tests {
             ([2, 64, 6, 5], [32, 32, 3, 3], grouped(2, conv(1, 1))),
             ([1, 96, 7, 6], [144, 32, 3, 3], grouped(3, conv(2, 1))),
             ([3, 32, 5, 5], [96, 16, 1, 1], grouped(2, conv(1, 0))),
+            // Depthwise.
+            ([2, 32, 7, 9], [32, 1, 3, 3], grouped(32, conv(1, 1))),
+            ([2, 16, 8, 7], [16, 1, 3, 3], grouped(16, conv(2, 1))),
+            ([1, 48, 6, 5], [48, 1, 5, 2], grouped(48, conv(1, 2))),
+            ([3, 16, 11, 9], [16, 1, 2, 3], grouped(16, uneven)),
+            ([5, 16, 40, 8], [16, 1, 3, 3], grouped(16, conv(1, 1))),
             // In f32 by Winograd's convolution, with ReLU and without.
             ([2, 32, 21, 17], [48, 32, 3, 3], conv(1, 1)),
             ([2, 16, 16, 20], [16, 16, 3, 3], conv(1, 2)),

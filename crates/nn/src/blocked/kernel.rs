@@ -196,12 +196,102 @@ unsafe fn correlate<V: Vector, const MR: usize, const NV: usize>(
     }
 }
 
+/// [`Gather`] of a depthwise convolution: channels do not mix, so a block has `WIDTH` weights and is
+/// multiplied lane by lane. One panel.
+///
+/// # Safety
+/// As [`gather`]; `NV` registers hold a panel.
+#[inline(always)]
+unsafe fn depthwise<V: Vector, const MR: usize, const NV: usize>(job: &Gather<'_, V::T>) {
+    let lanes = V::LANES;
+    for pixels in job.pixels.chunks(MR) {
+        // SAFETY (whole loop): the job's tables stay inside its memory; rows beyond the last pixel
+        // read the first one again and are not stored.
+        unsafe {
+            let mut x = [job.x; MR];
+            for r in 0..MR {
+                let (source, _) = pixels[if r < pixels.len() { r } else { 0 }];
+                x[r] = job.x.add(source);
+            }
+            let mut acc = [[V::splat(V::T::default()); NV]; MR];
+            if !job.bias.is_null() {
+                for v in 0..NV {
+                    let bias = V::load(job.bias.add(v * lanes));
+                    for r in 0..MR {
+                        acc[r][v] = bias;
+                    }
+                }
+            }
+            for &(source, weights) in job.blocks {
+                for v in 0..NV {
+                    let weight = V::load(job.weight.add(weights + v * lanes));
+                    for r in 0..MR {
+                        let a = V::load(x[r].add(source + v * lanes));
+                        acc[r][v] = acc[r][v].fma(a, weight);
+                    }
+                }
+            }
+            for r in 0..MR.min(pixels.len()) {
+                let y = job.y.add(pixels[r].1);
+                for v in 0..NV {
+                    let sum = acc[r][v];
+                    let sum = if job.relu { sum.relu() } else { sum };
+                    sum.store(y.add(v * lanes));
+                }
+            }
+        }
+    }
+}
+
+/// [`Correlate`] of a depthwise convolution: `dw[c] += sum over pixels of x[pixel][c] dy[pixel][c]`.
+/// `MR` pixels are added up beside each other, then together.
+///
+/// # Safety
+/// As [`correlate`]; `NV` registers hold a panel.
+#[inline(always)]
+unsafe fn correlate_depthwise<V: Vector, const MR: usize, const NV: usize>(
+    job: &Correlate<'_, V::T>,
+) {
+    let (width, lanes) = (V::T::WIDTH, V::LANES);
+    // SAFETY (whole function): the runs stay inside the job's memory.
+    unsafe {
+        let mut acc = [[V::splat(V::T::default()); NV]; MR];
+        for v in 0..NV {
+            acc[0][v] = V::load(job.dw.add(v * lanes));
+        }
+        for &(source, place) in job.runs {
+            let (x, dy) = (job.x.add(source), job.dy.add(place));
+            let mut pixel = 0;
+            while pixel < job.count {
+                for r in 0..MR.min(job.count - pixel) {
+                    for v in 0..NV {
+                        let a = V::load(x.add((pixel + r) * job.step + v * lanes));
+                        let b = V::load(dy.add((pixel + r) * width + v * lanes));
+                        acc[r][v] = acc[r][v].fma(a, b);
+                    }
+                }
+                pixel += MR;
+            }
+        }
+        let one = V::splat(<V::T as Element>::of(1.0));
+        for v in 0..NV {
+            let mut sum = acc[0][v];
+            for r in 1..MR {
+                sum = sum.fma(acc[r][v], one);
+            }
+            sum.store(job.dw.add(v * lanes));
+        }
+    }
+}
+
 /// The loops of one instruction set.
 pub(crate) struct Isa<T: 'static> {
     /// Panels of output channels that one pass computes.
     pub panels: usize,
     gather: unsafe fn(&Gather<'_, T>),
     correlate: unsafe fn(&Correlate<'_, T>),
+    depthwise: unsafe fn(&Gather<'_, T>),
+    correlate_depthwise: unsafe fn(&Correlate<'_, T>),
     pub(super) transforms: Transforms<T>,
 }
 
@@ -217,6 +307,18 @@ impl<T> Isa<T> {
     pub(super) unsafe fn correlate(&self, job: &Correlate<'_, T>) {
         // SAFETY: as above.
         unsafe { (self.correlate)(job) }
+    }
+    /// # Safety
+    /// As for [`Isa::gather`].
+    pub(super) unsafe fn depthwise(&self, job: &Gather<'_, T>) {
+        // SAFETY: as above.
+        unsafe { (self.depthwise)(job) }
+    }
+    /// # Safety
+    /// As for [`Isa::gather`].
+    pub(super) unsafe fn correlate_depthwise(&self, job: &Correlate<'_, T>) {
+        // SAFETY: as above.
+        unsafe { (self.correlate_depthwise)(job) }
     }
 }
 
@@ -243,6 +345,8 @@ macro_rules! isa {
                 panels: $panels,
                 gather,
                 correlate,
+                depthwise,
+                correlate_depthwise,
                 transforms: Transforms { source, result, weight, spread, collect },
             };
             // SAFETY (all): the caller promises the instruction set and the pointers.
@@ -266,6 +370,14 @@ macro_rules! isa {
                     channel += $rows;
                 )+
                 debug_assert_eq!(channel, T::WIDTH);
+            }
+            $(#[$feature])?
+            unsafe fn depthwise(job: &Gather<'_, T>) {
+                unsafe { super::depthwise::<V, $pixels, $one>(job) }
+            }
+            $(#[$feature])?
+            unsafe fn correlate_depthwise(job: &Correlate<'_, T>) {
+                unsafe { super::correlate_depthwise::<V, 4, $one>(job) }
             }
             transforms!($(#[$feature])? source result weight spread collect);
         }

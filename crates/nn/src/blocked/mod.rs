@@ -46,10 +46,12 @@ pub fn can_block(channels: usize, dtype: DType) -> bool {
     width(dtype).is_some_and(|w| channels.is_multiple_of(w))
 }
 
-/// Whether the channels of each group of such a convolution fill blocks.
+/// Whether the channels of each group of such a convolution fill blocks, or those of all groups of a
+/// depthwise one.
 pub(crate) fn fills_blocks(weight: &Tensor, groups: usize) -> bool {
     let fills = |channels| can_block(channels, weight.dtype());
     match *weight.dims() {
+        [out, 1, ..] if out == groups => fills(out),
         [out, inputs, ..] => fills(inputs) && fills(out / groups.max(1)),
         _ => true,
     }

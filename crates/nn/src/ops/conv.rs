@@ -228,8 +228,9 @@ impl Shapes {
         };
         let rows = axis(height, kh, stride.0, padding.0, dilation.0);
         let columns = axis(width, kw, stride.1, padding.1, dilation.1);
-        let in_blocks =
-            (channels / groups).is_multiple_of(lanes) && (out / groups).is_multiple_of(lanes);
+        let depthwise = groups == channels && groups == out;
+        let in_blocks = depthwise
+            || (channels / groups).is_multiple_of(lanes) && (out / groups).is_multiple_of(lanes);
         let fits = Some(channels) == in_group.checked_mul(groups) && out % groups == 0 && in_blocks;
         match (rows, columns) {
             (Some(rows), Some(columns)) if fits => Ok(Self {
@@ -255,6 +256,11 @@ impl Shapes {
                 ),
             ),
         }
+    }
+
+    /// Whether blocked maps are convolved channel by channel.
+    pub(crate) fn is_depthwise(&self) -> bool {
+        self.lanes > 1 && self.groups == self.channels.0 && self.groups == self.channels.1
     }
 
     /// Pixels of an output plane.

@@ -12,6 +12,7 @@ mod linear;
 mod local_response_norm;
 mod max_pool;
 mod relu;
+mod shuffle;
 mod window;
 
 pub use avg_pool::{adaptive_avg_pool2d, avg_pool2d, global_avg_pool};
@@ -26,7 +27,8 @@ pub use linear::linear;
 pub(crate) use linear::linear_of;
 pub use local_response_norm::{LocalResponseNorm, local_response_norm};
 pub use max_pool::max_pool2d;
-pub use relu::{add_relu, relu};
+pub use relu::{add, add_relu, relu, relu6};
+pub use shuffle::channel_shuffle;
 pub use window::{Pool, Window};
 
 pub use crate::blocked::{block, can_block, conv_norm, is_blocked, unblock};

@@ -1,4 +1,5 @@
-//! ReLU, alone and after a residual sum. The derivative at 0 is 0, as in PyTorch (candle: 1).
+//! ReLU, alone and after a residual sum, and ReLU6. The derivative at 0 (and 6) is 0, as in PyTorch
+//! (candle: 1).
 
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
@@ -18,8 +19,30 @@ const BLOCK: usize = 1 << 14;
 /// # Errors
 /// Where `x` is not f32 or f64 on the CPU.
 pub fn relu(x: &Tensor) -> Result<Tensor> {
-    let y = x.contiguous()?.apply_op1(Relu)?;
+    let y = x.contiguous()?.apply_op1(Clip { upper: UNBOUNDED })?;
     note_op("relu", &y);
+    Ok(y)
+}
+
+/// `min(max(x, 0), 6)`, of any shape (Krizhevsky 2010; MobileNetV2, Sandler et al. 2018).
+///
+/// # Errors
+/// Where `x` is not f32 or f64 on the CPU.
+pub fn relu6(x: &Tensor) -> Result<Tensor> {
+    let y = x.contiguous()?.apply_op1(Clip { upper: 6.0 })?;
+    note_op("relu6", &y);
+    Ok(y)
+}
+
+/// `x + shortcut`: the end of a residual block without an activation. candle's sum, with the record
+/// of the pass.
+///
+/// # Errors
+/// [`crate::Error::Shape`] where the shapes differ.
+pub fn add(x: &Tensor, shortcut: &Tensor) -> Result<Tensor> {
+    same_shape("add", x, shortcut)?;
+    let y = (x + shortcut)?;
+    note_op("add", &y);
     Ok(y)
 }
 
@@ -28,21 +51,26 @@ pub fn relu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// [`crate::Error::Shape`] where the shapes differ.
 pub fn add_relu(x: &Tensor, shortcut: &Tensor) -> Result<Tensor> {
-    if x.dims() != shortcut.dims() {
-        return shape_error(
-            "add_relu",
-            format!(
-                "expects equal shapes, got {:?} and {:?}",
-                x.dims(),
-                shortcut.dims()
-            ),
-        );
-    }
+    same_shape("add_relu", x, shortcut)?;
     let y = x
         .contiguous()?
         .apply_op2(&shortcut.contiguous()?, AddRelu)?;
     note_op("add_relu", &y);
     Ok(y)
+}
+
+fn same_shape(op: &'static str, x: &Tensor, shortcut: &Tensor) -> Result<()> {
+    if x.dims() == shortcut.dims() {
+        return Ok(());
+    }
+    shape_error(
+        op,
+        format!(
+            "expects equal shapes, got {:?} and {:?}",
+            x.dims(),
+            shortcut.dims()
+        ),
+    )
 }
 
 pub(super) fn clip<T: Element>(value: T) -> T {
@@ -52,15 +80,21 @@ pub(super) fn clip<T: Element>(value: T) -> T {
 
 /// `dy` where `y` is positive.
 pub(super) fn backward(y: &Tensor, dy: &Tensor) -> candle_core::Result<Tensor> {
+    between(y, dy, UNBOUNDED)
+}
+
+/// `dy` where `y` is positive and below `upper`.
+fn between(y: &Tensor, dy: &Tensor, upper: f64) -> candle_core::Result<Tensor> {
     let dy = dy.contiguous()?;
     let (ys, dys) = (read(y), read(&dy));
     dispatch!("relu", y.dtype(), T => {
         let (ys, dys) = (ys.values::<T>()?, dys.values::<T>()?);
+        let upper = <T as WithDType>::from_f64(upper);
         let mut dx = vec![T::ZERO; ys.len()];
         dx.par_chunks_mut(BLOCK).zip(ys.par_chunks(BLOCK).zip(dys.par_chunks(BLOCK))).for_each(
             |(dx, (y, dy))| {
                 for ((dx, &y), &dy) in dx.iter_mut().zip(y).zip(dy) {
-                    *dx = if y <= 0.0 { 0.0 } else { dy };
+                    *dx = if y <= 0.0 || y >= upper { 0.0 } else { dy };
                 }
             },
         );
@@ -68,9 +102,14 @@ pub(super) fn backward(y: &Tensor, dy: &Tensor) -> candle_core::Result<Tensor> {
     })
 }
 
-struct Relu;
+/// No value is above or at it.
+const UNBOUNDED: f64 = f64::NAN;
 
-impl CustomOp1 for Relu {
+struct Clip {
+    upper: f64,
+}
+
+impl CustomOp1 for Clip {
     fn name(&self) -> &'static str {
         "relu"
     }
@@ -78,9 +117,11 @@ impl CustomOp1 for Relu {
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let y = dispatch!("relu", s.dtype(), T => {
             let x = values::<T>(s, l)?;
+            let upper = <T as WithDType>::from_f64(self.upper);
+            let bounded = |x: T| if x >= upper { upper } else { clip(x) };
             let mut y = vec![T::ZERO; x.len()];
             y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).for_each(|(y, x)| {
-                y.iter_mut().zip(x).for_each(|(y, &x)| *y = clip(x));
+                y.iter_mut().zip(x).for_each(|(y, &x)| *y = bounded(x));
             });
             Ok(T::to_cpu_storage_owned(y))
         })?;
@@ -88,7 +129,7 @@ impl CustomOp1 for Relu {
     }
 
     fn bwd(&self, _x: &Tensor, y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        Ok(Some(backward(y, dy)?))
+        Ok(Some(between(y, dy, self.upper)?))
     }
 }
 
