@@ -78,6 +78,15 @@ impl Approximant {
         }
     }
 
+    /// Checks the options; `forward` does so too.
+    ///
+    /// # Errors
+    /// [`Error::Option`](crate::Error::Option) names the option.
+    pub fn validate(&self) -> Result<()> {
+        count("degree", self.degree)?;
+        count("iterations", self.iterations)
+    }
+
     /// Pools feature maps, differentiably. Constant features give zeros, and zero gradients.
     ///
     /// # Shapes
@@ -86,8 +95,7 @@ impl Approximant {
     /// # Errors
     /// As there, and [`Error::Decomposition`].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        count("degree", self.degree)?;
-        count("iterations", self.iterations)?;
+        self.validate()?;
         pool(x, Moment::COVARIANCE, *self)
     }
 }

@@ -238,28 +238,26 @@ pub(crate) fn out_of_range(
     }
 }
 
-/// The value of an option that must be finite and above 0.
-pub(crate) fn positive(option: &'static str, value: f64) -> Result<f64> {
+/// Checks an option that must be finite and above 0.
+pub(crate) fn positive(option: &'static str, value: f64) -> Result<()> {
     match value > 0.0 && value.is_finite() {
-        true => Ok(value),
+        true => Ok(()),
         false => Err(out_of_range(option, value, "a number above 0")),
     }
 }
 
-/// The value of an option that must be finite and not below 0.
-pub(crate) fn not_negative(option: &'static str, value: f64) -> Result<f64> {
+/// Checks an option that must be finite and not below 0.
+pub(crate) fn not_negative(option: &'static str, value: f64) -> Result<()> {
     match value >= 0.0 && value.is_finite() {
-        true => Ok(value),
+        true => Ok(()),
         false => Err(out_of_range(option, value, "a number of at least 0")),
     }
 }
 
-/// The number of steps of an iteration, or the degree of an approximation.
-pub(crate) fn count(option: &'static str, value: usize) -> Result<usize> {
-    match (1..=MOST).contains(&value) {
-        true => Ok(value),
+/// Checks a number of steps or a degree.
+pub(crate) fn count(option: &'static str, value: usize) -> Result<()> {
+    match (1..=30).contains(&value) {
+        true => Ok(()),
         false => Err(out_of_range(option, value, "a number from 1 to 30")),
     }
 }
-
-const MOST: usize = 30;

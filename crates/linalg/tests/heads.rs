@@ -200,7 +200,7 @@ fn finite_differences_confirm_the_exact_adjoints() {
 /// `d` orthogonal rows of signs with mean zero: all eigenvalues of the covariance are 1.
 fn hadamard(d: usize, m: usize) -> Tensor {
     let sign = |i: usize, j: usize| {
-        if (i & j).count_ones() % 2 == 0 {
+        if (i & j).count_ones().is_multiple_of(2) {
             1.0
         } else {
             -1.0
@@ -395,7 +395,7 @@ fn normalization_is_that_of_pytorch_at_zero_and_right_elsewhere() {
     let values = y.to_vec2::<f64>().unwrap();
     assert_close!(
         values[0][1..].to_vec(),
-        vec![2.0, -3.0]
+        [2.0, -3.0]
             .iter()
             .map(|v| v / 13f64.sqrt())
             .collect::<Vec<_>>(),

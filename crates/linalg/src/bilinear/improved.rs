@@ -53,6 +53,17 @@ impl Default for ImprovedBilinear {
 }
 
 impl ImprovedBilinear {
+    /// Checks the options; `forward` does so too.
+    ///
+    /// # Errors
+    /// [`Error::Option`](crate::Error::Option) names the option.
+    pub fn validate(&self) -> Result<()> {
+        if let NewtonOrSvd::Newton { iterations } = self.root {
+            count("iterations", iterations)?;
+        }
+        not_negative("epsilon", self.epsilon)
+    }
+
     /// Pools feature maps, differentiably. Zero features have zero gradients.
     ///
     /// # Shapes
@@ -68,10 +79,10 @@ impl ImprovedBilinear {
     /// decomposition as in [`eig`](crate::eig). One matrix waits for the backward pass, and one
     /// for the normalisation's.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let epsilon = not_negative("epsilon", self.epsilon)?;
+        self.validate()?;
+        let epsilon = self.epsilon;
         let root = match self.root {
             NewtonOrSvd::Newton { iterations } => {
-                let iterations = count("iterations", iterations)?;
                 let method = Newton {
                     iterations,
                     epsilon,

@@ -40,6 +40,14 @@ impl Default for DeepO2P {
 }
 
 impl DeepO2P {
+    /// Checks the options; `forward` does so too.
+    ///
+    /// # Errors
+    /// [`Error::Option`](crate::Error::Option) names the option.
+    pub fn validate(&self) -> Result<()> {
+        positive("epsilon", self.epsilon)
+    }
+
     /// Pools feature maps, differentiably. Zero features give `log ε` on the diagonal, and zero
     /// gradients.
     ///
@@ -52,7 +60,8 @@ impl DeepO2P {
     /// # Cost
     /// See [the module](super).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let function = ShiftedLog(positive("epsilon", self.epsilon)?);
+        self.validate()?;
+        let function = ShiftedLog(self.epsilon);
         let output = self.output;
         pool(x, Moment::ABOUT_ZERO, Spectral { function, output })
     }

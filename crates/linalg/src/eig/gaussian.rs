@@ -53,6 +53,15 @@ impl Default for GaussianEmbedding {
 }
 
 impl GaussianEmbedding {
+    /// Checks the options; `forward` does so too.
+    ///
+    /// # Errors
+    /// [`Error::Option`](crate::Error::Option) names the option.
+    pub fn validate(&self) -> Result<()> {
+        not_negative("beta", self.beta)?;
+        not_negative("epsilon", self.epsilon)
+    }
+
     /// Pools feature maps, differentiably. Constant features have the gradient of their mean.
     ///
     /// # Shapes
@@ -67,13 +76,14 @@ impl GaussianEmbedding {
     /// # Cost
     /// See [the module](super), with `d + 1` for `d`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.validate()?;
         let moment = Moment {
-            removed: 1.0 - not_negative("beta", self.beta)?,
+            removed: 1.0 - self.beta,
             ones: true,
         };
         let function = Power {
             power: 0.5,
-            epsilon: not_negative("epsilon", self.epsilon)?,
+            epsilon: self.epsilon,
         };
         let output = self.output;
         pool(x, moment, Spectral { function, output })

@@ -29,6 +29,17 @@ impl Default for MpnCov {
 }
 
 impl MpnCov {
+    /// Checks the options; `forward` does so too.
+    ///
+    /// # Errors
+    /// [`Error::Option`](crate::Error::Option) names the option.
+    pub fn validate(&self) -> Result<()> {
+        match self.power > 0.0 && self.power <= 1.0 {
+            true => Ok(()),
+            false => Err(out_of_range("power", self.power, "a number in (0, 1]")),
+        }
+    }
+
     /// Pools feature maps, differentiably; one eigendecomposition an image, images in parallel.
     ///
     /// # Shapes
@@ -42,12 +53,9 @@ impl MpnCov {
     /// `d ε λ_max` count as zero; pairs of zeros, where features have no part and the derivative is
     /// infinite, as 0.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let power = self.power;
-        if !(power > 0.0 && power <= 1.0) {
-            return Err(out_of_range("power", power, "a number in (0, 1]"));
-        }
+        self.validate()?;
         let function = Power {
-            power,
+            power: self.power,
             epsilon: 0.0,
         };
         let output = self.output;

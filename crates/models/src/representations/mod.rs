@@ -1,12 +1,42 @@
 //! Pooling heads, from feature maps to one vector an image, and their registry.
 
+/// Declares an enum of words in specs that stands for one of isqrt-linalg's (which knows no serde).
+macro_rules! words {
+    ($name:ident => $target:ident { $first:ident $(, $other:ident)* }) => {
+        #[derive(Debug, Clone, Copy, Default, Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        enum $name {
+            #[default]
+            $first,
+            $($other),*
+        }
+        impl From<$name> for $target {
+            fn from(word: $name) -> Self {
+                match word {
+                    $name::$first => Self::$first,
+                    $($name::$other => Self::$other),*
+                }
+            }
+        }
+    };
+}
+
+mod approximant;
+mod bcnn;
+mod cbp;
 mod cov;
+mod deepo2p;
+mod dropcov;
 mod fc;
+mod g2denet;
 mod gap;
+mod impbcnn;
 mod isqrt;
 mod mpn;
+mod svd_pade;
 
 use candle_core::Tensor;
+use isqrt_linalg::Output;
 use isqrt_nn::{Mode, Scope};
 use serde::{Deserialize, Serialize};
 
@@ -52,8 +82,51 @@ pub trait RepresentationEntry: Sync {
 }
 
 /// All representations. Adding one is a file beside this one and a line here.
-pub const REPRESENTATIONS: &[&dyn RepresentationEntry] =
-    &[&gap::GAP, &cov::COV, &isqrt::ISQRT, &mpn::MPN, &fc::FC];
+pub const REPRESENTATIONS: &[&dyn RepresentationEntry] = &[
+    &gap::GAP,
+    &cov::COV,
+    &isqrt::ISQRT,
+    &mpn::MPN,
+    &fc::FC,
+    &deepo2p::DEEPO2P,
+    &bcnn::BCNN,
+    &cbp::CBP,
+    &impbcnn::IMPBCNN,
+    &g2denet::G2DENET,
+    &approximant::MTP,
+    &approximant::MPA,
+    &svd_pade::SVD_PADE,
+    &dropcov::DROPCOV,
+];
+
+words!(Form => Output { Triangle, Full });
+
+/// A layer without parameters, the same in training and evaluation, as a representation of `out_dim`
+/// values.
+fn pooled<F>(out_dim: usize, forward: F) -> Box<dyn Representation>
+where
+    F: Fn(&Tensor) -> isqrt_linalg::Result<Tensor> + Send + Sync + 'static,
+{
+    Box::new(Pooled { forward, out_dim })
+}
+
+struct Pooled<F> {
+    forward: F,
+    out_dim: usize,
+}
+
+impl<F> Representation for Pooled<F>
+where
+    F: Fn(&Tensor) -> isqrt_linalg::Result<Tensor> + Send + Sync,
+{
+    fn forward(&self, x: &Tensor, _mode: Mode) -> Result<Tensor> {
+        Ok((self.forward)(x)?.flatten_from(1)?)
+    }
+
+    fn out_dim(&self) -> usize {
+        self.out_dim
+    }
+}
 
 /// A representation by name with its options: in TOML
 /// `representation = { name = "isqrt", iterations = 5 }`.
