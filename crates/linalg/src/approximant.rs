@@ -2,8 +2,8 @@
 //!
 //! Song, Sebe, Wang, *Fast Differentiable Matrix Square Root* (ICLR 2022), repository
 //! KingJamesSong/FastDifferentiableMatSqrt: `C = √‖Σ‖_F · r(Σ/‖Σ‖_F)` where `r(A)` approximates `A^(1/2)`
-//! about the identity, and the gradient of the exact root, by [`solve`](crate::lyapunov) on
-//! `C/√‖Σ‖_F`.
+//! about the identity, and the gradient of the exact root, as the solution of a
+//! Lyapunov equation, by iteration from `C/√‖Σ‖_F`.
 //!
 //! - MTP, matrix Taylor polynomial: `r(A) = Σ_k a_k (I - A)^k`, `√(1-x) = Σ_k a_k x^k`, of degree 10.
 //! - MPA, matrix Padé approximant `[n, n]`, `n = 5`: with `m = 2n + 1`, `r` is
@@ -27,11 +27,9 @@
 //!   pass, whose `3I` is wrong then; the formulas here are the paper's.
 
 use crate::config::{Output, count};
-use crate::lyapunov::solve;
+use crate::lyapunov::{frobenius, solve};
 use crate::moment::{Method, Moment, pool};
-use crate::reference::{
-    Number, add_diagonal, cholesky_solve, inner, product, scaled, sum, transposed,
-};
+use crate::reference::{Number, add_diagonal, cholesky_solve, product, scaled, sum, transposed};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use faer::Mat;
@@ -81,7 +79,7 @@ impl Approximant {
     /// Checks the options; `forward` does so too.
     ///
     /// # Errors
-    /// [`Error::Option`](crate::Error::Option) names the option.
+    /// [`Error::Option`] names the option.
     pub fn validate(&self) -> Result<()> {
         count("degree", self.degree)?;
         count("iterations", self.iterations)
@@ -100,10 +98,10 @@ impl Approximant {
     }
 }
 
-/// The root over `√‖Σ‖_F`, and that norm.
+/// The root over `√‖Σ‖_F`, and that norm; none where the covariance vanishes.
 pub(crate) struct Root<T> {
     root: Mat<T>,
-    norm: T,
+    norm: Option<f64>,
 }
 
 impl<T: Number> Method<T> for Approximant {
@@ -114,11 +112,12 @@ impl<T: Number> Method<T> for Approximant {
     }
 
     fn forward(&self, moment: Mat<T>, index: usize) -> Result<(Vec<T>, Root<T>)> {
-        let norm = inner(&moment, &moment).root();
-        if norm == T::nearest(0.0) {
-            return Ok((self.output.read(&moment), Root { root: moment, norm }));
-        }
-        let a = scaled(T::nearest(1.0) / norm, &moment);
+        let norm = frobenius(&moment);
+        let Some(divisor) = norm else {
+            let root = Mat::zeros(moment.nrows(), moment.ncols());
+            return Ok((self.output.read(&root), Root { root, norm }));
+        };
+        let a = scaled(T::nearest(1.0 / divisor), &moment);
         let root = match self.form {
             Form::Taylor => {
                 let distance = add_diagonal(scaled(T::nearest(-1.0), &a), T::nearest(1.0));
@@ -129,17 +128,17 @@ impl<T: Number> Method<T> for Approximant {
                 what: "Cholesky decomposition",
             })?,
         };
-        let out = self.output.read(&scaled(norm.root(), &root));
+        let out = self.output.read(&scaled(T::nearest(divisor.sqrt()), &root));
         Ok((out, Root { root, norm }))
     }
 
     fn backward(&self, kept: &Root<T>, gradient: &[T]) -> Mat<T> {
-        let Root { root, norm } = kept;
-        if *norm == T::nearest(0.0) {
-            return Mat::zeros(root.nrows(), root.nrows());
-        }
+        let root = &kept.root;
+        let Some(norm) = kept.norm else {
+            return Mat::zeros(root.nrows(), root.ncols());
+        };
         let g = self.output.matrix(root.nrows(), gradient);
-        let half = T::nearest(0.5) / norm.root();
+        let half = T::nearest(0.5 / norm.sqrt());
         let q = sum(half, &g, half, &transposed(&g));
         solve(root, &q, self.iterations)
     }

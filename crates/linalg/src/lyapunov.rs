@@ -7,6 +7,15 @@
 use crate::reference::{Number, add_diagonal, product, scaled, sum, transposed};
 use faer::Mat;
 
+/// `‖a‖_F`, by which matrices are divided; `None` where it is 0 or its reciprocal overflows.
+pub(crate) fn frobenius<T: Number>(a: &Mat<T>) -> Option<f64> {
+    let square = |value: T| value.widened() * value.widened();
+    let columns = (0..a.ncols()).flat_map(|j| (0..a.nrows()).map(move |i| (i, j)));
+    let norm = columns.map(|at| square(a[at])).sum::<f64>().sqrt();
+    let over = T::nearest(1.0 / norm).widened();
+    over.is_finite().then_some(norm)
+}
+
 /// `½(3I - m)`.
 fn step<T: Number>(m: &Mat<T>) -> Mat<T> {
     add_diagonal(scaled(T::nearest(-0.5), m), T::nearest(1.5))

@@ -85,8 +85,7 @@ pub(crate) fn scaled<T: Number>(alpha: T, a: &Mat<T>) -> Mat<T> {
     Mat::from_fn(a.nrows(), a.ncols(), |i, j| alpha * a[(i, j)])
 }
 
-/// The sum of the products of all entries.
-pub(crate) fn inner<T: Number>(a: &Mat<T>, b: &Mat<T>) -> T {
+fn inner<T: Number>(a: &Mat<T>, b: &Mat<T>) -> T {
     let mut total = T::nearest(0.0);
     for j in 0..a.ncols() {
         for i in 0..a.nrows() {

@@ -309,6 +309,24 @@ fn constant_and_zero_features_give_finite_values_and_gradients() {
     }
 }
 
+/// Squares of features near both ends of f32, and squares that vanish in it.
+#[test]
+fn features_of_any_size_give_finite_values_and_gradients() {
+    let x = randn((2, 5, 4), 11, DType::F32).unwrap();
+    for scale in [1e-24, 1e-22, 1e-20, 1e-19, 1e-10, 1e10, 1e17] {
+        let x = (&x * scale).unwrap();
+        for (name, layer) in all_layers(5) {
+            let g = layer_gradient(&layer, &x).to_dtype(DType::F32).unwrap();
+            let (y, dx) = run(&layer, &x, &g);
+            for (what, tensor) in [("output", y), ("gradient", dx)] {
+                let size = tensor.abs().unwrap().max_all().unwrap();
+                let size = size.to_scalar::<f32>().unwrap();
+                assert!(size.is_finite(), "{name} {scale}: {what} {size}");
+            }
+        }
+    }
+}
+
 #[test]
 fn features_that_are_not_finite_are_named_by_their_batch_element() {
     for (name, layer) in all_layers(3) {
@@ -443,4 +461,25 @@ fn a_sketch_without_collisions_keeps_inner_products() {
     // The outer product is a mean and the sketch a sum, beside which the 1e-8 under the root differs.
     assert!((product(&one, &one) - exact).abs() < 1e-6);
     assert!((product(&one, &other) - exact).abs() > 1e-2);
+}
+
+#[test]
+fn views_four_dimensions_and_empty_batches_are_accepted() {
+    let x = randn((2, 6, 5), 12, DType::F64).unwrap();
+    for (name, layer) in all_layers(5) {
+        let view = Var::from_tensor(&x).unwrap();
+        let y = layer(&view.transpose(1, 2).unwrap()).unwrap();
+        let g = layer_gradient(&layer, &x.transpose(1, 2).unwrap());
+        let loss = (&y * &g).unwrap().sum_all().unwrap();
+        let dx = loss.backward().unwrap().remove(&view).unwrap();
+        let maps = x.transpose(1, 2).unwrap().contiguous().unwrap();
+        let maps = maps.reshape((2, 5, 3, 2)).unwrap();
+        let (known, known_dx) = run(&layer, &maps, &g);
+        assert_close!(y, known, atol = 0.0);
+        let known_dx = known_dx.flatten_from(2).unwrap().transpose(1, 2).unwrap();
+        assert_close!(dx, known_dx, atol = 0.0);
+
+        let none = layer(&maps.narrow(0, 0, 0).unwrap()).unwrap();
+        assert_eq!((none.dims()[0], none.elem_count()), (0, 0), "{name}");
+    }
 }

@@ -4,9 +4,9 @@ use super::normalize;
 use crate::Result;
 use crate::config::{Output, count, not_negative};
 use crate::eig::{Power, Spectral};
-use crate::lyapunov::{newton_schulz, solve};
+use crate::lyapunov::{frobenius, newton_schulz, solve};
 use crate::moment::{Method, Moment, pool};
-use crate::reference::{Number, add_diagonal, inner, scaled, sum, transposed};
+use crate::reference::{Number, add_diagonal, scaled, sum, transposed};
 use candle_core::Tensor;
 use faer::Mat;
 
@@ -115,25 +115,23 @@ impl<T: Number> Method<T> for Newton {
 
     fn forward(&self, moment: Mat<T>, _index: usize) -> Result<(Vec<T>, Mat<T>)> {
         let a = add_diagonal(moment, T::nearest(self.epsilon));
-        let norm = inner(&a, &a).root();
-        let zero = T::nearest(0.0);
-        if norm == zero {
-            return Ok((Output::Full.read(&a), a));
-        }
-        let y = newton_schulz(&scaled(T::nearest(1.0) / norm, &a), self.iterations);
-        let root = scaled(norm.root(), &y);
+        let root = match frobenius(&a) {
+            Some(norm) => {
+                let y = newton_schulz(&scaled(T::nearest(1.0 / norm), &a), self.iterations);
+                scaled(T::nearest(norm.sqrt()), &y)
+            }
+            None => Mat::zeros(a.nrows(), a.ncols()),
+        };
         Ok((Output::Full.read(&root), root))
     }
 
     fn backward(&self, root: &Mat<T>, gradient: &[T]) -> Mat<T> {
         let g = Output::Full.matrix(root.nrows(), gradient);
-        let norm = inner(root, root).root();
-        if norm == T::nearest(0.0) {
-            return Mat::zeros(root.nrows(), root.nrows());
-        }
-        let over = T::nearest(1.0) / norm;
-        let half = over * T::nearest(0.5);
+        let Some(norm) = frobenius(root) else {
+            return Mat::zeros(root.nrows(), root.ncols());
+        };
+        let half = T::nearest(0.5 / norm);
         let q = sum(half, &g, half, &transposed(&g));
-        solve(&scaled(over, root), &q, self.iterations)
+        solve(&scaled(T::nearest(1.0 / norm), root), &q, self.iterations)
     }
 }

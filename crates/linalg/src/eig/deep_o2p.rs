@@ -1,19 +1,4 @@
 //! DeepO²P: the matrix logarithm of the second moment.
-//!
-//! Ionescu, Vantzos, Sminchisescu, *Matrix Backpropagation for Deep Networks with Structured Layers*
-//! (ICCV 2015): `C = log(XXᵀ/M + εI) = U diag(log(λ + ε)) Uᵀ`.
-//!
-//! # Choices
-//! - The moment is about zero, not about the mean: second-order pooling averages the outer products
-//!   `xxᵀ` of the features as they are, here (the method names `o2p_avg_...` of the authors' tests,
-//!   `my_test_nnlayers.m`) as in O2P before it.
-//! - `ε = 1e-3`, the value with which the same tests check the logarithm.
-//! - Computed from the `d x d` moment. The paper takes the decomposition of `X` itself, with the same
-//!   singular vectors.
-//!
-//! # Known troubles
-//! The logarithm makes much of small eigenvalues: of the `d - M` zero ones it makes `log ε` (-6.9),
-//! so `ε` decides on most of the output where features are few.
 
 use super::{Scalar, Spectral};
 use crate::Result;
@@ -22,6 +7,21 @@ use crate::moment::{Moment, pool};
 use candle_core::Tensor;
 
 /// Second-order pooling with a matrix logarithm.
+///
+/// Ionescu, Vantzos, Sminchisescu, *Matrix Backpropagation for Deep Networks with Structured Layers*
+/// (ICCV 2015): `C = log(XXᵀ/M + εI) = U diag(log(λ + ε)) Uᵀ`.
+///
+/// # Choices
+/// - The moment is about zero, not about the mean: second-order pooling averages the outer products
+///   `xxᵀ` of the features as they are, here (the method names `o2p_avg_...` of the authors' tests,
+///   `my_test_nnlayers.m`) as in O2P before it.
+/// - `ε = 1e-3`, the value with which the same tests check the logarithm.
+/// - Computed from the `d x d` moment. The paper takes the decomposition of `X` itself, with the same
+///   singular vectors.
+///
+/// # Known troubles
+/// The logarithm makes much of small eigenvalues: of the `d - M` zero ones it makes `log ε` (-6.9),
+/// so `ε` decides on most of the output where features are few.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DeepO2P {
     /// What is added to the eigenvalues, above 0.

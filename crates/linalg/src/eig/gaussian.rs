@@ -1,29 +1,4 @@
 //! G²DeNet: the square root of a Gaussian's embedding.
-//!
-//! Wang, Li, Zhang, *G²DeNet: Global Gaussian Distribution Embedding Network and Its Application to
-//! Visual Recognition* (CVPR 2017): mean `μ` and covariance `Σ` of the features as one matrix,
-//!
-//! ```text
-//! C = [ Σ + β²μμᵀ   βμ ]^(1/2)
-//!     [   βμᵀ       1  ]
-//! ```
-//!
-//! of size `d + 1`. With `Z = [X - (1 - β)μ1ᵀ; 1ᵀ]/√M` the embedding is `ZZᵀ`, so it is pooled as any other
-//! moment.
-//!
-//! # Choices
-//! Those of the authors' code (`nnfspool_forward_Gaussian.m`, `vl_GlbGaussian_nn.m`, as they stand
-//! in the code of MoNet, Gou et al. 2018) where it has any: `β = 1` (the blocks are `XXᵀ/M` and `μ`),
-//! `ε = 1e-3` added to the eigenvalues before the root, and the whole matrix, `(d + 1)²` values (263 169
-//! for 512 channels). Two differences: that code leaves out eigenvalues up to 1e-10 (a jump from 0 to
-//! `√ε`, without a gradient between both sides), here `ε` is added to all of them; and it says SVD
-//! in the paper but calls `eig`, as here. What it does around the layer, element by element, is not
-//! part of it: a root of the features before, signed root and l2 normalisation after
-//! ([`normalize`](crate::bilinear::normalize())).
-//!
-//! # Known troubles
-//! One eigenvalue carries the mean and the 1: with `β = 1` and features after a ReLU, it dwarfs all
-//! others.
 
 use super::{Power, Spectral};
 use crate::Result;
@@ -32,6 +7,33 @@ use crate::moment::{Moment, pool};
 use candle_core::Tensor;
 
 /// Pooling of a Gaussian: mean and covariance in one matrix, to the power 1/2.
+///
+/// Wang, Li, Zhang, *G²DeNet: Global Gaussian Distribution Embedding Network and Its Application to
+/// Visual Recognition* (CVPR 2017): mean `μ` and covariance `Σ` of the features as one matrix,
+///
+/// ```text
+/// C = [ Σ + β²μμᵀ   βμ ]^(1/2)
+///     [   βμᵀ       1  ]
+/// ```
+///
+/// of size `d + 1`. With `Z = [X - (1 - β)μ1ᵀ; 1ᵀ]/√M` the embedding is `ZZᵀ`, so it is pooled as any other
+/// moment.
+///
+/// # Choices
+/// Those of the authors' code (`nnfspool_forward_Gaussian.m`, `vl_GlbGaussian_nn.m`, as they stand
+/// in the code of MoNet, Gou et al. 2018) where it has any: `β = 1` (the blocks are `XXᵀ/M` and `μ`),
+/// `ε = 1e-3` for its `diag_fun`, which in the same authors' code of MPN-COV is `(λ + ε)^α`, and the whole
+/// matrix, `(d + 1)²` values (263 169 for 512 channels). Two differences: that code leaves out
+/// eigenvalues up to 1e-10 (a jump from 0 to `√ε`, without a gradient between both sides), here `ε`
+/// is added to all of them; and the method is listed under SVD (Li et al. 2018, table 1), while that
+/// code calls `eig`, as here.
+///
+/// What it does around the layer, element by element, is not part of this: a root of the features
+/// before, signed root and l2 normalisation ([`normalize`](crate::bilinear::normalize())) after.
+///
+/// # Known troubles
+/// One eigenvalue carries the mean and the 1: with `β = 1` and features after a ReLU, it dwarfs all
+/// others.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GaussianEmbedding {
     /// Weight `β` of the mean, at least 0.

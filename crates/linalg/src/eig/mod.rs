@@ -99,11 +99,20 @@ impl<T: Number> Spectrum<T> {
     /// Of a symmetric positive semi-definite matrix, on one thread; eigenvalues that are zero up to
     /// rounding (below `n ε λ_max`) are set to it.
     pub(crate) fn new(moment: &Mat<T>, index: usize) -> Result<Self> {
-        let (raw, vectors) = eigen(moment).ok_or(Error::Decomposition {
+        // Near 1, by a power of two: the decomposition squares, which f32 does not bear at both ends.
+        let largest = (0..moment.nrows()).fold(0.0, |most, i| moment[(i, i)].widened().max(most));
+        let scale = match largest > 0.0 {
+            true => largest.log2().floor().exp2(),
+            false => 1.0,
+        };
+        let near_one = Mat::from_fn(moment.nrows(), moment.ncols(), |i, j| {
+            T::nearest(moment[(i, j)].widened() / scale)
+        });
+        let (raw, vectors) = eigen(&near_one).ok_or(Error::Decomposition {
             index,
             what: "eigendecomposition",
         })?;
-        let raw: Vec<f64> = raw.into_iter().map(T::widened).collect();
+        let raw: Vec<f64> = raw.into_iter().map(|v| v.widened() * scale).collect();
         let most = raw.iter().fold(0.0_f64, |a, &b| a.max(b));
         let floor = most * raw.len() as f64 * T::EPSILON;
         let zeroed = raw.into_iter().map(|v| if v > floor { v } else { 0.0 });

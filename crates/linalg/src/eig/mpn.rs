@@ -1,8 +1,4 @@
 //! MPN-COV: a power of the covariance by eigendecomposition, with its own backward.
-//!
-//! Li, Xie, Wang, Zuo, *Is Second-order Information Helpful for Large-scale Visual Recognition?*
-//! (ICCV 2017): `C = U diag(λ^α) Uᵀ` of the covariance `Σ = U diag(λ) Uᵀ`, `α = 1/2` by default,
-//! without pre-normalisation. This is the baseline that iSQRT-COV replaces.
 
 use super::{Power, Spectral};
 use crate::Result;
@@ -11,6 +7,10 @@ use crate::moment::{Moment, pool};
 use candle_core::Tensor;
 
 /// Matrix power normalised covariance pooling by eigendecomposition.
+///
+/// Li, Xie, Wang, Zuo, *Is Second-order Information Helpful for Large-scale Visual Recognition?*
+/// (ICCV 2017): `C = U diag(λ^α) Uᵀ` of the covariance `Σ = U diag(λ) Uᵀ`, `α = 1/2` by default,
+/// without pre-normalisation. This is the baseline that iSQRT-COV replaces.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MpnCov {
     /// The exponent `α`, in `(0, 1]`.

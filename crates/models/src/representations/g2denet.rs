@@ -2,7 +2,8 @@
 //!
 //! Options: `beta` (1, weight of the mean), `epsilon` (1e-3, added to the eigenvalues), `output`
 //! (`"full"`: `(d+1)²` values, 263 169 for 512 channels; or `"triangle"`), `normalize` (true: signed
-//! root and l2 normalisation after it, as in the authors' code). Mathematics, choices, cost, troubles:
+//! root and l2 normalisation after it, as in the authors' code, whose root of the features before it is
+//! left out). Mathematics, choices, cost, troubles:
 //! [`GaussianEmbedding`].
 
 use isqrt_linalg::bilinear;
