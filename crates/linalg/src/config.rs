@@ -1,6 +1,8 @@
 //! Options of the layer.
 
+use crate::reference::{Number, from_row_major, from_triangle, row_major, triangle};
 use crate::{Error, Result, Schedule};
+use faer::Mat;
 
 /// Covariance pooling, with or without a matrix square root.
 ///
@@ -98,6 +100,30 @@ impl Output {
         match self {
             Self::Triangle => d * (d + 1) / 2,
             Self::Full => d * d,
+        }
+    }
+
+    /// Shape of an image's values.
+    pub(crate) fn shape(self, d: usize) -> Vec<usize> {
+        match self {
+            Self::Triangle => vec![self.len(d)],
+            Self::Full => vec![d, d],
+        }
+    }
+
+    /// The values of a matrix.
+    pub(crate) fn read<T: Number>(self, matrix: &Mat<T>) -> Vec<T> {
+        match self {
+            Self::Triangle => triangle(matrix),
+            Self::Full => row_major(matrix),
+        }
+    }
+
+    /// The matrix that has these values, and zeros where it has none.
+    pub(crate) fn matrix<T: Number>(self, d: usize, values: &[T]) -> Mat<T> {
+        match self {
+            Self::Triangle => from_triangle(d, values),
+            Self::Full => from_row_major(d, d, values),
         }
     }
 }
@@ -209,5 +235,29 @@ pub(crate) fn out_of_range(
         option,
         value: format!("{value:?}"),
         expected,
+    }
+}
+
+/// Checks an option that must be finite and above 0.
+pub(crate) fn positive(option: &'static str, value: f64) -> Result<()> {
+    match value > 0.0 && value.is_finite() {
+        true => Ok(()),
+        false => Err(out_of_range(option, value, "a number above 0")),
+    }
+}
+
+/// Checks an option that must be finite and not below 0.
+pub(crate) fn not_negative(option: &'static str, value: f64) -> Result<()> {
+    match value >= 0.0 && value.is_finite() {
+        true => Ok(()),
+        false => Err(out_of_range(option, value, "a number of at least 0")),
+    }
+}
+
+/// Checks a number of steps or a degree.
+pub(crate) fn count(option: &'static str, value: usize) -> Result<()> {
+    match (1..=30).contains(&value) {
+        true => Ok(()),
+        false => Err(out_of_range(option, value, "a number from 1 to 30")),
     }
 }

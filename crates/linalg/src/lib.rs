@@ -16,12 +16,16 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod approximant;
 pub mod bench;
+pub mod bilinear;
 mod config;
 pub mod eig;
 mod error;
 mod kernel;
 mod layer;
+mod lyapunov;
+mod moment;
 mod program;
 pub mod reference;
 mod schedule;

@@ -6,10 +6,11 @@ use crate::schedule::{Polynomial, degree};
 use crate::{Error, Result};
 use faer::diag::Diag;
 use faer::dyn_stack::{MemBuffer, MemStack};
+use faer::linalg::cholesky::llt;
 use faer::linalg::matmul::matmul;
 use faer::linalg::{evd, svd};
 use faer::traits::RealField;
-use faer::{Accum, Mat, Par};
+use faer::{Accum, Mat, MatRef, Par};
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
 use std::time::Instant;
 
@@ -68,18 +69,19 @@ pub fn product<T: Number>(a: &Mat<T>, b: &Mat<T>) -> Mat<T> {
     c
 }
 
-fn transposed<T: Number>(a: &Mat<T>) -> Mat<T> {
+pub(crate) fn transposed<T: Number>(a: &Mat<T>) -> Mat<T> {
     a.transpose().to_owned()
 }
 
 /// `alpha a + beta b`
-fn sum<T: Number>(alpha: T, a: &Mat<T>, beta: T, b: &Mat<T>) -> Mat<T> {
+pub(crate) fn sum<T: Number>(alpha: T, a: &Mat<T>, beta: T, b: &Mat<T>) -> Mat<T> {
     Mat::from_fn(a.nrows(), a.ncols(), |i, j| {
         alpha * a[(i, j)] + beta * b[(i, j)]
     })
 }
 
-fn scaled<T: Number>(alpha: T, a: &Mat<T>) -> Mat<T> {
+/// `alpha a`
+pub(crate) fn scaled<T: Number>(alpha: T, a: &Mat<T>) -> Mat<T> {
     Mat::from_fn(a.nrows(), a.ncols(), |i, j| alpha * a[(i, j)])
 }
 
@@ -93,7 +95,8 @@ fn inner<T: Number>(a: &Mat<T>, b: &Mat<T>) -> T {
     total
 }
 
-fn add_diagonal<T: Number>(mut a: Mat<T>, value: T) -> Mat<T> {
+/// `a + value I`
+pub(crate) fn add_diagonal<T: Number>(mut a: Mat<T>, value: T) -> Mat<T> {
     for i in 0..a.nrows() {
         a[(i, i)] += value;
     }
@@ -344,6 +347,40 @@ pub fn singular<T: Number>(a: &Mat<T>) -> Option<(Vec<T>, Mat<T>, Mat<T>)> {
         left,
         right,
     ))
+}
+
+/// The solution `X` of `aX = b` for a positive definite `a`, on one thread; `None` if it is not
+/// (to working precision).
+pub(crate) fn cholesky_solve<T: Number>(mut a: Mat<T>, mut b: Mat<T>) -> Option<Mat<T>> {
+    let n = a.nrows();
+    let scratch = llt::factor::cholesky_in_place_scratch::<T>(n, Par::Seq, Default::default()).or(
+        llt::solve::solve_in_place_scratch::<T>(n, b.ncols(), Par::Seq),
+    );
+    let mut memory = MemBuffer::new(scratch);
+    llt::factor::cholesky_in_place(
+        a.as_mut(),
+        Default::default(),
+        Par::Seq,
+        MemStack::new(&mut memory),
+        Default::default(),
+    )
+    .ok()?;
+    let stack = MemStack::new(&mut memory);
+    llt::solve::solve_in_place(a.as_ref(), b.as_mut(), Par::Seq, stack);
+    Some(b)
+}
+
+/// The values of a matrix, row by row.
+pub fn row_major<T: Number>(a: &Mat<T>) -> Vec<T> {
+    let columns = a.ncols();
+    (0..a.nrows() * columns)
+        .map(|at| a[(at / columns, at % columns)])
+        .collect()
+}
+
+/// The matrix with these values, row by row.
+pub fn from_row_major<T: Number>(rows: usize, columns: usize, values: &[T]) -> Mat<T> {
+    MatRef::from_row_major_slice(values, rows, columns).to_owned()
 }
 
 /// Reads the upper triangle of a matrix, row by row.

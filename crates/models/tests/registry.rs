@@ -160,13 +160,34 @@ fn specs_are_read_and_mistakes_are_named() {
         r#"{ name = "isqrt", schedule = "cubic", steps = 3, lower = 0.1 }"#,
         r#"{ name = "isqrt", coefficients = [[1.5, -0.5, 0.0]] }"#,
         r#"{ name = "mpn", power = 0.5 }"#,
+        r#"{ name = "deepo2p", epsilon = 0.1 }"#,
+        r#"{ name = "mtp", degree = 4, iterations = 5 }"#,
+        r#"{ name = "mpa", degree = 3 }"#,
+        r#"{ name = "svd_pade" }"#,
     ] {
         assert_eq!(read(good), Ok(conv + 528 * 10 + 10), "{good}");
     }
-    assert_eq!(
-        read(r#"{ name = "isqrt", output = "full" }"#),
-        Ok(conv + 1024 * 10 + 10)
-    );
+    for (head, values) in [
+        (r#"{ name = "isqrt", output = "full" }"#, 1024),
+        (r#"{ name = "bcnn" }"#, 1024),
+        (r#"{ name = "impbcnn", iterations = 5, epsilon = 0 }"#, 1024),
+        (r#"{ name = "impbcnn", root = "svd" }"#, 1024),
+        (r#"{ name = "cbp" }"#, 8192),
+        (
+            r#"{ name = "cbp", projection = "random_maclaurin", dim = 64 }"#,
+            64,
+        ),
+        (
+            r#"{ name = "g2denet", beta = 0.5, normalize = false }"#,
+            1089,
+        ),
+        (r#"{ name = "g2denet", output = "triangle" }"#, 561),
+    ] {
+        assert_eq!(read(head), Ok(conv + values * 10 + 10), "{head}");
+    }
+    // Three taps along the channels.
+    let taps = conv + 528 * 10 + 10 + 3;
+    assert_eq!(read(r#"{ name = "dropcov" }"#), Ok(taps));
     for (bad, part) in [
         (
             r#"{ name = "isqrt", iteration = 3 }"#,
@@ -179,9 +200,24 @@ fn specs_are_read_and_mistakes_are_named() {
         ),
         (r#"{ name = "isqrt", schedule = "septic" }"#, "septic"),
         (r#"{ name = "gap", power = 2 }"#, "power"),
+        (r#"{ name = "mpn", power = 2 }"#, "power = 2"),
+        (r#"{ name = "deepo2p", epsilon = 0 }"#, "epsilon = 0"),
+        (r#"{ name = "cbp", dim = 0 }"#, "dim must be 1 to 1048576"),
+        (r#"{ name = "cbp", dim = 2000000 }"#, "dim must be 1"),
+        (r#"{ name = "cbp", projection = "fft" }"#, "fft"),
+        (r#"{ name = "impbcnn", root = "eig" }"#, "eig"),
+        (r#"{ name = "impbcnn", iterations = 0 }"#, "iterations = 0"),
+        (
+            r#"{ name = "impbcnn", root = "svd", iterations = 5 }"#,
+            "iterations belong to root",
+        ),
+        (r#"{ name = "g2denet", beta = -1 }"#, "beta = -1"),
+        (r#"{ name = "mtp", degree = 31 }"#, "degree = 31"),
+        (r#"{ name = "dropcov", p = 0.5 }"#, "unknown field `p`"),
         (
             r#"{ name = "gax" }"#,
-            "known are gap, cov, isqrt, mpn, flat",
+            "known are gap, cov, isqrt, mpn, flat, deepo2p, bcnn, cbp, impbcnn, g2denet, mtp, mpa, \
+             svd_pade, dropcov",
         ),
         (r#"{ iterations = 3 }"#, "name"),
     ] {

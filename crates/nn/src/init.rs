@@ -30,6 +30,10 @@ pub enum Init {
     Uniform(f64),
     /// Normal with this standard deviation (Gaussian).
     Normal(f64),
+    /// -1 or 1, as often.
+    Signs,
+    /// Whole numbers from 0 to below this one, all as often.
+    Below(u32),
 }
 
 impl Init {
@@ -52,6 +56,8 @@ impl Init {
             Self::UniformFanIn => stream.uniform(count, 1.0 / inputs.sqrt()),
             Self::Uniform(bound) => stream.uniform(count, bound),
             Self::Normal(deviation) => stream.normal(count, deviation),
+            Self::Signs => stream.units(count, |u| if u < 0.5 { -1.0 } else { 1.0 }),
+            Self::Below(limit) => stream.units(count, |u| (u * f64::from(limit)).floor()),
         }
     }
 }
@@ -72,9 +78,12 @@ impl Stream {
     }
 
     fn uniform<T: WithDType>(&mut self, count: usize, bound: f64) -> Vec<T> {
-        (0..count)
-            .map(|_| T::from_f64(bound * (2.0 * self.unit() - 1.0)))
-            .collect()
+        self.units(count, |u| bound * (2.0 * u - 1.0))
+    }
+
+    /// `f` of numbers in `[0, 1)`.
+    fn units<T: WithDType>(&mut self, count: usize, f: impl Fn(f64) -> f64) -> Vec<T> {
+        (0..count).map(|_| T::from_f64(f(self.unit()))).collect()
     }
 
     /// Box-Muller with `libm`, because the platform's `ln` and `cos` differ in the last bit.
@@ -108,6 +117,18 @@ mod tests {
         assert_eq!(drawn[0].to_bits(), PINNED, "{:#x}", drawn[0].to_bits());
     }
     const PINNED: u64 = 0x3fe8_d447_116f_7504;
+
+    #[test]
+    fn signs_and_whole_numbers_are_as_often() {
+        let signs = Init::Signs.draw::<f32>(1, "s", &[1000]);
+        assert!(signs.iter().all(|s| s.abs() == 1.0));
+        assert!(signs.iter().sum::<f32>().abs() < 120.0);
+        let numbers = Init::Below(5).draw::<f32>(1, "h", &[1000]);
+        for number in 0..5 {
+            let count = numbers.iter().filter(|&&n| n == number as f32).count();
+            assert!((150..250).contains(&count), "{number}: {count}");
+        }
+    }
 
     #[test]
     fn deviation_and_independence() {

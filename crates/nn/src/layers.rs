@@ -348,8 +348,68 @@ impl Dropout {
     /// [`Error::State`] in training before [`Vars::set_step`](crate::Vars::set_step): every step
     /// would have the same mask.
     pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let Source { seed, layer, step } = &self.source;
-        let step = match step.get() {
+        let y = ops::dropout(x, self.p, self.source.mask_key(mode)?, mode)?;
+        note_op("dropout", &y);
+        Ok(y)
+    }
+}
+
+/// Dropout of whole channels, with a probability that each call gives; the mask as that of
+/// [`Dropout`].
+#[derive(Debug, Clone)]
+pub struct ChannelDropout {
+    source: Source,
+}
+
+impl ChannelDropout {
+    /// No parameters.
+    ///
+    /// # Errors
+    /// [`Error::Duplicate`] where the scope has a source of random numbers already.
+    pub fn new(mut scope: Scope<'_>) -> Result<Self> {
+        Ok(Self {
+            source: scope.source()?,
+        })
+    }
+
+    /// In training, zeroes each channel of each image `(batch, channels, ...)` with probability `p` and
+    /// divides the others by `1 - p`, as PyTorch's `Dropout2d`; for `p = 1`, all of them. In evaluation,
+    /// `x` itself.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for a `p` outside of `[0, 1]`, [`Error::Shape`] for an `x` without channels;
+    /// [`Error::State`] as [`Dropout::forward`].
+    pub fn forward(&self, x: &Tensor, p: f64, mode: Mode) -> Result<Tensor> {
+        if p != 1.0 {
+            ops::dropout::check(p)?;
+        }
+        let [batch, channels, rest @ ..] = x.dims() else {
+            return shape_error(
+                "channel dropout",
+                format!("expects (batch, channels, ...), got {:?}", x.dims()),
+            );
+        };
+        let key = self.source.mask_key(mode)?;
+        if !mode.is_training() {
+            return Ok(x.clone());
+        }
+        if p == 1.0 {
+            return Ok((x * 0.0)?);
+        }
+        let ones = rest.iter().map(|_| 1);
+        let shape: Vec<usize> = [*batch, *channels].into_iter().chain(ones).collect();
+        let ones = Tensor::ones(shape, x.dtype(), x.device())?;
+        Ok(x.broadcast_mul(&ops::dropout(&ones, p, key, mode)?)?)
+    }
+}
+
+impl Source {
+    /// What the mask of this pass is made from.
+    ///
+    /// # Errors
+    /// [`Error::State`] in training before the step is set.
+    fn mask_key(&self, mode: Mode) -> Result<MaskKey> {
+        let step = match self.step.get() {
             Some(step) => step,
             None if !mode.is_training() => 0,
             None => {
@@ -360,9 +420,7 @@ impl Dropout {
                 });
             }
         };
-        let (seed, layer) = (*seed, *layer);
-        let y = ops::dropout(x, self.p, MaskKey { seed, layer, step }, mode)?;
-        note_op("dropout", &y);
-        Ok(y)
+        let (seed, layer) = (self.seed, self.layer);
+        Ok(MaskKey { seed, layer, step })
     }
 }

@@ -198,12 +198,7 @@ impl Scope<'_> {
     /// [`Error::Duplicate`] where the name is taken.
     pub fn parameter(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
         let name = self.new_name(name)?;
-        let (seed, device) = (self.vars.seed, &self.vars.device);
-        let value = match self.vars.dtype {
-            DType::F32 => Tensor::from_vec(init.draw::<f32>(seed, &name, shape), shape, device)?,
-            _ => Tensor::from_vec(init.draw::<f64>(seed, &name, shape), shape, device)?,
-        };
-        let var = Var::from_tensor(&value.to_dtype(self.vars.dtype)?)?;
+        let var = Var::from_tensor(&self.draw(&name, shape, init)?)?;
         let tensor = var.as_tensor().clone();
         self.vars.parameters.insert(name, var);
         Ok(tensor)
@@ -214,11 +209,28 @@ impl Scope<'_> {
     /// # Errors
     /// [`Error::Duplicate`] where the name is taken.
     pub fn buffer(&mut self, name: &str, shape: &[usize], value: f64) -> Result<Buffer> {
+        self.drawn_buffer(name, shape, Init::Constant(value))
+    }
+
+    /// A new buffer of random numbers, drawn as a parameter's are: from the network's seed and the
+    /// name. A random map that a checkpoint keeps and no optimiser touches.
+    ///
+    /// # Errors
+    /// [`Error::Duplicate`] where the name is taken.
+    pub fn drawn_buffer(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Buffer> {
         let name = self.new_name(name)?;
-        let tensor = Tensor::full(value, shape, &self.vars.device)?.to_dtype(self.vars.dtype)?;
-        let buffer = Buffer::new(tensor);
+        let buffer = Buffer::new(self.draw(&name, shape, init)?);
         self.vars.buffers.insert(name, buffer.clone());
         Ok(buffer)
+    }
+
+    fn draw(&self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
+        let (seed, device) = (self.vars.seed, &self.vars.device);
+        let value = match self.vars.dtype {
+            DType::F32 => Tensor::from_vec(init.draw::<f32>(seed, name, shape), shape, device)?,
+            _ => Tensor::from_vec(init.draw::<f64>(seed, name, shape), shape, device)?,
+        };
+        Ok(value.to_dtype(self.vars.dtype)?)
     }
 
     /// Random numbers of the layer that lives here.

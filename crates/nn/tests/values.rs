@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{DType, Device, Tensor, Var};
-use isqrt_nn::layers::Dropout;
+use isqrt_nn::layers::{ChannelDropout, Dropout};
 use isqrt_nn::ops::{
     BatchNorm, Conv, LocalResponseNorm, MaskKey, Pool, Window, avg_pool2d, batch_norm, block,
     conv_norm, conv2d, cross_entropy, dropout, global_avg_pool, linear, local_response_norm,
@@ -404,6 +404,56 @@ fn dropout_layers_follow_seed_name_and_step() {
     let message = layer.forward(&x, Mode::Train).unwrap_err().to_string();
     assert!(message.contains("set_step"), "{message}");
     layer.forward(&x, Mode::Eval).unwrap();
+}
+
+#[test]
+fn channel_dropout_drops_whole_channels_and_has_their_gradient() {
+    let x = random(&[6, 50, 3, 2], 1);
+    let mut vars = Vars::new(1, DType::F64, &Device::Cpu);
+    let layer = ChannelDropout::new(vars.root().sub("drop")).unwrap();
+    assert!(ChannelDropout::new(vars.root().sub("drop")).is_err());
+    let message = layer.forward(&x, 0.3, Mode::Train).unwrap_err().to_string();
+    assert!(message.contains("set_step"), "{message}");
+    vars.set_step(0);
+    let var = Var::from_tensor(&x).unwrap();
+    let y = layer.forward(&var, 0.3, Mode::Train).unwrap();
+    let dx = y
+        .sum_all()
+        .unwrap()
+        .backward()
+        .unwrap()
+        .remove(&var)
+        .unwrap();
+    assert_close!(y, (dx.clone() * &x).unwrap(), rtol = 1e-15);
+    let channels = dx.reshape((300, 6)).unwrap().to_vec2::<f64>().unwrap();
+    let scale = 1.0 / (1.0 - 0.3);
+    for channel in &channels {
+        assert!([0.0, scale].contains(&channel[0]), "{channel:?}");
+        assert!(channel.iter().all(|&v| v == channel[0]), "{channel:?}");
+    }
+    let kept = channels.iter().filter(|channel| channel[0] > 0.0).count();
+    assert!((170..250).contains(&kept), "{kept}");
+
+    let all = layer.forward(&x, 1.0, Mode::Train).unwrap();
+    assert_close!(all, x.zeros_like().unwrap(), atol = 0.0);
+    assert_close!(layer.forward(&x, 0.3, Mode::Eval).unwrap(), x, atol = 0.0);
+    assert!(layer.forward(&x, 1.5, Mode::Train).is_err());
+    let flat = Tensor::ones(3, DType::F64, &Device::Cpu).unwrap();
+    assert!(layer.forward(&flat, 0.3, Mode::Train).is_err());
+}
+
+#[test]
+fn a_drawn_buffer_follows_seed_and_name_and_is_no_parameter() {
+    let draw = |seed: u64, name: &str| {
+        let mut vars = Vars::new(seed, DType::F32, &Device::Cpu);
+        let buffer = vars.root().drawn_buffer(name, &[64], Init::Signs).unwrap();
+        assert!(vars.root().drawn_buffer(name, &[64], Init::Signs).is_err());
+        assert_eq!((vars.parameters().count(), vars.buffers().count()), (0, 1));
+        buffer.get().to_vec1::<f32>().unwrap()
+    };
+    assert_eq!(draw(1, "a"), draw(1, "a"));
+    assert_ne!(draw(1, "a"), draw(2, "a"));
+    assert_ne!(draw(1, "a"), draw(1, "b"));
 }
 
 #[test]

@@ -1,261 +1,169 @@
-//! MPN-COV: a power of the covariance by eigendecomposition, with its own backward.
+//! Functions of the second moment by eigendecomposition, `f(A) = U diag(f(λ)) Uᵀ` of
+//! `A = U diag(λ) Uᵀ`, with the exact adjoint; one file a method.
 //!
-//! Li, Xie, Wang, Zuo, *Is Second-order Information Helpful for Large-scale Visual Recognition?*
-//! (ICCV 2017): `C = U diag(λ^α) Uᵀ` of the covariance `Σ = U diag(λ) Uᵀ`, `α = 1/2` by default,
-//! without pre-normalisation. This is the baseline that iSQRT-COV replaces.
+//! Several of the methods are published with a singular value decomposition. That of a symmetric
+//! positive semi-definite matrix is its eigendecomposition, which takes about half of the time, so
+//! that is what runs here.
+//!
+//! # The adjoint
+//! Daleckii and Krein: in the basis of eigenvectors the gradient is multiplied, entry by entry, with
+//! the divided differences `(f(λi) - f(λj)) / (λi - λj)`. These are computed without the difference
+//! of the eigenvalues in the denominator and continue as `f'` where eigenvalues meet, so repeated
+//! and nearly equal eigenvalues are as good as any. (Backpropagation through eigenvectors, as
+//! published, divides by `λi - λj`.)
+//!
+//! # Cost
+//! An image takes one eigendecomposition and one product of size `d` forward, four products
+//! backward, besides those between features and moment (`d²M` multiply-adds forward, as many
+//! backward). The eigenvectors, `d²` values, wait for the backward pass.
+
+mod deep_o2p;
+mod gaussian;
+mod mpn;
+mod svd_pade;
+
+pub use deep_o2p::DeepO2P;
+pub use gaussian::GaussianEmbedding;
+pub use mpn::MpnCov;
+pub use svd_pade::SvdPade;
 
 use crate::config::Output;
-use crate::reference::{Number, centred, eigen, from_triangle, product, triangle};
+use crate::moment::Method;
+use crate::reference::{Number, eigen, product, transposed};
 use crate::{Error, Result};
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor};
-use faer::{Mat, MatRef};
-use rayon::prelude::*;
-use std::sync::OnceLock;
+use faer::Mat;
 
-/// Matrix power normalised covariance pooling by eigendecomposition.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct MpnCov {
-    /// The exponent `α`, in `(0, 1]`.
-    pub power: f64,
-    /// Form of the output.
-    pub output: Output,
+/// A function of eigenvalues that are not negative.
+pub(crate) trait Scalar: Send + Sync {
+    /// `f(λ)`.
+    fn value(&self, eigenvalue: f64) -> f64;
+
+    /// `(f(a) - f(b)) / (a - b)`, and `f'(a)` for `a = b`. Symmetric.
+    fn divided_difference(&self, a: f64, b: f64) -> f64;
 }
 
-impl Default for MpnCov {
-    fn default() -> Self {
-        Self {
-            power: 0.5,
-            output: Output::Triangle,
-        }
-    }
+/// `(λ + ε)^p` for `p` in `(0, 1]`. Without `ε`, pairs of zeros, where features have no part and the
+/// derivative is infinite, have the divided difference 0.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Power {
+    pub(crate) power: f64,
+    pub(crate) epsilon: f64,
 }
 
-impl MpnCov {
-    /// Pools feature maps, differentiably; one eigendecomposition an image, images in parallel.
-    ///
-    /// # Shapes
-    /// As [`CovPool::forward`](crate::CovPool::forward).
-    ///
-    /// # Errors
-    /// As there, and [`Error::Decomposition`].
-    ///
-    /// # Numerics
-    /// The gradient is that of the matrix function (Daleckii–Krein): divided differences of
-    /// `λ^α`, the derivative where eigenvalues coincide. Eigenvalues below `d ε λ_max` count as
-    /// zero; pairs of zeros, where features have no part and the derivative is infinite, as 0.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        if !(self.power > 0.0 && self.power <= 1.0) {
-            return Err(crate::config::out_of_range(
-                "power",
-                self.power,
-                "a number in (0, 1]",
-            ));
-        }
-        let (batch, d, positions) = crate::layer::feature_shape(x)?;
-        match x.dtype() {
-            DType::F32 => Ok(x
-                .contiguous()?
-                .apply_op1(Op::<f32>::new(*self, batch, d, positions))?),
-            DType::F64 => Ok(x
-                .contiguous()?
-                .apply_op1(Op::<f64>::new(*self, batch, d, positions))?),
-            other => Err(Error::Dtype {
-                dtype: other.as_str(),
-            }),
-        }
-    }
-}
-
-/// Eigenvectors and clamped eigenvalues of an image.
-struct Spectrum<T> {
-    vectors: Mat<T>,
-    values: Vec<f64>,
-}
-
-struct Op<T> {
-    pool: MpnCov,
-    batch: usize,
-    d: usize,
-    positions: usize,
-    spectra: OnceLock<Vec<Spectrum<T>>>,
-}
-
-/// Eigendecomposition of a symmetric matrix, on one thread; eigenvalues that are zero up to
-/// rounding are set to it.
-fn spectrum<T: Number>(covariance: &Mat<T>, epsilon: f64, index: usize) -> Result<Spectrum<T>> {
-    let (raw, vectors) = eigen(covariance).ok_or(Error::Decomposition {
-        index,
-        what: "eigendecomposition",
-    })?;
-    let raw: Vec<f64> = raw.into_iter().map(T::widened).collect();
-    let most = raw.iter().fold(0.0_f64, |a, &b| a.max(b));
-    let floor = most * raw.len() as f64 * epsilon;
-    Ok(Spectrum {
-        vectors,
-        values: raw
-            .into_iter()
-            .map(|v| if v > floor { v } else { 0.0 })
-            .collect(),
-    })
-}
-
-/// `(f(a) - f(b)) / (a - b)` for `f(λ) = λ^power`, continued where `a = b`; 0 for `a = b = 0`.
-fn divided_difference(a: f64, b: f64, power: f64) -> f64 {
-    let (low, high) = if a < b { (a, b) } else { (b, a) };
-    if high == 0.0 {
-        return 0.0;
-    }
-    if power == 0.5 {
-        return 1.0 / (low.sqrt() + high.sqrt());
-    }
-    let r = low / high;
-    // With r = 1 - δ: (1 - r^p) / (1 - r), by ln_1p and exp_m1 without cancellation.
-    let ratio = if r == 0.0 {
-        1.0
-    } else if r == 1.0 {
-        power
-    } else {
-        let delta = (high - low) / high;
-        -(power * (-delta).ln_1p()).exp_m1() / delta
-    };
-    high.powf(power - 1.0) * ratio
-}
-
-impl<T: Number + crate::layer::Layered> Op<T> {
-    fn new(pool: MpnCov, batch: usize, d: usize, positions: usize) -> Self {
-        Self {
-            pool,
-            batch,
-            d,
-            positions,
-            spectra: OnceLock::new(),
+impl Scalar for Power {
+    fn value(&self, eigenvalue: f64) -> f64 {
+        let shifted = eigenvalue + self.epsilon;
+        match self.power {
+            0.5 => shifted.sqrt(),
+            power => shifted.powf(power),
         }
     }
 
-    fn image(&self, features: &[T]) -> Mat<T> {
-        MatRef::from_row_major_slice(features, self.d, self.positions).to_owned()
-    }
-
-    fn forward_image(&self, index: usize, features: &[T]) -> Result<(Vec<T>, Spectrum<T>)> {
-        if features.iter().any(|x| !x.widened().is_finite()) {
-            return Err(Error::NonFinite {
-                index,
-                what: "a feature",
-            });
+    fn divided_difference(&self, a: f64, b: f64) -> f64 {
+        let (low, high) = if a < b { (a, b) } else { (b, a) };
+        let top = high + self.epsilon;
+        let bottom = low + self.epsilon;
+        if top == 0.0 {
+            return 0.0;
         }
-        let x = centred(&self.image(features));
-        let covariance = product(&x, &x.transpose().to_owned());
-        let diagonal = (0..self.d).map(|i| covariance[(i, i)].widened());
-        if !diagonal.sum::<f64>().is_finite() {
-            return Err(Error::NonFinite {
-                index,
-                what: "the covariance (it overflows)",
-            });
+        if self.power == 0.5 {
+            return 1.0 / (bottom.sqrt() + top.sqrt());
         }
-        let spectrum = spectrum(&covariance, T::EPSILON, index)?;
-        let u = &spectrum.vectors;
-        let powered = Mat::from_fn(self.d, self.d, |i, j| {
-            u[(i, j)] * T::nearest(powered(spectrum.values[j], self.pool.power))
-        });
-        let root = product(&powered, &u.transpose().to_owned());
-        Ok((self.flat(&root), spectrum))
-    }
-
-    fn flat(&self, matrix: &Mat<T>) -> Vec<T> {
-        match self.pool.output {
-            Output::Triangle => triangle(matrix),
-            Output::Full => row_major(matrix),
-        }
-    }
-
-    fn backward_image(&self, features: &[T], spectrum: &Spectrum<T>, gradient: &[T]) -> Vec<T> {
-        let d = self.d;
-        let upstream = match self.pool.output {
-            Output::Triangle => from_triangle(d, gradient),
-            Output::Full => MatRef::from_row_major_slice(gradient, d, d).to_owned(),
+        // With r = bottom/top = 1 - δ: (1 - r^p) / (1 - r), by ln_1p and exp_m1 without
+        // cancellation.
+        let delta = (high - low) / top;
+        let ratio = if bottom == 0.0 {
+            1.0
+        } else if delta == 0.0 {
+            self.power
+        } else {
+            -(self.power * (-delta).ln_1p()).exp_m1() / delta
         };
-        // dΣ + dΣᵀ needs twice the symmetric part.
-        let both = Mat::from_fn(d, d, |i, j| upstream[(i, j)] + upstream[(j, i)]);
-        let u = &spectrum.vectors;
-        let ut = u.transpose().to_owned();
-        let mut inside = product(&product(&ut, &both), u);
-        for j in 0..d {
-            for i in 0..d {
-                let (a, b) = (spectrum.values[i], spectrum.values[j]);
-                inside[(i, j)] *= T::nearest(divided_difference(a, b, self.pool.power));
+        top.powf(self.power - 1.0) * ratio
+    }
+}
+
+/// The method that applies a function to the eigenvalues.
+pub(crate) struct Spectral<F> {
+    pub(crate) function: F,
+    pub(crate) output: Output,
+}
+
+/// Eigenvectors and eigenvalues of an image's moment.
+pub(crate) struct Spectrum<T> {
+    pub(crate) vectors: Mat<T>,
+    pub(crate) values: Vec<f64>,
+}
+
+impl<T: Number> Spectrum<T> {
+    /// Of a symmetric positive semi-definite matrix, on one thread; eigenvalues that are zero up to
+    /// rounding (below `n ε λ_max`) are set to it.
+    pub(crate) fn new(moment: &Mat<T>, index: usize) -> Result<Self> {
+        // Near 1, by a power of two: the decomposition squares, which f32 does not bear at both ends.
+        let largest = (0..moment.nrows()).fold(0.0, |most, i| moment[(i, i)].widened().max(most));
+        let scale = match largest > 0.0 {
+            true => largest.log2().floor().exp2(),
+            false => 1.0,
+        };
+        let near_one = Mat::from_fn(moment.nrows(), moment.ncols(), |i, j| {
+            T::nearest(moment[(i, j)].widened() / scale)
+        });
+        let (raw, vectors) = eigen(&near_one).ok_or(Error::Decomposition {
+            index,
+            what: "eigendecomposition",
+        })?;
+        let raw: Vec<f64> = raw.into_iter().map(|v| v.widened() * scale).collect();
+        let most = raw.iter().fold(0.0_f64, |a, &b| a.max(b));
+        let floor = most * raw.len() as f64 * T::EPSILON;
+        let zeroed = raw.into_iter().map(|v| if v > floor { v } else { 0.0 });
+        Ok(Self {
+            vectors,
+            values: zeroed.collect(),
+        })
+    }
+
+    /// `U diag(f(λ)) Uᵀ`.
+    pub(crate) fn apply(&self, function: &impl Scalar) -> Mat<T> {
+        let u = &self.vectors;
+        let scales: Vec<T> = self
+            .values
+            .iter()
+            .map(|&v| T::nearest(function.value(v)))
+            .collect();
+        let scaled = Mat::from_fn(u.nrows(), u.ncols(), |i, j| u[(i, j)] * scales[j]);
+        product(&scaled, &transposed(u))
+    }
+
+    /// The adjoint of [`apply`](Self::apply).
+    pub(crate) fn adjoint(&self, function: &impl Scalar, upstream: &Mat<T>) -> Mat<T> {
+        let u = &self.vectors;
+        let ut = transposed(u);
+        let mut inside = product(&product(&ut, upstream), u);
+        for j in 0..inside.ncols() {
+            for i in 0..inside.nrows() {
+                let (a, b) = (self.values[i], self.values[j]);
+                inside[(i, j)] *= T::nearest(function.divided_difference(a, b));
             }
         }
-        let covariance = product(&product(u, &inside), &ut);
-        let x = centred(&self.image(features));
-        row_major(&centred(&product(&covariance, &x)))
+        product(&product(u, &inside), &ut)
     }
 }
 
-fn powered(value: f64, power: f64) -> f64 {
-    match power {
-        0.5 => value.sqrt(),
-        _ if value == 0.0 => 0.0,
-        _ => value.powf(power),
-    }
-}
+impl<T: Number, F: Scalar> Method<T> for Spectral<F> {
+    type Kept = Spectrum<T>;
 
-fn row_major<T: Number>(a: &Mat<T>) -> Vec<T> {
-    let columns = a.ncols();
-    (0..a.nrows() * columns)
-        .map(|at| a[(at / columns, at % columns)])
-        .collect()
-}
-
-impl<T: Number + crate::layer::Layered> CustomOp1 for Op<T> {
-    fn name(&self) -> &'static str {
-        "mpn-cov"
+    fn shape(&self, size: usize) -> Vec<usize> {
+        self.output.shape(size)
     }
 
-    fn cpu_fwd(
-        &self,
-        storage: &CpuStorage,
-        layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let features = crate::layer::values::<T>(storage, layout)?;
-        let images: Vec<Result<(Vec<T>, Spectrum<T>)>> = features
-            .par_chunks_exact(self.d * self.positions)
-            .enumerate()
-            .map(|(index, image)| self.forward_image(index, image))
-            .collect();
-        // In order, so that the first bad image of the batch is the one that is named.
-        let images: Vec<_> = images.into_iter().collect::<Result<_>>()?;
-        let (out, spectra): (Vec<Vec<T>>, Vec<_>) = images.into_iter().unzip();
-        let _ = self.spectra.set(spectra);
-        let shape = crate::layer::out_shape(self.pool.output, self.batch, self.d);
-        Ok((T::storage(out.concat()), shape))
+    fn forward(&self, moment: Mat<T>, index: usize) -> Result<(Vec<T>, Spectrum<T>)> {
+        let spectrum = Spectrum::new(&moment, index)?;
+        Ok((self.output.read(&spectrum.apply(&self.function)), spectrum))
     }
 
-    fn bwd(
-        &self,
-        arg: &Tensor,
-        _res: &Tensor,
-        grad_res: &Tensor,
-    ) -> candle_core::Result<Option<Tensor>> {
-        let (arg, grad_res) = (arg.contiguous()?, grad_res.contiguous()?);
-        let (x, x_layout) = arg.storage_and_layout();
-        let (g, g_layout) = grad_res.storage_and_layout();
-        let (Storage::Cpu(x), Storage::Cpu(g)) = (&*x, &*g) else {
-            return Err(Error::Device.into());
-        };
-        let x = crate::layer::values::<T>(x, x_layout)?;
-        let g = crate::layer::values::<T>(g, g_layout)?;
-        let spectra = self.spectra.get().map_or(&[][..], Vec::as_slice);
-        let out: Vec<Vec<T>> = x
-            .par_chunks_exact(self.d * self.positions)
-            .zip(spectra.par_iter())
-            .zip(g.par_chunks_exact(self.pool.output.len(self.d)))
-            .map(|((image, spectrum), gradient)| self.backward_image(image, spectrum, gradient))
-            .collect();
-        Ok(Some(Tensor::from_vec(
-            out.concat(),
-            arg.shape(),
-            arg.device(),
-        )?))
+    fn backward(&self, spectrum: &Spectrum<T>, gradient: &[T]) -> Mat<T> {
+        let upstream = self.output.matrix(spectrum.values.len(), gradient);
+        spectrum.adjoint(&self.function, &upstream)
     }
 }
 
@@ -263,29 +171,43 @@ impl<T: Number + crate::layer::Layered> CustomOp1 for Op<T> {
 mod tests {
     use super::*;
 
+    /// Against the difference quotient where that is exact enough, else the derivative.
+    pub(super) fn check(function: &impl Scalar, derivative: impl Fn(f64) -> f64) {
+        for (a, b) in [
+            (2.0, 1.0),
+            (1.0, 1.0),
+            (1.0, 1.0 + 1e-13),
+            (1e-6, 1e-6 + 1e-19),
+            (3.0, 0.0),
+            (1e-9, 5.0),
+        ] {
+            let found = function.divided_difference(a, b);
+            let known = if (a - b).abs() > 1e-6 {
+                (function.value(a) - function.value(b)) / (a - b)
+            } else {
+                derivative(a)
+            };
+            assert!(
+                (found / known - 1.0).abs() < 1e-9,
+                "{a} {b}: {found} {known}"
+            );
+            assert_eq!(found, function.divided_difference(b, a));
+        }
+        assert!(function.divided_difference(0.0, 0.0).is_finite());
+    }
+
     #[test]
     fn divided_differences_are_finite_and_right() {
         for power in [0.3, 0.5, 1.0] {
-            for (a, b) in [
-                (2.0, 1.0),
-                (1.0, 1.0),
-                (1.0, 1.0 + 1e-13),
-                (3.0, 0.0),
-                (1e-9, 5.0),
-            ] {
-                let found = divided_difference(a, b, power);
-                let known = if (a - b).abs() > 1e-6 {
-                    (f64::powf(a, power) - f64::powf(b, power)) / (a - b)
-                } else {
-                    power * f64::powf(a, power - 1.0)
-                };
-                assert!(
-                    (found / known - 1.0).abs() < 1e-9,
-                    "{a} {b} {power}: {found} {known}"
-                );
-                assert_eq!(found, divided_difference(b, a, power));
+            for epsilon in [0.0, 1e-3] {
+                let function = Power { power, epsilon };
+                check(&function, |x| power * (x + epsilon).powf(power - 1.0));
             }
+            let none = Power {
+                power,
+                epsilon: 0.0,
+            };
+            assert_eq!(none.divided_difference(0.0, 0.0), 0.0);
         }
-        assert_eq!(divided_difference(0.0, 0.0, 0.5), 0.0);
     }
 }

@@ -1,10 +1,9 @@
 //! Covariance pooling without a root.
 
-use candle_core::Tensor;
-use isqrt_linalg::{CovPool, Output};
-use isqrt_nn::{Mode, Scope};
+use isqrt_linalg::CovPool;
+use isqrt_nn::Scope;
 
-use super::{NoOptions, Options, Representation, RepresentationEntry};
+use super::{NoOptions, Options, Representation, RepresentationEntry, symmetric};
 use crate::Result;
 
 pub(super) const COV: Entry = Entry;
@@ -31,29 +30,7 @@ impl RepresentationEntry for Entry {
         _scope: Scope<'_>,
     ) -> Result<Box<dyn Representation>> {
         options.read::<NoOptions>(self.name())?;
-        Ok(Box::new(Covariance {
-            pool: CovPool::plain(),
-            channels,
-        }))
-    }
-}
-
-/// A [`CovPool`] as a representation.
-pub(super) struct Covariance {
-    pub(super) pool: CovPool,
-    pub(super) channels: usize,
-}
-
-impl Representation for Covariance {
-    fn forward(&self, x: &Tensor, _mode: Mode) -> Result<Tensor> {
-        Ok(self.pool.forward(x)?.flatten_from(1)?)
-    }
-
-    fn out_dim(&self) -> usize {
-        self.pool.out_dim(self.channels)
-    }
-
-    fn triangle(&self) -> Option<usize> {
-        matches!(self.pool.output, Output::Triangle).then_some(self.channels)
+        let pool = CovPool::plain();
+        Ok(symmetric(pool.output, channels, move |x| pool.forward(x)))
     }
 }

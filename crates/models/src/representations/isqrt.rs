@@ -3,12 +3,11 @@
 //! The steps are given in one of four ways: `iterations = 5` (Newton-Schulz, the default);
 //! `schedule = "cubic"`, `"quintic"` or `"nonic"` with `steps` and `lower`; `coefficients = [[a, b, c], ...]`.
 
-use isqrt_linalg::{CovPool, Memory, Output, PreNormalization, Root, Schedule, Side};
+use isqrt_linalg::{CovPool, Memory, PreNormalization, Root, Schedule, Side};
 use isqrt_nn::Scope;
 use serde::Deserialize;
 
-use super::cov::Covariance;
-use super::{Options, Representation, RepresentationEntry};
+use super::{Form, Options, Representation, RepresentationEntry, symmetric};
 use crate::{Error, Result};
 
 pub(super) const ISQRT: Entry = Entry;
@@ -36,7 +35,7 @@ impl RepresentationEntry for Entry {
     ) -> Result<Box<dyn Representation>> {
         let pool = options.read::<Keys>(self.name())?.pool()?;
         pool.validate()?;
-        Ok(Box::new(Covariance { pool, channels }))
+        Ok(symmetric(pool.output, channels, move |x| pool.forward(x)))
     }
 }
 
@@ -56,30 +55,9 @@ struct Keys {
     output: Form,
 }
 
-/// Declares an enum of words in specs that stands for one of isqrt-linalg's (which knows no serde).
-macro_rules! words {
-    ($name:ident => $target:ident { $first:ident $(, $other:ident)* }) => {
-        #[derive(Debug, Clone, Copy, Default, Deserialize)]
-        #[serde(rename_all = "snake_case")]
-        enum $name {
-            #[default]
-            $first,
-            $($other),*
-        }
-        impl From<$name> for $target {
-            fn from(word: $name) -> Self {
-                match word {
-                    $name::$first => Self::$first,
-                    $($name::$other => Self::$other),*
-                }
-            }
-        }
-    };
-}
 words!(Norm => PreNormalization { Trace, Frobenius, Spectral, None });
 words!(RunsOn => Side { Auto, Covariance, Gram });
 words!(Keeps => Memory { Keep, Lean });
-words!(Form => Output { Triangle, Full });
 
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -1,12 +1,42 @@
 //! Pooling heads, from feature maps to one vector an image, and their registry.
 
+/// Declares an enum of words in specs that stands for one of isqrt-linalg's (which knows no serde).
+macro_rules! words {
+    ($name:ident => $target:ident { $first:ident $(, $other:ident)* }) => {
+        #[derive(Debug, Clone, Copy, Default, Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        enum $name {
+            #[default]
+            $first,
+            $($other),*
+        }
+        impl From<$name> for $target {
+            fn from(word: $name) -> Self {
+                match word {
+                    $name::$first => Self::$first,
+                    $($name::$other => Self::$other),*
+                }
+            }
+        }
+    };
+}
+
+mod approximant;
+mod bcnn;
+mod cbp;
 mod cov;
+mod deepo2p;
+mod dropcov;
 mod flat;
+mod g2denet;
 mod gap;
+mod impbcnn;
 mod isqrt;
 mod mpn;
+mod svd_pade;
 
 use candle_core::Tensor;
+use isqrt_linalg::Output;
 use isqrt_nn::{Mode, Scope};
 use serde::{Deserialize, Serialize};
 
@@ -64,8 +94,60 @@ pub trait RepresentationEntry: Sync {
 }
 
 /// All representations. Adding one is a file beside this one and a line here.
-pub const REPRESENTATIONS: &[&dyn RepresentationEntry] =
-    &[&gap::GAP, &cov::COV, &isqrt::ISQRT, &mpn::MPN, &flat::FLAT];
+pub const REPRESENTATIONS: &[&dyn RepresentationEntry] = &[
+    &gap::GAP,
+    &cov::COV,
+    &isqrt::ISQRT,
+    &mpn::MPN,
+    &flat::FLAT,
+    &deepo2p::DEEPO2P,
+    &bcnn::BCNN,
+    &cbp::CBP,
+    &impbcnn::IMPBCNN,
+    &g2denet::G2DENET,
+    &approximant::MTP,
+    &approximant::MPA,
+    &svd_pade::SVD_PADE,
+    &dropcov::DROPCOV,
+];
+
+words!(Form => Output { Triangle, Full });
+
+/// A layer without parameters that gives symmetric matrices of `side` rows, the same in training and
+/// evaluation, as a representation.
+fn symmetric<F>(output: Output, side: usize, forward: F) -> Box<dyn Representation>
+where
+    F: Fn(&Tensor) -> isqrt_linalg::Result<Tensor> + Send + Sync + 'static,
+{
+    Box::new(Symmetric {
+        output,
+        side,
+        forward,
+    })
+}
+
+struct Symmetric<F> {
+    output: Output,
+    side: usize,
+    forward: F,
+}
+
+impl<F> Representation for Symmetric<F>
+where
+    F: Fn(&Tensor) -> isqrt_linalg::Result<Tensor> + Send + Sync,
+{
+    fn forward(&self, x: &Tensor, _mode: Mode) -> Result<Tensor> {
+        Ok((self.forward)(x)?.flatten_from(1)?)
+    }
+
+    fn out_dim(&self) -> usize {
+        self.output.len(self.side)
+    }
+
+    fn triangle(&self) -> Option<usize> {
+        matches!(self.output, Output::Triangle).then_some(self.side)
+    }
+}
 
 /// A representation by name with its options: in TOML
 /// `representation = { name = "isqrt", iterations = 5 }`.
@@ -112,5 +194,35 @@ impl RepresentationSpec {
                 .collect::<Vec<_>>()
                 .join(", "),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use candle_core::{DType, Device};
+    use isqrt_nn::Vars;
+
+    /// A head that forgets to say so would take weights of the other order without a word.
+    #[test]
+    fn triangles_say_that_they_are() {
+        let mut found = 0;
+        for entry in REPRESENTATIONS.iter().filter(|entry| entry.second_order()) {
+            let mut vars = Vars::new(1, DType::F32, &Device::Cpu);
+            let options = Options::default();
+            let head = entry.build(&options, 7, vars.root()).unwrap();
+            for side in [7, 8] {
+                let is_triangle = head.out_dim() == side * (side + 1) / 2;
+                assert_eq!(
+                    head.triangle() == Some(side),
+                    is_triangle,
+                    "{}",
+                    entry.name()
+                );
+                found += usize::from(is_triangle);
+            }
+        }
+        assert!(found >= 8, "{found}");
     }
 }

@@ -1,12 +1,10 @@
 //! MPN-COV: covariance pooling with a matrix power by eigendecomposition (Li et al. 2017).
 
-use candle_core::Tensor;
-use isqrt_linalg::Output;
 use isqrt_linalg::eig::MpnCov;
-use isqrt_nn::{Mode, Scope};
+use isqrt_nn::Scope;
 use serde::Deserialize;
 
-use super::{Options, Representation, RepresentationEntry};
+use super::{Options, Representation, RepresentationEntry, symmetric};
 use crate::Result;
 
 pub(super) const MPN: Entry = Entry;
@@ -37,7 +35,8 @@ impl RepresentationEntry for Entry {
             power,
             ..MpnCov::default()
         };
-        Ok(Box::new(Mpn { pool, channels }))
+        pool.validate()?;
+        Ok(symmetric(pool.output, channels, move |x| pool.forward(x)))
     }
 }
 
@@ -51,24 +50,5 @@ struct Keys {
 impl Default for Keys {
     fn default() -> Self {
         Self { power: 0.5 }
-    }
-}
-
-struct Mpn {
-    pool: MpnCov,
-    channels: usize,
-}
-
-impl Representation for Mpn {
-    fn forward(&self, x: &Tensor, _mode: Mode) -> Result<Tensor> {
-        Ok(self.pool.forward(x)?)
-    }
-
-    fn out_dim(&self) -> usize {
-        self.pool.output.len(self.channels)
-    }
-
-    fn triangle(&self) -> Option<usize> {
-        matches!(self.pool.output, Output::Triangle).then_some(self.channels)
     }
 }

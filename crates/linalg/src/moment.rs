@@ -1,0 +1,252 @@
+//! One op for every method that pools a second moment of the features: from features to the moment,
+//! from the moment to the output, image by image, and back.
+//!
+//! Images run side by side, each on one thread. A method sees matrices only: shapes, element
+//! types, devices, checks and the step between features and moment are here.
+
+use crate::reference::{Number, product, transposed};
+use crate::{Error, Result};
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor};
+use faer::{Mat, MatRef};
+use rayon::prelude::*;
+use std::marker::PhantomData;
+use std::sync::OnceLock;
+
+/// A map of the second moment, a symmetric positive semi-definite matrix.
+pub(crate) trait Method<T: Number>: Send + Sync {
+    /// What the forward pass leaves for the backward pass.
+    type Kept: Send + Sync;
+
+    /// Values of the output for moments of this size, without the batch.
+    fn shape(&self, size: usize) -> Vec<usize>;
+
+    /// The values of one image, row by row; `index` is its place in the batch.
+    fn forward(&self, moment: Mat<T>, index: usize) -> Result<(Vec<T>, Self::Kept)>;
+
+    /// The gradient of the moment from that of the values. Only its symmetric part counts.
+    fn backward(&self, kept: &Self::Kept, gradient: &[T]) -> Mat<T>;
+}
+
+/// Which second moment: `ZZᵀ` of the features less a share of their mean, `Z = (X - sμ1ᵀ)/√M`, with
+/// or without a last row of ones (also over `√M`).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Moment {
+    /// The share `s`: 1 for the covariance, 0 for `XXᵀ/M`.
+    pub(crate) removed: f64,
+    /// Whether there is a row of ones.
+    pub(crate) ones: bool,
+}
+
+impl Moment {
+    /// The covariance with divisor `M`.
+    pub(crate) const COVARIANCE: Self = Self {
+        removed: 1.0,
+        ones: false,
+    };
+    /// `XXᵀ/M`, about zero and not about the mean.
+    pub(crate) const ABOUT_ZERO: Self = Self {
+        removed: 0.0,
+        ones: false,
+    };
+
+    /// Size of the matrix for `d` channels.
+    pub(crate) fn size(self, d: usize) -> usize {
+        d + usize::from(self.ones)
+    }
+
+    /// `(x - s mean(x)) / √M` of each row. Its own adjoint.
+    fn shifted<T: Number>(self, x: MatRef<'_, T>) -> Mat<T> {
+        let m = T::nearest(x.ncols() as f64);
+        let (scale, share) = (T::nearest(1.0) / m.root(), T::nearest(self.removed));
+        let mut out = x.to_owned();
+        for i in 0..x.nrows() {
+            // From the first value on, so that the mean of equal values is exact.
+            let mut sum = T::nearest(0.0);
+            for j in 0..x.ncols() {
+                sum += x[(i, j)] - x[(i, 0)];
+            }
+            let shift = share * (x[(i, 0)] + sum / m);
+            for j in 0..x.ncols() {
+                out[(i, j)] = (x[(i, j)] - shift) * scale;
+            }
+        }
+        out
+    }
+
+    fn factor<T: Number>(self, x: MatRef<'_, T>) -> Mat<T> {
+        let mut z = self.shifted(x);
+        if self.ones {
+            let one = T::nearest(1.0) / T::nearest(x.ncols() as f64).root();
+            z.resize_with(x.nrows() + 1, x.ncols(), |_, _| one);
+        }
+        z
+    }
+}
+
+/// Pools feature maps `(batch, d, height, width)` or `(batch, d, positions)`, differentiably, in
+/// their own precision.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::Empty`], [`Error::Dtype`], [`Error::Device`], those of the method;
+/// [`Error::NonFinite`] names the first bad element of the batch.
+pub(crate) fn pool<M>(x: &Tensor, moment: Moment, method: M) -> Result<Tensor>
+where
+    M: Method<f32> + Method<f64> + 'static,
+{
+    match x.dtype() {
+        DType::F32 => pool_in::<f32, f32, M>(x, moment, method),
+        _ => pool_in::<f64, f64, M>(x, moment, method),
+    }
+}
+
+/// As [`pool`], computing in double precision whatever the type of the features.
+///
+/// # Errors
+/// As there.
+pub(crate) fn pool_in_double<M: Method<f64> + 'static>(
+    x: &Tensor,
+    moment: Moment,
+    method: M,
+) -> Result<Tensor> {
+    match x.dtype() {
+        DType::F32 => pool_in::<f32, f64, M>(x, moment, method),
+        _ => pool_in::<f64, f64, M>(x, moment, method),
+    }
+}
+
+/// Features of type `T`, computed with in type `S`.
+pub(crate) fn pool_in<T, S, M>(x: &Tensor, moment: Moment, method: M) -> Result<Tensor>
+where
+    T: Number + crate::layer::Layered,
+    S: Number + 'static,
+    M: Method<S> + 'static,
+{
+    let (batch, d, positions) = crate::layer::feature_shape(x)?;
+    if !matches!(x.dtype(), DType::F32 | DType::F64) {
+        return Err(Error::Dtype {
+            dtype: x.dtype().as_str(),
+        });
+    }
+    let op = Op::<T, S, M> {
+        moment,
+        method,
+        batch,
+        d,
+        positions,
+        tracked: x.track_op(),
+        kept: OnceLock::new(),
+        types: PhantomData,
+    };
+    Ok(x.contiguous()?.apply_op1(op)?)
+}
+
+/// One call: candle shows an op only its argument and result, so what is kept lives in the op.
+struct Op<T, S: Number, M: Method<S>> {
+    moment: Moment,
+    method: M,
+    batch: usize,
+    d: usize,
+    positions: usize,
+    tracked: bool,
+    kept: OnceLock<Vec<M::Kept>>,
+    types: PhantomData<(T, S)>,
+}
+
+impl<T: Number, S: Number, M: Method<S>> Op<T, S, M> {
+    fn factor(&self, features: &[T]) -> Mat<S> {
+        let x = Mat::from_fn(self.d, self.positions, |i, j| {
+            S::nearest(features[i * self.positions + j].widened())
+        });
+        self.moment.factor(x.as_ref())
+    }
+
+    fn forward_image(&self, index: usize, features: &[T]) -> Result<(Vec<T>, Option<M::Kept>)> {
+        let bad = |what| Error::NonFinite { index, what };
+        if features.iter().any(|x| !x.widened().is_finite()) {
+            return Err(bad("a feature"));
+        }
+        let z = self.factor(features);
+        let moment = product(&z, &transposed(&z));
+        let diagonal = (0..moment.nrows()).map(|i| moment[(i, i)].widened());
+        if !diagonal.sum::<f64>().is_finite() {
+            return Err(bad("the covariance (it overflows)"));
+        }
+        let (out, kept) = self.method.forward(moment, index)?;
+        let out = out.into_iter().map(|y| T::nearest(y.widened())).collect();
+        Ok((out, self.tracked.then_some(kept)))
+    }
+
+    fn backward_image(&self, features: &[T], kept: &M::Kept, gradient: &[T]) -> Vec<T> {
+        let gradient: Vec<S> = gradient.iter().map(|g| S::nearest(g.widened())).collect();
+        let moment = self.method.backward(kept, &gradient);
+        // Of Z Zᵀ: twice the symmetric part.
+        let size = moment.nrows();
+        let both = Mat::from_fn(size, size, |i, j| moment[(i, j)] + moment[(j, i)]);
+        let z = product(&both, &self.factor(features));
+        let x = self.moment.shifted(z.get(..self.d, ..).as_ref());
+        let positions = self.positions;
+        (0..self.d * positions)
+            .map(|at| T::nearest(x[(at / positions, at % positions)].widened()))
+            .collect()
+    }
+}
+
+impl<T, S, M> CustomOp1 for Op<T, S, M>
+where
+    T: Number + crate::layer::Layered,
+    S: Number,
+    M: Method<S>,
+{
+    fn name(&self) -> &'static str {
+        "second-moment-pooling"
+    }
+
+    fn cpu_fwd(
+        &self,
+        storage: &CpuStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let features = crate::layer::values::<T>(storage, layout)?;
+        let images: Vec<Result<_>> = features
+            .par_chunks_exact(self.d * self.positions)
+            .enumerate()
+            .map(|(index, image)| self.forward_image(index, image))
+            .collect();
+        // In order, so that the first bad image of the batch is the one that is named.
+        let images: Vec<_> = images.into_iter().collect::<Result<_>>()?;
+        let (out, kept): (Vec<Vec<T>>, Vec<Option<M::Kept>>) = images.into_iter().unzip();
+        let _ = self.kept.set(kept.into_iter().flatten().collect());
+        let mut shape = self.method.shape(self.moment.size(self.d));
+        shape.insert(0, self.batch);
+        Ok((T::storage(out.concat()), Shape::from(shape)))
+    }
+
+    fn bwd(
+        &self,
+        arg: &Tensor,
+        _res: &Tensor,
+        grad_res: &Tensor,
+    ) -> candle_core::Result<Option<Tensor>> {
+        let (arg, grad_res) = (arg.contiguous()?, grad_res.contiguous()?);
+        let (x, x_layout) = arg.storage_and_layout();
+        let (g, g_layout) = grad_res.storage_and_layout();
+        let (Storage::Cpu(x), Storage::Cpu(g)) = (&*x, &*g) else {
+            return Err(Error::Device.into());
+        };
+        let x = crate::layer::values::<T>(x, x_layout)?;
+        let g = crate::layer::values::<T>(g, g_layout)?;
+        let kept = self.kept.get().map_or(&[][..], Vec::as_slice);
+        let values: usize = self.method.shape(self.moment.size(self.d)).iter().product();
+        let out: Vec<Vec<T>> = x
+            .par_chunks_exact(self.d * self.positions)
+            .zip(kept.par_iter())
+            .zip(g.par_chunks_exact(values))
+            .map(|((image, kept), gradient)| self.backward_image(image, kept, gradient))
+            .collect();
+        Ok(Some(Tensor::from_vec(
+            out.concat(),
+            arg.shape(),
+            arg.device(),
+        )?))
+    }
+}
