@@ -254,10 +254,11 @@ pub(crate) fn not_negative(option: &'static str, value: f64) -> Result<()> {
     }
 }
 
-/// Checks a number of steps or a degree.
-pub(crate) fn count(option: &'static str, value: usize) -> Result<()> {
-    match (1..=30).contains(&value) {
+/// Checks the number of steps of an iteration: more than 20 add up what rounding leaves of zero
+/// eigenvalues, which grow by 1.5 a step, until f32 does not bear it.
+pub(crate) fn iterations(value: usize) -> Result<()> {
+    match (1..=20).contains(&value) {
         true => Ok(()),
-        false => Err(out_of_range(option, value, "a number from 1 to 30")),
+        false => Err(out_of_range("iterations", value, "a number from 1 to 20")),
     }
 }

@@ -172,11 +172,24 @@ impl<T: Number, S: Number, M: Method<S>> Op<T, S, M> {
             return Err(bad("the covariance (it overflows)"));
         }
         let (out, kept) = self.method.forward(moment, index)?;
-        let out = out.into_iter().map(|y| T::nearest(y.widened())).collect();
+        let out: Vec<T> = out.iter().map(|y| T::nearest(y.widened())).collect();
+        if out.iter().any(|y| !y.widened().is_finite()) {
+            return Err(bad("the pooled output"));
+        }
         Ok((out, self.tracked.then_some(kept)))
     }
 
-    fn backward_image(&self, features: &[T], kept: &M::Kept, gradient: &[T]) -> Vec<T> {
+    fn backward_image(
+        &self,
+        index: usize,
+        features: &[T],
+        kept: &M::Kept,
+        gradient: &[T],
+    ) -> Result<Vec<T>> {
+        if gradient.iter().any(|g| !g.widened().is_finite()) {
+            let what = "the upstream gradient";
+            return Err(Error::NonFinite { index, what });
+        }
         let gradient: Vec<S> = gradient.iter().map(|g| S::nearest(g.widened())).collect();
         let moment = self.method.backward(kept, &gradient);
         // Of Z Zᵀ: twice the symmetric part.
@@ -185,9 +198,9 @@ impl<T: Number, S: Number, M: Method<S>> Op<T, S, M> {
         let z = product(&both, &self.factor(features));
         let x = self.moment.shifted(z.get(..self.d, ..).as_ref());
         let positions = self.positions;
-        (0..self.d * positions)
-            .map(|at| T::nearest(x[(at / positions, at % positions)].widened()))
-            .collect()
+        let values = (0..self.d * positions)
+            .map(|at| T::nearest(x[(at / positions, at % positions)].widened()));
+        Ok(values.collect())
     }
 }
 
@@ -237,12 +250,14 @@ where
         let g = crate::layer::values::<T>(g, g_layout)?;
         let kept = self.kept.get().map_or(&[][..], Vec::as_slice);
         let values: usize = self.method.shape(self.moment.size(self.d)).iter().product();
-        let out: Vec<Vec<T>> = x
+        let out: Vec<Result<Vec<T>>> = x
             .par_chunks_exact(self.d * self.positions)
             .zip(kept.par_iter())
             .zip(g.par_chunks_exact(values))
-            .map(|((image, kept), gradient)| self.backward_image(image, kept, gradient))
+            .enumerate()
+            .map(|(index, ((x, kept), g))| self.backward_image(index, x, kept, g))
             .collect();
+        let out: Vec<Vec<T>> = out.into_iter().collect::<Result<_>>()?;
         Ok(Some(Tensor::from_vec(
             out.concat(),
             arg.shape(),

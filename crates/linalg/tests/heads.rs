@@ -187,7 +187,7 @@ fn finite_differences_confirm_the_exact_adjoints() {
     let shifted = (&x + 2.0).unwrap();
     check("newton", &layer(move |x| newton.forward(x)), &shifted);
     let (taylor, pade) = (Approximant::taylor(), Approximant::pade());
-    for (pool, degree) in [(taylor, 30), (pade, 12)] {
+    for (pool, degree) in [(taylor, 30), (pade, 8)] {
         let pool = Approximant {
             degree,
             iterations: 20,
@@ -345,6 +345,13 @@ fn features_that_are_not_finite_are_named_by_their_batch_element() {
             let message = layer(&x).unwrap_err().to_string();
             assert!(message.contains("overflows"), "{name}: {message}");
         }
+        let x = Var::from_tensor(&randn((2, 3, 4), 13, DType::F64).unwrap()).unwrap();
+        let loss = (layer(&x).unwrap() * f64::NAN).unwrap().sum_all().unwrap();
+        let message = loss.backward().unwrap_err().to_string();
+        assert!(
+            message.contains("the upstream gradient of batch element 0"),
+            "{name}: {message}"
+        );
         let shape = layer(&Tensor::zeros((3, 4), DType::F32, &Device::Cpu).unwrap());
         assert!(matches!(shape, Err(Error::Shape { .. })), "{name}");
         let dtype = layer(&Tensor::zeros((1, 3, 4), DType::F16, &Device::Cpu).unwrap());
@@ -387,7 +394,7 @@ fn options_out_of_range_are_named() {
         (gaussian(-0.5, 0.0).forward(&x), "beta = -0.5"),
         (gaussian(1.0, f64::INFINITY).forward(&x), "epsilon = inf"),
         (newton(0), "iterations = 0"),
-        (newton(31), "iterations = 31"),
+        (newton(21), "iterations = 21"),
         (degree(0), "degree = 0"),
         (degree(usize::MAX), "degree = 1844"),
         (hashes(8.0), "hashes = 8"),

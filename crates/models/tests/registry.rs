@@ -213,6 +213,8 @@ fn specs_are_read_and_mistakes_are_named() {
         ),
         (r#"{ name = "g2denet", beta = -1 }"#, "beta = -1"),
         (r#"{ name = "mtp", degree = 31 }"#, "degree = 31"),
+        (r#"{ name = "mpa", degree = 9 }"#, "degree = 9"),
+        (r#"{ name = "mpa", iterations = 21 }"#, "iterations = 21"),
         (r#"{ name = "dropcov", p = 0.5 }"#, "unknown field `p`"),
         (
             r#"{ name = "gax" }"#,

@@ -2,7 +2,7 @@
 
 use super::normalize;
 use crate::Result;
-use crate::config::{Output, count, not_negative};
+use crate::config::{self, Output, not_negative};
 use crate::eig::{Power, Spectral};
 use crate::lyapunov::{frobenius, newton_schulz, solve};
 use crate::moment::{Method, Moment, pool};
@@ -34,7 +34,7 @@ pub enum NewtonOrSvd {
     /// Newton–Schulz steps from `A/‖A‖_F`; as many steps for the Lyapunov equation, from
     /// `C/‖C‖_F`.
     Newton {
-        /// The number of steps, 1 to 30.
+        /// The number of steps, 1 to 20.
         iterations: usize,
     },
     /// The decomposition, which also solves the Lyapunov equation: `G_ij / (√λi + √λj)` in its
@@ -59,7 +59,7 @@ impl ImprovedBilinear {
     /// [`Error::Option`](crate::Error::Option) names the option.
     pub fn validate(&self) -> Result<()> {
         if let NewtonOrSvd::Newton { iterations } = self.root {
-            count("iterations", iterations)?;
+            config::iterations(iterations)?;
         }
         not_negative("epsilon", self.epsilon)
     }

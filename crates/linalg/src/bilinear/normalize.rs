@@ -42,7 +42,8 @@ fn root<T: Number>(x: T) -> T {
     } else if x < zero {
         -(epsilon - x).root()
     } else {
-        zero
+        // Zero, or not a number.
+        x
     }
 }
 
