@@ -12,6 +12,10 @@ reproduce *ARGS:
 test *ARGS:
     cargo test --workspace {{ARGS}}
 
+# The slow tests as well: every backbone with every head.
+test-all:
+    cargo test --workspace -- --include-ignored
+
 # Formatting and clippy, warnings as errors.
 lint:
     cargo fmt --all --check && cargo clippy --workspace --all-targets -- -D warnings

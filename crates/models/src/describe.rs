@@ -72,10 +72,11 @@ impl Network {
             records => records.iter().map(|r| r.elements).sum(),
         };
         let mut head = Stage::new("representation", values.dims(), elements);
-        for record in &records {
-            head.parameters += record.parameters;
-            head.multiply_adds += record.multiply_adds;
-        }
+        head.multiply_adds = records.iter().map(|r| r.multiply_adds).sum();
+        // Heads may hold parameters without a layer.
+        let own = vars.parameters();
+        let own = own.filter(|(name, _)| name.starts_with("representation."));
+        head.parameters = own.map(|(_, var)| var.elem_count()).sum();
         stages.push(head);
 
         let (logits, records) = record(|| self.classify(&values, Mode::Eval));
