@@ -418,7 +418,7 @@ fn models_lists_the_registry_or_the_stages_of_one_network() {
     let words = ["models", "resnet18+isqrt", "--size", "64", "--classes", "7"];
     let text = run(&words);
     assert!(
-        text.starts_with("resnet18+isqrt, last_stride = 1, reduction = 256; 7 classes"),
+        text.starts_with("resnet18 (last_stride = 1, reduction = 256) + isqrt; 7 classes"),
         "{text}"
     );
     let text = run(&[&words[..], &["--json"]].concat());

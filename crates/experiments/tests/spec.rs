@@ -6,6 +6,7 @@ mod common;
 use common::{PART, SMALL, library};
 use isqrt_experiments::Error;
 use isqrt_experiments::spec::Library;
+use isqrt_models::BackboneSpec;
 use std::path::Path;
 
 fn load(text: &str) -> Result<isqrt_experiments::spec::Experiment, Error> {
@@ -249,4 +250,19 @@ fn a_folder_without_experiments_and_an_unknown_backbone_are_told() {
         &PART.replace("e10net", "e10nett"),
         "did you mean `e10net`?",
     );
+}
+
+#[test]
+fn a_backbone_takes_options_and_wrong_ones_are_told() {
+    let with = |backbone: &str| PART.replace("\"e10net\"", backbone);
+    assert_ne!(PART, with("\"tinyresnet\""));
+    let good = with(r#"{ name = "resnet20", reduction = 16 }"#);
+    let library = Library::from_files([("small.toml", SMALL), ("_base/part.toml", &good)]);
+    let backbone = &library.load("small").unwrap().recipes["small"].backbone;
+    assert_eq!(
+        backbone,
+        &BackboneSpec::new("resnet20").with("reduction", 16)
+    );
+    let bad = with(r#"{ name = "resnet20", reductoin = 16 }"#);
+    refused(SMALL, &bad, "unknown field `reductoin`");
 }

@@ -35,6 +35,11 @@ impl Options {
         self.0.remove(key);
     }
 
+    /// Keys and values, sorted.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &serde_json::Value)> {
+        self.0.iter().map(|(key, value)| (key.as_str(), value))
+    }
+
     /// Whether there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -48,12 +48,10 @@ impl Models {
             }
             return Ok(());
         }
-        let options = serde_json::to_value(&spec.backbone.options)?;
-        let options = options.as_object().into_iter().flatten();
-        let options: String = options.map(|(k, v)| format!(", {k} = {v}")).collect();
         output::line(&format!(
-            "{}{options}; {} classes; one image of {size}x{size}",
-            spec.short_name(),
+            "{} + {}; {} classes; one image of {size}x{size}",
+            spec.backbone,
+            spec.representation.name,
             spec.classes,
             size = self.size,
         ))?;

@@ -20,7 +20,7 @@ pub(super) fn run(
     tick: &mut Tick<'_>,
 ) -> Result<Outcome> {
     let failed = |message: String| Error::Cell {
-        cell: format!("training of {}", training.recipe.backbone),
+        cell: format!("training of {}", training.recipe.backbone.name),
         message,
     };
     let data = data.ok_or_else(|| failed("there are no images to train on".to_owned()))?;
@@ -71,7 +71,7 @@ fn config(training: &Training, seed: u64, classes: usize) -> Option<TrainConfig>
     let recipe = &training.recipe;
     Some(TrainConfig {
         model: ModelSpec::new(
-            recipe.backbone.as_str(),
+            recipe.backbone.clone(),
             representation(&training.head),
             classes,
         ),
@@ -188,7 +188,7 @@ mod tests {
                     ..Head::default()
                 },
                 recipe: Recipe {
-                    backbone: "e10net".to_owned(),
+                    backbone: "e10net".into(),
                     batch: 16,
                     ..Recipe::default()
                 },

@@ -7,9 +7,10 @@ use super::{
     Experiment, FigureKind, HeadName, Measure, Row, check_decomposition_size, check_size, embedded,
 };
 use crate::error::{Error, Result};
+use candle_core::{DType, Device};
 use isqrt_linalg::Schedule;
-use isqrt_models::BACKBONES;
-use isqrt_models::{hint, nearest};
+use isqrt_models::{BackboneSpec, hint, nearest};
+use isqrt_nn::Vars;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -244,19 +245,24 @@ fn check(e: &Experiment, file: &str) -> Result<()> {
         return fail("rows are trained, so `recipes` and `seeds` of at least 1 are needed".into());
     }
     for (name, recipe) in &e.recipes {
-        if recipe.backbone.is_empty() || recipe.batch == 0 || recipe.side == 0 {
+        if recipe.backbone.name.is_empty() || recipe.batch == 0 || recipe.side == 0 {
             return fail(format!("recipe `{name}` needs `backbone`, `batch`, `side`"));
         }
         if recipe.epochs == 0 {
             return fail(format!("recipe `{name}`: `epochs` must be at least 1"));
         }
-        let backbones = || BACKBONES.iter().map(|b| b.name());
-        if !backbones().any(|b| b == recipe.backbone) {
-            let near = hint(nearest(&recipe.backbone, backbones()).as_deref());
-            return fail(format!(
-                "recipe `{name}`: there is no backbone `{}`{near}",
-                recipe.backbone
-            ));
+        let mut vars = Vars::new(0, DType::F32, &Device::Cpu);
+        let BackboneSpec { options, .. } = &recipe.backbone;
+        let checked = recipe
+            .backbone
+            .entry()
+            .and_then(|entry| match options.is_empty() {
+                true => Ok(()),
+                // Only building tells whether the options are right.
+                false => entry.build(options, vars.root()).map(drop),
+            });
+        if let Err(error) = checked {
+            return fail(format!("recipe `{name}`: {error}"));
         }
         let grid = e.rates.get(name).map_or(&[][..], |r| r.grid.as_slice());
         if trains && grid.is_empty() {

@@ -12,6 +12,7 @@ mod size;
 pub use load::Library;
 pub use size::{check_decomposition_size, check_size};
 
+use isqrt_models::BackboneSpec;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -107,8 +108,8 @@ pub struct Recipe {
     pub up_to_side: u32,
     /// Side of the square input in pixels.
     pub side: u32,
-    /// Name in the registry of backbones.
-    pub backbone: String,
+    /// Name in the registry of backbones, or a table with the name and its options.
+    pub backbone: BackboneSpec,
     /// Passes over the training images.
     pub epochs: usize,
     /// Images in a step.
@@ -131,7 +132,7 @@ impl Default for Recipe {
         Self {
             up_to_side: u32::MAX,
             side: 32,
-            backbone: String::new(),
+            backbone: BackboneSpec::new(""),
             epochs: 1,
             batch: 64,
             momentum: 0.9,
