@@ -18,8 +18,9 @@ pub struct Stage {
     pub shape: Vec<usize>,
     /// Learnt values.
     pub parameters: usize,
-    /// Products of its convolutions and linear layers, forward.
-    pub multiply_adds: u64,
+    /// Products of its convolutions, linear layers and matrices, forward; none of a head whose
+    /// number is not known.
+    pub multiply_adds: Option<u64>,
     /// Bytes in f32 of what a training step keeps at least, see [`LayerRecord::elements`].
     pub activation_bytes: u64,
 }
@@ -32,14 +33,15 @@ pub struct Description {
 }
 
 impl Description {
-    /// All stages together, under the name `total` and with the shape of the last one.
+    /// All stages together, under the name `total` and with the shape of the last one; multiply-adds
+    /// without those that are not known.
     #[must_use]
     pub fn total(&self) -> Stage {
         Stage {
             name: "total".to_owned(),
             shape: self.stages.last().map_or(vec![], |s| s.shape.clone()),
             parameters: self.stages.iter().map(|s| s.parameters).sum(),
-            multiply_adds: self.stages.iter().map(|s| s.multiply_adds).sum(),
+            multiply_adds: Some(self.stages.iter().filter_map(|s| s.multiply_adds).sum()),
             activation_bytes: self.stages.iter().map(|s| s.activation_bytes).sum(),
         }
     }
@@ -64,7 +66,9 @@ impl Network {
         let (features, records) = record(|| self.features(&image, Mode::Eval));
         let mut stages = stages(&records);
 
-        let (values, records) = record(|| self.pool(&features?, Mode::Eval));
+        let features = features?;
+        let positions = features.dims().iter().skip(2).product();
+        let (values, records) = record(|| self.pool(&features, Mode::Eval));
         let values = values?;
         let elements = match &records[..] {
             // Heads that are one op of covariances keep their output at least.
@@ -72,7 +76,7 @@ impl Network {
             records => records.iter().map(|r| r.elements).sum(),
         };
         let mut head = Stage::new("representation", values.dims(), elements);
-        head.multiply_adds = records.iter().map(|r| r.multiply_adds).sum();
+        head.multiply_adds = self.pool_multiply_adds(positions);
         // Heads may hold parameters without a layer.
         let own = vars.parameters();
         let own = own.filter(|(name, _)| name.starts_with("representation."));
@@ -93,7 +97,7 @@ impl Stage {
             name: name.to_owned(),
             shape: dims.iter().skip(1).copied().collect(),
             parameters: 0,
-            multiply_adds: 0,
+            multiply_adds: Some(0),
             activation_bytes: 4 * elements as u64,
         }
     }
@@ -103,8 +107,10 @@ impl Stage {
 /// the stage before it.
 fn stages(records: &[LayerRecord]) -> Vec<Stage> {
     let mut stages: Vec<Stage> = Vec::new();
-    for record in records {
-        let name = stage_of(&record.path);
+    for (i, record) in records.iter().enumerate() {
+        // An op before the first layer (dropout) has no name and belongs to what follows.
+        let mut named = records[i..].iter().filter(|r| !r.path.is_empty());
+        let name = named.next().map_or("", |r| stage_of(&r.path));
         let joins = is_norm(records, name);
         let here = Stage::new(name, &record.shape, record.elements);
         let stage = match stages.last_mut() {
@@ -120,7 +126,7 @@ fn stages(records: &[LayerRecord]) -> Vec<Stage> {
             }
         };
         stage.parameters += record.parameters;
-        stage.multiply_adds += record.multiply_adds;
+        stage.multiply_adds = stage.multiply_adds.map(|n| n + record.multiply_adds);
     }
     stages
 }

@@ -223,6 +223,11 @@ impl Network {
         Ok(())
     }
 
+    /// Multiply-adds of the pooling head, where they are known.
+    pub(crate) fn pool_multiply_adds(&self, positions: usize) -> Option<u64> {
+        self.representation.multiply_adds(positions)
+    }
+
     /// Side of the matrix whose upper triangle the representation is, if it is one.
     pub(crate) fn triangle(&self) -> Option<usize> {
         self.representation.triangle()

@@ -12,9 +12,9 @@ use serde_json::json;
 pub struct Models {
     /// A backbone with its own head, or `backbone+representation`: show its stages
     name: Option<String>,
-    /// Side of the images
-    #[arg(long, value_name = "PIXELS", default_value_t = 224, requires = "name")]
-    size: usize,
+    /// Side of the images [default: what the backbone was made for]
+    #[arg(long, value_name = "PIXELS", requires = "name")]
+    size: Option<usize>,
     /// Outputs of the classifier
     #[arg(long, value_name = "K", default_value_t = 1000, requires = "name",
           value_parser = clap::value_parser!(u32).range(1..=50_000))]
@@ -32,13 +32,15 @@ impl Models {
     fn describe(&self, name: &str, json: bool) -> anyhow::Result<()> {
         let spec = ModelSpec::named(name, self.classes as usize)?;
         let network = Network::new(&spec, 0, DType::F32, &Device::Cpu)?;
-        let description = network.describe(self.size)?;
+        let side = spec.backbone.entry()?.image_side();
+        let size = self.size.unwrap_or(side);
+        let description = network.describe(size)?;
         let total = description.total();
         if json {
             for stage in description.stages.iter().chain([&total]) {
                 output::json(&json!({
                     "model": name,
-                    "size": self.size,
+                    "size": size,
                     "stage": stage.name,
                     "shape": stage.shape,
                     "parameters": stage.parameters,
@@ -50,10 +52,7 @@ impl Models {
         }
         output::line(&format!(
             "{} + {}; {} classes; one image of {size}x{size}",
-            spec.backbone,
-            spec.representation.name,
-            spec.classes,
-            size = self.size,
+            spec.backbone, spec.representation.name, spec.classes,
         ))?;
         let rows = description.stages.iter().chain([&total]).map(row).collect();
         let head = [
@@ -73,7 +72,9 @@ fn row(stage: &Stage) -> Vec<String> {
         stage.name.clone(),
         shape.join("x"),
         stage.parameters.to_string(),
-        format!("{:.1}", stage.multiply_adds as f64 / 1e6),
+        stage
+            .multiply_adds
+            .map_or_else(|| "?".to_owned(), |n| format!("{:.1}", n as f64 / 1e6)),
         format!("{:.2}", stage.activation_bytes as f64 / f64::from(1 << 20)),
     ]
 }

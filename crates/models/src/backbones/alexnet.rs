@@ -69,6 +69,10 @@ impl BackboneEntry for Entry {
         self.name
     }
 
+    fn image_side(&self) -> usize {
+        if self.norm { 227 } else { 224 }
+    }
+
     fn about(&self) -> &'static str {
         match self.norm {
             false => {

@@ -17,6 +17,10 @@ impl BackboneEntry for Entry {
         "e10net"
     }
 
+    fn image_side(&self) -> usize {
+        32
+    }
+
     fn about(&self) -> &'static str {
         "conv 7x7 stride 2 to 32 channels, conv 1x1; 32x32 images to 16x16x32"
     }

@@ -43,6 +43,11 @@ pub trait BackboneEntry: Sync {
     /// One line for people.
     fn about(&self) -> &'static str;
 
+    /// Side of the images that it was made for.
+    fn image_side(&self) -> usize {
+        224
+    }
+
     /// The options that covariance heads need where the defaults are made for global average
     /// pooling: more positions and fewer channels, the latter by the option `reduction`.
     fn second_order(&self) -> Options {

@@ -80,6 +80,10 @@ impl BackboneEntry for Entry {
         self.name
     }
 
+    fn image_side(&self) -> usize {
+        32
+    }
+
     fn about(&self) -> &'static str {
         match self.kind {
             Kind::Basic => {

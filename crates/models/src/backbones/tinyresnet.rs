@@ -19,6 +19,10 @@ impl BackboneEntry for Entry {
         "tinyresnet"
     }
 
+    fn image_side(&self) -> usize {
+        64
+    }
+
     fn about(&self) -> &'static str {
         "conv 5x5 stride 2, basic blocks of 16 (stride 2), 32 and 64 (stride 2) channels, \
          conv 1x1; 64x64 images to 8x8x32"

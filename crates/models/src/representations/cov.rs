@@ -1,9 +1,10 @@
 //! Covariance pooling without a root.
 
-use isqrt_linalg::CovPool;
-use isqrt_nn::Scope;
+use candle_core::Tensor;
+use isqrt_linalg::{CovPool, Output};
+use isqrt_nn::{Mode, Scope};
 
-use super::{NoOptions, Options, Representation, RepresentationEntry, symmetric};
+use super::{NoOptions, Options, Representation, RepresentationEntry};
 use crate::Result;
 
 pub(super) const COV: Entry = Entry;
@@ -31,6 +32,31 @@ impl RepresentationEntry for Entry {
     ) -> Result<Box<dyn Representation>> {
         options.read::<NoOptions>(self.name())?;
         let pool = CovPool::plain();
-        Ok(symmetric(pool.output, channels, move |x| pool.forward(x)))
+        Ok(Box::new(Covariance { pool, channels }))
+    }
+}
+
+/// A [`CovPool`] as a representation.
+pub(super) struct Covariance {
+    pub(super) pool: CovPool,
+    pub(super) channels: usize,
+}
+
+impl Representation for Covariance {
+    fn forward(&self, x: &Tensor, _mode: Mode) -> Result<Tensor> {
+        Ok(self.pool.forward(x)?.flatten_from(1)?)
+    }
+
+    fn out_dim(&self) -> usize {
+        self.pool.out_dim(self.channels)
+    }
+
+    fn multiply_adds(&self, positions: usize) -> Option<u64> {
+        let plan = self.pool.describe(self.channels, positions).ok()?;
+        Some(plan.forward_multiply_adds as u64)
+    }
+
+    fn triangle(&self) -> Option<usize> {
+        matches!(self.pool.output, Output::Triangle).then_some(self.channels)
     }
 }

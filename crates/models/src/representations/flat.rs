@@ -66,6 +66,10 @@ impl Representation for Flat {
         Ok(adaptive_avg_pool2d(x, (self.side, self.side))?.flatten_from(1)?)
     }
 
+    fn multiply_adds(&self, _positions: usize) -> Option<u64> {
+        Some(0)
+    }
+
     fn out_dim(&self) -> usize {
         self.width
     }

@@ -40,6 +40,10 @@ impl Representation for GlobalAverage {
         Ok(global_avg_pool(x)?)
     }
 
+    fn multiply_adds(&self, _positions: usize) -> Option<u64> {
+        Some(0)
+    }
+
     fn out_dim(&self) -> usize {
         self.channels
     }

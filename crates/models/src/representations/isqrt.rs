@@ -7,7 +7,8 @@ use isqrt_linalg::{CovPool, Memory, PreNormalization, Root, Schedule, Side};
 use isqrt_nn::Scope;
 use serde::Deserialize;
 
-use super::{Form, Options, Representation, RepresentationEntry, symmetric};
+use super::cov::Covariance;
+use super::{Form, Options, Representation, RepresentationEntry};
 use crate::{Error, Result};
 
 pub(super) const ISQRT: Entry = Entry;
@@ -35,7 +36,7 @@ impl RepresentationEntry for Entry {
     ) -> Result<Box<dyn Representation>> {
         let pool = options.read::<Keys>(self.name())?.pool()?;
         pool.validate()?;
-        Ok(symmetric(pool.output, channels, move |x| pool.forward(x)))
+        Ok(Box::new(Covariance { pool, channels }))
     }
 }
 

@@ -54,6 +54,13 @@ pub trait Representation: Send + Sync {
     /// Length of the vector.
     fn out_dim(&self) -> usize;
 
+    /// Multiply-adds of one image's forward pass over so many positions, symmetric products counted
+    /// half; none where they are not known, as with decompositions.
+    fn multiply_adds(&self, positions: usize) -> Option<u64> {
+        let _ = positions;
+        None
+    }
+
     /// The side `n` of a symmetric matrix, where the vector is its upper triangle row by row,
     /// `n (n + 1) / 2` values: the order in which checkpoints of others may differ.
     fn triangle(&self) -> Option<usize> {
