@@ -57,7 +57,7 @@ fn conv2d_agrees_with_pytorch() {
     let golden = golden();
     let names = golden.names().filter_map(|n| n.strip_suffix(".y"));
     let names: Vec<&str> = names.filter(|n| n.starts_with("conv2d.")).collect();
-    assert_eq!(names.len(), 11);
+    assert_eq!(names.len(), 12);
     let (f64s, f32s) = ((DType::F64, 1e-12), (DType::F32, 1e-5));
     for (name, (dtype, tolerance)) in names.iter().flat_map(|&n| [(n, f64s), (n, f32s)]) {
         let options = name["conv2d.".len()..].split('-');

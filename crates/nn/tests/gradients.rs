@@ -82,6 +82,7 @@ fn conv2d_with_dilation_groups_bias_and_relu() {
         ([2, 16, 4, 4], [16, 4, 3, 3], grouped(4, Conv::new(1, 1))),
         ([2, 16, 4, 5], [16, 1, 3, 3], grouped(16, Conv::new(1, 1))),
         ([1, 16, 5, 6], [16, 1, 3, 3], grouped(16, Conv::new(2, 1))),
+        ([2, 5, 4, 6], [5, 1, 3, 2], grouped(5, Conv::new(2, 1))),
     ]
     .into_iter()
     .enumerate()

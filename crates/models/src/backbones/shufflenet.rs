@@ -6,8 +6,7 @@
 //! `layer_reduce`, `layer_reduce_bn`). Covariance heads take `last_stride = 1, reduction = 256`, which
 //! gives 14x14x256 of a 224x224 image.
 //!
-//! Maps stay plain up to the last stage: neither its 58 and 116 channels a branch nor the halves of a
-//! shuffle fill blocks.
+//! Maps stay plain up to the last convolution: the 58 and 116 channels of a branch do not fill blocks.
 
 use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;

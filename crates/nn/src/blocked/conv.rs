@@ -569,7 +569,22 @@ mod tests {
     fn run(kernel: Option<Kernel>, tensors: [&Tensor; 3], options: Conv) -> [Tensor; 4] {
         let [x, w, b] = tensors.map(|t| Var::from_tensor(t).unwrap());
         let y = match kernel {
-            None => conv2d(&x, &w, Some(&b), options).unwrap(),
+            // A group at a time.
+            None => {
+                let part = |t: &Tensor, dim: usize, group: usize| {
+                    let size = t.dim(dim).unwrap() / options.groups;
+                    t.narrow(dim, group * size, size).unwrap()
+                };
+                let alone = Conv {
+                    groups: 1,
+                    ..options
+                };
+                let parts = (0..options.groups).map(|group| {
+                    let (x, w, b) = (part(&x, 1, group), part(&w, 0, group), part(&b, 0, group));
+                    conv2d(&x, &w, Some(&b), alone).unwrap()
+                });
+                Tensor::cat(&parts.collect::<Vec<_>>(), 1).unwrap()
+            }
             Some(kernel) => {
                 let x = block(&x).unwrap();
                 let op = ConvOp {

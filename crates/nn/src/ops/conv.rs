@@ -1,7 +1,9 @@
 //! Two-dimensional convolution (cross-correlation, as everywhere in the field).
 //!
 //! Plain maps go through matrix products (`conv/plain.rs`), blocked ones through loops of their
-//! own (`blocked/conv.rs`); options, shapes and the node of the tape are the same.
+//! own (`blocked/conv.rs`); options, shapes and the node of the tape are the same. A depthwise
+//! convolution of plain maps would be products of one row: its maps are blocked for it, with channels
+//! of zeros where theirs do not fill blocks.
 
 mod plain;
 
@@ -258,9 +260,33 @@ impl Shapes {
         }
     }
 
-    /// Whether blocked maps are convolved channel by channel.
+    /// Whether each of several channels is convolved alone.
     pub(crate) fn is_depthwise(&self) -> bool {
-        self.lanes > 1 && self.groups == self.channels.0 && self.groups == self.channels.1
+        self.groups > 1 && (self.groups, self.groups) == self.channels
+    }
+
+    /// A depthwise convolution with more channels, so many that they fill blocks.
+    fn filled<T: Lanes>(&self) -> Self {
+        let lanes = <T as isqrt_linalg::simd::Element>::WIDTH;
+        let channels = self.channels.0.next_multiple_of(lanes);
+        Self {
+            lanes,
+            channels: (channels, channels),
+            groups: channels,
+            ..*self
+        }
+    }
+
+    /// Plain maps of `pixels` as those of `filled`, blocked.
+    fn fill<T: Lanes>(&self, filled: &Self, x: &[T], pixels: usize) -> Vec<T> {
+        let (from, to) = (self.channels.0 * pixels, filled.channels.0 * pixels);
+        blocked::relayout(&resized(x, from, to), pixels, true)
+    }
+
+    /// The inverse of [`fill`](Self::fill).
+    fn empty<T: Lanes>(&self, filled: &Self, y: &[T], pixels: usize) -> Vec<T> {
+        let (from, to) = (filled.channels.0 * pixels, self.channels.0 * pixels);
+        resized(&blocked::relayout(y, pixels, false), from, to).into_owned()
     }
 
     /// Pixels of an output plane.
@@ -300,6 +326,15 @@ impl Shapes {
         kernel: Kernel,
     ) -> Vec<T> {
         match self.lanes {
+            1 if self.is_depthwise() => {
+                let (filled, channels) = (self.filled::<T>(), self.channels.0);
+                let x = self.fill(&filled, x, self.rows.input * self.columns.input);
+                let taps = self.taps();
+                let weight = resized(weight, channels * taps, filled.groups * taps);
+                let bias = bias.map(|bias| resized(bias, channels, filled.groups));
+                let y = filled.forward(&x, &weight, (bias.as_deref(), relu), kernel);
+                self.empty(&filled, &y, self.pixels())
+            }
             1 => plain::forward(self, x, weight, (bias, relu)),
             _ => blocked::conv::forward(self, x, weight, (bias, relu), T::isa(kernel)),
         }
@@ -314,6 +349,17 @@ impl Shapes {
         wants_dx: bool,
         kernel: Kernel,
     ) -> (Option<Vec<T>>, Vec<T>) {
+        if self.lanes == 1 && self.is_depthwise() {
+            let (filled, channels) = (self.filled::<T>(), self.channels.0);
+            let (plane, taps) = (self.rows.input * self.columns.input, self.taps());
+            let x = self.fill(&filled, x, plane);
+            let dy = self.fill(&filled, dy, self.pixels());
+            let (from, to) = (channels * taps, filled.groups * taps);
+            let weight = resized(weight, from, to);
+            let (dx, dw) = filled.backward(&x, &weight, &dy, wants_dx, kernel);
+            let dx = dx.map(|dx| self.empty(&filled, &dx, plane));
+            return (dx, resized(&dw, to, from).into_owned());
+        }
         if self.lanes == 1 {
             return plain::backward(self, x, weight, dy, wants_dx);
         }
@@ -337,6 +383,19 @@ impl Shapes {
         let sum = |c: usize| planes.iter().skip(c).step_by(self.channels.1).sum();
         (0..self.channels.1).map(|c| T::from_f64(sum(c))).collect()
     }
+}
+
+/// Rows of `from` values with `to` of them each: the first ones, or zeros after them.
+fn resized<T: Lanes>(values: &[T], from: usize, to: usize) -> Cow<'_, [T]> {
+    if from == to {
+        return Cow::Borrowed(values);
+    }
+    let mut out = Vec::with_capacity(values.len() / from.max(1) * to);
+    for (i, row) in (1..).zip(values.chunks_exact(from)) {
+        out.extend_from_slice(&row[..from.min(to)]);
+        out.resize(i * to, T::from_f64(0.0));
+    }
+    Cow::Owned(out)
 }
 
 /// The node on the tape, of two tensors or, with a bias, of three.
