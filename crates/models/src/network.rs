@@ -43,9 +43,9 @@ impl ModelSpec {
     }
 
     /// A network as it was published, by its short name: `resnet50` is that of the backbone's
-    /// authors, `resnet50+isqrt` the backbone with another head and with what the head asks for
-    /// ([`BackboneEntry::second_order`](crate::BackboneEntry::second_order) for covariance heads,
-    /// without the reduction where [`reduces`](crate::RepresentationEntry::reduces) says no).
+    /// authors, `resnet50+isqrt` the backbone with another head and with what the head asks for:
+    /// [`second_order`](crate::BackboneEntry::second_order) for covariance heads,
+    /// [`bilinear`](crate::BackboneEntry::bilinear) for those that work on all channels.
     ///
     /// The backbone's hidden layers of the classifier stay with its own head and with heads that
     /// take the reduction; all others get a linear classifier.
@@ -68,11 +68,10 @@ impl ModelSpec {
             Some(head) if head != own.name => {
                 let representation = RepresentationSpec::new(head);
                 let head = representation.entry()?;
-                if head.second_order() {
-                    backbone.options = entry.second_order();
-                }
-                if !head.reduces() {
-                    backbone.options.remove("reduction");
+                match (head.second_order(), head.reduces()) {
+                    (true, true) => backbone.options = entry.second_order(),
+                    (true, false) => backbone.options = entry.bilinear(),
+                    (false, _) => {}
                 }
                 (representation, head.second_order() && head.reduces())
             }

@@ -361,3 +361,53 @@ fn dropout_of_the_hidden_layers_has_the_place_that_is_asked_for() {
     assert!(zeros(false) > 0.2, "{}", zeros(false));
     assert!(zeros(true) < 0.1, "{}", zeros(true));
 }
+
+#[test]
+fn short_names_are_the_published_networks() {
+    let named = |name: &str| ModelSpec::named(name, 10).unwrap();
+    for (name, backbone, head, hidden) in [
+        ("resnet50", "resnet50", "gap", 0),
+        (
+            "resnet50+isqrt",
+            "resnet50 (last_stride = 1, reduction = 256)",
+            "isqrt",
+            0,
+        ),
+        (
+            "resnet50+bcnn",
+            "resnet50 (last_stride = 1, reduction = 256)",
+            "bcnn",
+            0,
+        ),
+        ("vgg16", "vgg16", "flat", 2),
+        ("vgg16+gap", "vgg16", "gap", 0),
+        (
+            "vgg16_bn+isqrt",
+            "vgg16_bn (last_pool = false, reduction = 256)",
+            "isqrt",
+            2,
+        ),
+        ("vgg16+bcnn", "vgg16 (last_pool = false)", "bcnn", 0),
+        ("alexnet+mpn", "alexnet (last_pool = false)", "mpn", 2),
+    ] {
+        let spec = named(name);
+        assert_eq!(spec.backbone.to_string(), backbone, "{name}");
+        assert_eq!(spec.representation.name, head, "{name}");
+        assert_eq!(spec.classifier.hidden.len(), hidden, "{name}");
+    }
+    for (name, part) in [
+        ("resnet5+isqrt", "did you mean `resnet5"),
+        ("resnet50+isqr", "did you mean `isqrt`"),
+        ("isqrt", "is a pooling head"),
+        ("", "known are"),
+    ] {
+        let message = ModelSpec::named(name, 10).unwrap_err().to_string();
+        assert!(message.contains(part), "{name}: {message}");
+    }
+    // More values than a machine has.
+    let spec = ModelSpec::named("e10net+isqrt", 1 << 30).unwrap();
+    let error = Network::new(&spec, 1, DType::F32, &Device::Cpu)
+        .err()
+        .unwrap();
+    assert!(error.to_string().contains("classifier.weight"), "{error}");
+}

@@ -12,6 +12,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 
 use crate::checkpoint::{self, Aside};
+use crate::error::shape_error;
 use crate::init::fnv1a;
 use crate::{Error, Init, Result};
 
@@ -175,6 +176,9 @@ impl Vars {
     }
 }
 
+/// Values of one parameter: 16 GiB in f32.
+const MOST_VALUES: usize = 1 << 32;
+
 /// A place in the tree of names, where layers make their parameters.
 #[derive(Debug)]
 pub struct Scope<'a> {
@@ -195,9 +199,16 @@ impl Scope<'_> {
     /// A new parameter.
     ///
     /// # Errors
-    /// [`Error::Duplicate`] where the name is taken.
+    /// [`Error::Duplicate`] where the name is taken, [`Error::Shape`] for more than 2³² values.
     pub fn parameter(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
         let name = self.new_name(name)?;
+        let count = shape.iter().try_fold(1_usize, |n, &d| n.checked_mul(d));
+        if count.is_none_or(|count| count > MOST_VALUES) {
+            return shape_error(
+                "parameter",
+                format!("{name:?} of shape {shape:?} would have more than {MOST_VALUES} values"),
+            );
+        }
         let var = Var::from_tensor(&self.draw(&name, shape, init)?)?;
         let tensor = var.as_tensor().clone();
         self.vars.parameters.insert(name, var);

@@ -54,6 +54,13 @@ pub trait BackboneEntry: Sync {
         Options::default()
     }
 
+    /// The options that heads of bilinear pooling need, which were published on all channels of
+    /// AlexNet and VGG; those of [`second_order`](Self::second_order) on wider networks, where a
+    /// classifier would have billions of values.
+    fn bilinear(&self) -> Options {
+        self.second_order()
+    }
+
     /// The representation that the published network has: global average pooling by default.
     fn own_head(&self) -> RepresentationSpec {
         RepresentationSpec::new("gap")

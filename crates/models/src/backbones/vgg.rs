@@ -68,6 +68,12 @@ impl BackboneEntry for Entry {
         options
     }
 
+    fn bilinear(&self) -> Options {
+        let mut options = self.second_order();
+        options.remove("reduction");
+        options
+    }
+
     fn own_head(&self) -> RepresentationSpec {
         RepresentationSpec::new("flat").with("side", 7)
     }

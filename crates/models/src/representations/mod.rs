@@ -82,8 +82,8 @@ pub trait RepresentationEntry: Sync {
         false
     }
 
-    /// Whether a covariance head takes the backbone's reduction to fewer channels too; the older
-    /// ones work on all of them.
+    /// Whether a covariance head takes the backbone's reduction to fewer channels; those of bilinear
+    /// pooling were published without, see [`BackboneEntry::bilinear`](crate::BackboneEntry::bilinear).
     fn reduces(&self) -> bool {
         self.second_order()
     }
