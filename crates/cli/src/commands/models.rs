@@ -62,7 +62,11 @@ impl Models {
             "multiply-adds (M)",
             "activations (MiB)",
         ];
-        output::table(&head, rows, 2)
+        output::table(&head, rows, 2)?;
+        if description.stages.iter().any(|s| s.multiply_adds.is_none()) {
+            output::line("? the head's multiply-adds are not known; the total is without them")?;
+        }
+        Ok(())
     }
 }
 
