@@ -5,7 +5,7 @@
 //! [`BACKBONES`]; a representation likewise, in `representations/` and [`REPRESENTATIONS`]. A test
 //! builds, differentiates, saves and loads every combination (deep backbones with one head each).
 
-mod backbones;
+pub mod backbones;
 pub mod bench;
 pub mod checkpoint;
 mod classifier;
@@ -14,7 +14,7 @@ mod error;
 mod names;
 mod network;
 mod options;
-mod representations;
+pub mod representations;
 
 pub use backbones::{BACKBONES, Backbone, BackboneEntry, BackboneSpec};
 pub use checkpoint::Layout;

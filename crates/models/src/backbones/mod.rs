@@ -1,16 +1,16 @@
-//! Networks from images to feature maps, and their registry.
+//! Networks from images to feature maps, and their registry. Each has its page: source, names, options.
 
-mod alexnet;
+pub mod alexnet;
 mod chain;
-mod e10net;
-mod mobilenet;
+pub mod e10net;
+pub mod mobilenet;
 mod reduction;
 mod residual;
-mod resnet;
-mod shufflenet;
-mod small_resnet;
-mod tinyresnet;
-mod vgg;
+pub mod resnet;
+pub mod shufflenet;
+pub mod small_resnet;
+pub mod tinyresnet;
+pub mod vgg;
 
 use std::fmt;
 

@@ -1,4 +1,17 @@
-//! Covariance pooling without a root.
+//! Covariance pooling without a root, the "Plain-COV" of the paper.
+//!
+//! # Equation
+//! `Σ = (1/M) Σ_m (x_m - μ)(x_m - μ)ᵀ` (divisor `M`), upper triangle row by row, entries as they are.
+//! Backward: `dX = (dΣ + dΣᵀ)(X - μ1ᵀ)/M`, centred.
+//!
+//! # Shapes
+//! `(B, d, H, W)` to `(B, d(d+1)/2)`. No options.
+//!
+//! # Cost and memory
+//! One symmetric product, `d²M/2` multiply-adds, and one product backward; the features are kept.
+//!
+//! # Known troubles
+//! Large eigenvalues rule it, which is what the root is for. Mathematics and kernels: [`CovPool`].
 
 use candle_core::Tensor;
 use isqrt_linalg::{CovPool, Output};

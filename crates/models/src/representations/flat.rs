@@ -1,7 +1,15 @@
 //! The maps themselves as one vector, averaged to a fixed size first, as AlexNet (Krizhevsky et al.
-//! 2012) and VGG (Simonyan and Zisserman 2015) hand them to their linear layers: `C·side²` values.
+//! 2012) and VGG (Simonyan and Zisserman 2015) hand them to their linear layers.
 //!
-//! Option: `side` (7) of the averaged maps.
+//! # Shapes
+//! `(B, d, H, W)` to `(B, d·side²)`; option `side` (7). torchvision's `AdaptiveAvgPool2d` and
+//! `flatten`: with maps of that size the average is the maps.
+//!
+//! # Cost and memory
+//! `dHW` additions; nothing is kept for the backward pass.
+//!
+//! # Known troubles
+//! First order, and bound to places. The linear layers after it have most of these networks' values.
 
 use candle_core::Tensor;
 use isqrt_nn::ops::adaptive_avg_pool2d;

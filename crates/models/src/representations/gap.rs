@@ -1,4 +1,14 @@
-//! Global average pooling: the mean of each channel, first order.
+//! Global average pooling: the mean of each channel, first order; the head of most published networks
+//! (Lin et al. 2014), which covariance pooling replaces.
+//!
+//! # Equation
+//! `y_c = (1/M) Σ_m x_cm` over the `M` positions.
+//!
+//! # Shapes
+//! `(B, d, H, W)` to `(B, d)`. No options, no parameters.
+//!
+//! # Cost and memory
+//! `dM` additions; nothing is kept for the backward pass, which spreads the gradient evenly.
 
 use candle_core::Tensor;
 use isqrt_nn::ops::global_avg_pool;

@@ -1,7 +1,28 @@
-//! iSQRT-COV: covariance pooling with a matrix square root by iteration.
+//! iSQRT-COV: covariance pooling with a matrix square root by a coupled iteration (Li et al. 2018).
 //!
-//! The steps are given in one of four ways: `iterations = 5` (Newton-Schulz, the default);
-//! `schedule = "cubic"`, `"quintic"` or `"nonic"` with `steps` and `lower`; `coefficients = [[a, b, c], ...]`.
+//! # Equation
+//! `A = Σ/tr Σ`; `Y₀ = A, Z₀ = I`; `Y ← ½Y(3I - ZY)`, `Z ← ½(3I - ZY)Z`, `N` times; `C = √(tr Σ) Y_N`, upper
+//! triangle row by row (sections 3.1 to 3.3 of the paper). The adjoint is the tangent of the same
+//! iteration: `docs/method.md`, [`CovPool`].
+//!
+//! # Shapes
+//! `(B, d, H, W)` to `(B, d(d+1)/2)`, or `d²` with `output = "full"`.
+//!
+//! # Options
+//! The steps in one of four ways: `iterations = 5` (Newton-Schulz, the default); `schedule = "cubic"`,
+//! `"quintic"` or `"nonic"` with `steps` and `lower`; `coefficients = [[a, b, c], ...]`. Further
+//! `pre_normalization` (`"trace"`, `"frobenius"`, `"spectral"`, `"none"`), `post_compensation` (true),
+//! `side` (`"auto"`, `"covariance"`, `"gram"`), `memory` (`"keep"`, `"lean"`), `output`.
+//!
+//! # Cost and memory
+//! At `N = 5` ten symmetric products of the smaller of `d` and `M` forward and twice that backward, beside
+//! the covariance. Kept are at most `3(N-1)` matrices of the smaller side, with `memory = "lean"` none.
+//! `CovPool::describe` counts both.
+//!
+//! # Known troubles
+//! `N = 5` is far from the exact root where `d` is large: it damps small eigenvalues, and released weights
+//! rely on that. Zero eigenvalues grow in `Z` by 1.5 a step, which overwhelms f32 after
+//! some 40 steps.
 
 use isqrt_linalg::{CovPool, Memory, PreNormalization, Root, Schedule, Side};
 use isqrt_nn::Scope;

@@ -1,4 +1,5 @@
-//! Pooling heads, from feature maps to one vector an image, and their registry.
+//! Pooling heads, from feature maps to one vector an image, and their registry. Each has its page: equation, source,
+//! shapes, options, cost, memory, known troubles.
 
 /// Declares an enum of words in specs that stands for one of isqrt-linalg's (which knows no serde).
 macro_rules! words {
@@ -21,19 +22,19 @@ macro_rules! words {
     };
 }
 
-mod approximant;
-mod bcnn;
-mod cbp;
-mod cov;
-mod deepo2p;
-mod dropcov;
-mod flat;
-mod g2denet;
-mod gap;
-mod impbcnn;
-mod isqrt;
-mod mpn;
-mod svd_pade;
+pub mod approximant;
+pub mod bcnn;
+pub mod cbp;
+pub mod cov;
+pub mod deepo2p;
+pub mod dropcov;
+pub mod flat;
+pub mod g2denet;
+pub mod gap;
+pub mod impbcnn;
+pub mod isqrt;
+pub mod mpn;
+pub mod svd_pade;
 
 use candle_core::Tensor;
 use isqrt_linalg::Output;

@@ -1,4 +1,7 @@
 //! MPN-COV: covariance pooling with a matrix power by eigendecomposition (Li et al. 2017).
+//!
+//! Option: `power` (0.5, in (0, 1]). `(B, d, H, W)` to `(B, d(d+1)/2)`. Mathematics, cost, troubles:
+//! [`MpnCov`] and its module.
 
 use isqrt_linalg::eig::MpnCov;
 use isqrt_nn::Scope;
