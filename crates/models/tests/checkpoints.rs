@@ -366,6 +366,10 @@ fn every_layout_is_written_and_read_again() {
         ),
         (isqrt("vgg16_bn", 4, 3), &["isqrt", "torchvision", "timm"]),
         (isqrt("alexnet", 4, 3), &["isqrt", "torchvision"]),
+        (
+            isqrt("mobilenet_v2", 8, 3),
+            &["isqrt", "torchvision", "timm"],
+        ),
     ] {
         let first = network(&spec, 1);
         let expected = first.forward(&images, Mode::Eval).unwrap();

@@ -36,6 +36,37 @@ const STAGES: [(usize, usize, usize, usize); 7] = [
 /// Place of the last stage that halves the resolution.
 const LAST_HALVING: usize = 5;
 
+/// timm's names: for each unit its place there, stage and number. The first unit has no expansion.
+macro_rules! timm {
+    ($($unit:literal => $place:literal),*) => {
+        &[
+            ("features.0.0.", "conv_stem."),
+            ("features.0.1.", "bn1."),
+            ("features.1.conv.0.0.", "blocks.0.0.conv_dw."),
+            ("features.1.conv.0.1.", "blocks.0.0.bn1."),
+            ("features.1.conv.1.", "blocks.0.0.conv_pw."),
+            ("features.1.conv.2.", "blocks.0.0.bn2."),
+            $(
+                (concat!("features.", $unit, ".conv.0.0."), concat!("blocks.", $place, ".conv_pw.")),
+                (concat!("features.", $unit, ".conv.0.1."), concat!("blocks.", $place, ".bn1.")),
+                (concat!("features.", $unit, ".conv.1.0."), concat!("blocks.", $place, ".conv_dw.")),
+                (concat!("features.", $unit, ".conv.1.1."), concat!("blocks.", $place, ".bn2.")),
+                (concat!("features.", $unit, ".conv.2."), concat!("blocks.", $place, ".conv_pwl.")),
+                (concat!("features.", $unit, ".conv.3."), concat!("blocks.", $place, ".bn3.")),
+            )*
+            ("features.18.0.", "conv_head."),
+            ("features.18.1.", "bn2."),
+            ("", ""),
+        ]
+    };
+}
+
+const TIMM: &[(&str, &str)] = timm!(
+    2 => "1.0", 3 => "1.1", 4 => "2.0", 5 => "2.1", 6 => "2.2", 7 => "3.0", 8 => "3.1", 9 => "3.2",
+    10 => "3.3", 11 => "4.0", 12 => "4.1", 13 => "4.2", 14 => "5.0", 15 => "5.1", 16 => "5.2",
+    17 => "6.0"
+);
+
 /// The keys in a spec.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -71,11 +102,19 @@ impl BackboneEntry for Entry {
     }
 
     fn layouts(&self) -> &'static [Layout] {
-        &[Layout {
-            name: "torchvision",
-            linear: "classifier.1.",
-            ..Layout::FLAT
-        }]
+        &[
+            Layout {
+                name: "torchvision",
+                linear: "classifier.1.",
+                ..Layout::FLAT
+            },
+            Layout {
+                name: "timm",
+                backbone: TIMM,
+                linear: "classifier.",
+                ..Layout::FLAT
+            },
+        ]
     }
 
     fn build(&self, options: &Options, mut scope: Scope<'_>) -> Result<Box<dyn Backbone>> {
