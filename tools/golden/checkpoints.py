@@ -158,6 +158,8 @@ def files():
     plain["a.bias"] = torch.tensor([0.5, -0.25, 2.0, 8.0])
     plain["a.num_batches_tracked"] = torch.tensor(7)
     torch.save(plain, TARGET / "archive.pth")
+    # A name of 21 characters, which zip readers have been seen to stumble over.
+    torch.save(plain, TARGET / "archive21_characters_.pth")
     torch.save(plain, TARGET / "legacy.pth", _use_new_zipfile_serialization=False)
     torch.save(plain, TARGET / "protocol4.pth", pickle_protocol=4)
 
@@ -191,6 +193,10 @@ def files():
     }
     torch.save(nested, TARGET / "nested.pth")
     torch.save(nested, TARGET / "nested_legacy.pth", _use_new_zipfile_serialization=False)
+
+    # An expanded tensor beside a good one; a view that stands for other values than its storage's.
+    torch.save({"good": base, "wide": torch.ones(1).expand(10)}, TARGET / "expanded.pth")
+    torch.save({"neg": torch.tensor([1 + 2j, 3 - 4j]).conj().imag}, TARGET / "negated.pth")
 
     # Refused: a whole module, other classes, no tensor at all.
     torch.save(layer, TARGET / "module.pth")

@@ -30,7 +30,8 @@ impl Scene {
             training: Some(serde_json::json!({ "epochs": 3 })),
         };
         checkpoint::save(&network, &scene.at("own.safetensors"), &record).unwrap();
-        checkpoint::export(&network, &scene.at("released.pth"), "flat", Triangle::Lower).unwrap();
+        let path = scene.at("released.pth");
+        checkpoint::export(&network, &path, "flat", Triangle::Lower, &Record::default()).unwrap();
         let sizes = e10::Sizes {
             train: 1,
             val: 1,
@@ -312,4 +313,88 @@ fn classify_prints_the_most_probable_classes() {
         ],
         &["none.pth"],
     );
+}
+
+#[test]
+fn what_is_read_is_never_written_over_and_specs_are_not_overruled() {
+    let scene = Scene::new();
+    let before = std::fs::read(scene.at("own.safetensors")).unwrap();
+    let own = "own.safetensors";
+    scene.bad(
+        &["convert", own, own, "--to", "flat"],
+        &["over the file that is read"],
+    );
+    let features = [
+        "features",
+        "--weights",
+        own,
+        "--images",
+        "photos/train",
+        "--out",
+    ];
+    scene.bad(
+        &[&features[..], &[own]].concat(),
+        &["over the file that is read"],
+    );
+    scene.bad(
+        &[&features[..], &["f.pth"]].concat(),
+        &["f.pth", "safetensors"],
+    );
+    assert_eq!(std::fs::read(scene.at(own)).unwrap(), before);
+
+    let other = [
+        "classify",
+        "--weights",
+        own,
+        "--images",
+        "photos/test",
+        "--model",
+        "e10net+cov",
+    ];
+    scene.bad(&other, &["e10net + isqrt", "leave --model out"]);
+    scene.good(&[&other[..6], &["e10net+isqrt"]].concat());
+
+    // Without a word from the file, small images stay small.
+    scene.good(&["convert", own, "f.pth", "--to", "flat"]);
+    let plain = [
+        "features",
+        "--weights",
+        "f.pth",
+        "--images",
+        "photos/test",
+        "--triangle",
+        "upper",
+    ];
+    let plain = [&plain[..], &["--model", "e10net+isqrt", "--out"]].concat();
+    scene.good(&[&plain[..], &["a.safetensors"]].concat());
+    scene.good(
+        &[
+            &plain[..],
+            &["b.safetensors", "--resize", "32", "--crop", "32"],
+        ]
+        .concat(),
+    );
+    let [a, b] = ["a", "b"].map(|n| std::fs::read(scene.at(&format!("{n}.safetensors"))).unwrap());
+    assert!(a == b);
+
+    // A spec of one's own, whose classes stand.
+    std::fs::write(
+        scene.at("spec.toml"),
+        "backbone = \"e10net\"\nrepresentation = { name = \"isqrt\" }\nclasses = 9\n",
+    )
+    .unwrap();
+    let spec = [
+        "convert",
+        "f.pth",
+        "g.safetensors",
+        "--model",
+        "spec.toml",
+        "--triangle",
+        "upper",
+    ];
+    scene.bad(&spec, &["network needs [9, 528]"]);
+    let text = scene.good(&[&spec[..], &["--partial"]].concat());
+    assert!(text.contains("9 classes"), "{text}");
+    let text = scene.good(&["models", "spec.toml", "--json"]);
+    assert!(text.contains("classifier"), "{text}");
 }

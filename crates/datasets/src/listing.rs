@@ -45,6 +45,8 @@ pub fn list_images(path: &Path) -> Result<Vec<PathBuf>> {
             )
         })?;
         let folder = path.parent().unwrap_or(Path::new(""));
+        // Some editors put a byte-order mark before the first line.
+        let text = text.strip_prefix('\u{FEFF}').unwrap_or(&text);
         for (number, line) in (1..).zip(text.lines()) {
             let line = line.trim();
             if line.is_empty() || line.starts_with('#') {
@@ -97,7 +99,7 @@ mod tests {
         assert_eq!(found(root), expect(&["a.jpeg", "b/1.PNG", "b/c/2.jpg"]));
         assert_eq!(found(&root.join("a.jpeg")), expect(&["a.jpeg"]));
         let list = root.join("b/list.txt");
-        std::fs::write(&list, "# two\n\nc/2.jpg\n  1.PNG \n").unwrap();
+        std::fs::write(&list, "\u{FEFF}c/2.jpg\n\n# two\n  1.PNG \n").unwrap();
         assert_eq!(found(&list), expect(&["b/c/2.jpg", "b/1.PNG"]));
 
         for (text, part) in [

@@ -15,6 +15,7 @@ mod names;
 mod network;
 mod options;
 pub mod representations;
+mod whole_file;
 
 pub use backbones::{BACKBONES, Backbone, BackboneEntry, BackboneSpec};
 pub use checkpoint::Layout;
@@ -27,3 +28,4 @@ pub use options::Options;
 pub use representations::{
     REPRESENTATIONS, Representation, RepresentationEntry, RepresentationSpec,
 };
+pub use whole_file::WholeFile;

@@ -107,10 +107,20 @@ impl Network {
     /// # Errors
     /// [`Error::Unknown`], [`Error::Options`] or [`Error::Classes`] where the spec is wrong.
     pub fn new(spec: &ModelSpec, seed: u64, dtype: DType, device: &Device) -> Result<Self> {
+        Self::within(spec, seed, (dtype, device), usize::MAX)
+    }
+
+    /// [`new`](Self::new) of at most so many values.
+    pub(crate) fn within(
+        spec: &ModelSpec,
+        seed: u64,
+        (dtype, device): (DType, &Device),
+        most: usize,
+    ) -> Result<Self> {
         if spec.classes == 0 {
             return Err(Error::Classes);
         }
-        let mut vars = Vars::new(seed, dtype, device);
+        let mut vars = Vars::new(seed, dtype, device).limit(most);
         let mut root = vars.root();
         let BackboneSpec { options, .. } = &spec.backbone;
         let scope = root.sub("backbone");
@@ -209,14 +219,19 @@ impl Network {
                 .to_device(self.vars.device())?
                 .to_dtype(self.vars.dtype())
         };
+        // All before the first, so that an error leaves the network as it was.
+        let values: HashMap<&str, Tensor> = values
+            .iter()
+            .map(|(name, value)| Ok((*name, convert(value)?)))
+            .collect::<Result<_>>()?;
         for (name, var) in self.vars.parameters() {
             if let Some(value) = values.get(name) {
-                var.set(&convert(value)?)?;
+                var.set(value)?;
             }
         }
         for (name, buffer) in self.vars.buffers() {
             if let Some(value) = values.get(name) {
-                buffer.set(convert(value)?);
+                buffer.set(value.clone());
             }
         }
         Ok(())
@@ -230,6 +245,16 @@ impl Network {
     /// Side of the matrix whose upper triangle the representation is, if it is one.
     pub(crate) fn triangle(&self) -> Option<usize> {
         self.representation.triangle()
+    }
+
+    /// Side of the maps that a hidden layer of the classifier sees as one vector: 1 but for the first
+    /// layer after `flat`.
+    pub(crate) fn side_of_flat(&self, name: &str) -> usize {
+        let first = name.starts_with("classifier.hidden0.");
+        match first && self.spec.representation.name == "flat" {
+            true => (self.out_dim() / self.backbone.out_channels().max(1)).isqrt(),
+            false => 1,
+        }
     }
 
     /// Name of the weight that multiplies the representation.

@@ -97,6 +97,7 @@ fn what_is_no_dictionary_of_tensors_is_refused_by_name() {
         ("module.pth", "torch.nn.modules.container.Sequential"),
         ("module_legacy.pth", "torch.nn.modules.container.Sequential"),
         ("namespace.pth", "argparse.Namespace"),
+        ("negated.pth", "negated or conjugated"),
         ("nothing.pth", "holds no tensors by name"),
         ("none.pth", "cannot be read"),
         ("", "is not a file"),
@@ -336,8 +337,9 @@ fn the_order_of_the_triangle_is_asked_for_and_never_guessed() {
     assert_close!(to_lower(&load(Triangle::Lower), 4), known, atol = 0.0);
 
     // Files of main.py have but one order, and say so.
+    let none = Record::default();
     let trained = folder.path().join("trained.pth");
-    checkpoint::export(&network, &trained, "trained", Triangle::Upper).unwrap();
+    checkpoint::export(&network, &trained, "trained", Triangle::Upper, &none).unwrap();
     network.load(&trained).unwrap();
     let options = LoadOptions {
         triangle: Some(Triangle::Lower),
@@ -346,12 +348,13 @@ fn the_order_of_the_triangle_is_asked_for_and_never_guessed() {
     let message = checkpoint::load(&mut network, &trained, &options)
         .unwrap_err()
         .to_string();
-    assert!(message.contains("Upper"), "{message}");
-    let error = checkpoint::export(&network, &trained, "trained", Triangle::Lower).unwrap_err();
-    assert!(error.to_string().contains("Lower"), "{error}");
+    assert!(message.contains("upper order, not the lower"), "{message}");
+    let error =
+        checkpoint::export(&network, &trained, "trained", Triangle::Lower, &none).unwrap_err();
+    assert!(error.to_string().contains("the lower order"), "{error}");
     // A file that we wrote under other names tells its order.
     let told = folder.path().join("told.safetensors");
-    checkpoint::export(&network, &told, "flat", Triangle::Lower).unwrap();
+    checkpoint::export(&network, &told, "flat", Triangle::Lower, &none).unwrap();
     network.load(&told).unwrap();
 }
 
@@ -374,9 +377,11 @@ fn every_layout_is_written_and_read_again() {
         let first = network(&spec, 1);
         let expected = first.forward(&images, Mode::Eval).unwrap();
         for layout in layouts {
-            for name in ["a.pth", "a.safetensors"] {
+            for name in ["a.pth", "a.pt", "a.PTH.tar", "a.safetensors"] {
                 let path = folder.path().join(name);
-                let written = checkpoint::export(&first, &path, layout, Triangle::Upper).unwrap();
+                let written =
+                    checkpoint::export(&first, &path, layout, Triangle::Upper, &Record::default())
+                        .unwrap();
                 let mut second = network(&spec, 2);
                 let options = LoadOptions {
                     triangle: Some(Triangle::Upper),
@@ -397,7 +402,14 @@ fn every_layout_is_written_and_read_again() {
     }
     let network = network(&isqrt("resnet18", 4, 3), 1);
     let path = folder.path().join("a.pth");
-    let error = checkpoint::export(&network, &path, "keras", Triangle::Upper).unwrap_err();
+    let error = checkpoint::export(
+        &network,
+        &path,
+        "keras",
+        Triangle::Upper,
+        &Record::default(),
+    )
+    .unwrap_err();
     assert!(
         error.to_string().contains("flat, trained, fine-tuned"),
         "{error}"
@@ -515,4 +527,226 @@ fn a_network_in_f64_takes_weights_in_f16() {
         let known: Tensor = Var::as_detached_tensor(known).to_dtype(DType::F64).unwrap();
         assert_close!(found.as_tensor(), known, rtol = 1e-3, atol = 1e-6);
     }
+}
+
+#[test]
+fn one_odd_tensor_does_not_spoil_the_others() {
+    let file = open("expanded.pth");
+    assert_eq!(values(&file, "good"), eighths(0..24));
+    let message = file.read("wide").unwrap_err().to_string();
+    assert!(message.contains("\"wide\" has the shape [10]"), "{message}");
+}
+
+/// zip's search for archives within other files takes names of 21 characters for one.
+#[test]
+fn archives_of_any_name_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = std::fs::read(small("archive.pth")).unwrap();
+    let mut source = zip::ZipArchive::new(std::io::Cursor::new(whole)).unwrap();
+    for length in 1..=64 {
+        let path = folder.path().join("a.pth");
+        let mut target = zip::ZipWriter::new(std::fs::File::create(&path).unwrap());
+        for i in 0..source.len() {
+            let mut entry = source.by_index(i).unwrap();
+            let name = entry.name().unwrap().split_once('/').unwrap().1.to_owned();
+            let options = zip::write::SimpleFileOptions::default()
+                .compression_method(zip::CompressionMethod::Stored);
+            let name = format!("{}/{name}", "r".repeat(length));
+            target.start_file(name, options).unwrap();
+            std::io::copy(&mut entry, &mut target).unwrap();
+        }
+        target.finish().unwrap();
+        let file = Checkpoint::open(&path).unwrap_or_else(|e| panic!("{length}: {e}"));
+        assert_eq!(values(&file, "a.weight"), eighths(0..24));
+    }
+    // As torch writes them, with the records of 64-bit archives.
+    for name in ["archive21_characters_.pth", "archive.pth"] {
+        assert_eq!(values(&open(name), "a.weight"), eighths(0..24), "{name}");
+    }
+}
+
+/// Whatever a file has, the network is as before where it is refused.
+#[test]
+fn doubtful_values_and_names_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.safetensors");
+    let spec = ModelSpec::new("e10net", RepresentationSpec::new("gap"), 3);
+    let mut network = network(&spec, 1);
+    let good: Vec<(String, Tensor)> = shapes(&network)
+        .into_iter()
+        .map(|(name, shape)| (name.clone(), weights(&name, &shape)))
+        .collect();
+    let with = |name: &str, value: Tensor| {
+        let mut tensors = good.clone();
+        tensors.retain(|(other, _)| other != name);
+        tensors.push((name.to_owned(), value));
+        tensors
+    };
+    let device = &Device::Cpu;
+    let nan = Tensor::new(&[0.0, f64::NAN, 1.0], device).unwrap();
+    let large = Tensor::new(&[0.0, 1e300, 1.0], device).unwrap();
+    let bytes = Tensor::new(&[1_u8, 2, 3], device).unwrap();
+    let bias = weights("classifier.bias", &[3]);
+    for (tensors, part) in [
+        (
+            with("classifier.bias", nan),
+            "\"classifier.bias\" that are not finite",
+        ),
+        // Infinite in the network's f32.
+        (
+            with("classifier.bias", large),
+            "\"classifier.bias\" that are not finite",
+        ),
+        (with("classifier.bias", bytes), "of type U8"),
+        (
+            with("module.classifier.bias", bias),
+            "both \"classifier.bias\" and \"module.",
+        ),
+    ] {
+        checkpoint::write(tensors, HashMap::new(), &path).unwrap();
+        let before: Vec<f32> = network
+            .vars()
+            .parameters()
+            .next()
+            .unwrap()
+            .1
+            .flatten_all()
+            .unwrap()
+            .to_vec1()
+            .unwrap();
+        let message = network.load(&path).unwrap_err().to_string();
+        assert!(message.contains(part), "{part}: {message}");
+        let after: Vec<f32> = network
+            .vars()
+            .parameters()
+            .next()
+            .unwrap()
+            .1
+            .flatten_all()
+            .unwrap()
+            .to_vec1()
+            .unwrap();
+        assert_eq!(before, after);
+    }
+    let spec = isqrt("resnet18", 4, 3);
+    let order = HashMap::from([("isqrt.triangle".to_owned(), "Lower".to_owned())]);
+    let mut network = Network::new(&spec, 1, DType::F32, device).unwrap();
+    let tensors = shapes(&network).into_iter();
+    let tensors = tensors.map(|(name, shape)| (theirs_of_resnet(&name), weights(&name, &shape)));
+    checkpoint::write(tensors.collect(), order, &path).unwrap();
+    let message = network.load(&path).unwrap_err().to_string();
+    assert!(message.contains("\"Lower\" of triangles"), "{message}");
+}
+
+/// Numbers in a file ask for no memory: a network is not larger than its file.
+#[test]
+fn a_network_is_not_larger_than_its_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.safetensors");
+    let spec = ModelSpec::new("resnet18", RepresentationSpec::new("gap"), 1 << 22);
+    let metadata = HashMap::from([(
+        "isqrt.model".to_owned(),
+        serde_json::to_string(&spec).unwrap(),
+    )]);
+    let tensor = Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap();
+    checkpoint::write(
+        vec![("classifier.bias".to_owned(), tensor)],
+        metadata,
+        &path,
+    )
+    .unwrap();
+    let file = Checkpoint::open(&path).unwrap();
+    let told = checkpoint::model(&file).unwrap().unwrap();
+    let error = checkpoint::network(&file, &told, &LoadOptions::default());
+    let message = error.err().unwrap().to_string();
+    assert!(
+        message.contains("more values than there may be"),
+        "{message}"
+    );
+
+    let empty = Tensor::zeros((2_000_000, 0), DType::F32, &Device::Cpu).unwrap();
+    checkpoint::write(vec![("fc.weight".to_owned(), empty)], HashMap::new(), &path).unwrap();
+    let file = Checkpoint::open(&path).unwrap();
+    assert_eq!(checkpoint::classes(&file, &spec).unwrap(), None);
+}
+
+#[test]
+fn files_have_the_usual_rights_and_links_stay() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = ModelSpec::new("e10net", RepresentationSpec::new("gap"), 3);
+    let network = network(&spec, 1);
+    let plain = folder.path().join("plain");
+    std::fs::write(&plain, "").unwrap();
+    let path = folder.path().join("a.safetensors");
+    network.save(&path).unwrap();
+    let rights = |path: &Path| std::fs::metadata(path).unwrap().permissions();
+    assert_eq!(rights(&path), rights(&plain));
+    // A header of this length begins with the letters of an archive.
+    let bytes = std::fs::read(&path).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let mut long = 0x4B50_u64.to_le_bytes().to_vec();
+    long.extend_from_slice(&bytes[8..8 + header]);
+    long.resize(8 + 0x4B50, b' ');
+    long.extend_from_slice(&bytes[8 + header..]);
+    std::fs::write(&path, long).unwrap();
+    assert_eq!(
+        checkpoint::model(&Checkpoint::open(&path).unwrap()).unwrap(),
+        Some(spec)
+    );
+
+    #[cfg(unix)]
+    {
+        let link = folder.path().join("link.safetensors");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        network.save(&link).unwrap();
+        assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert!(Checkpoint::open(&path).is_ok());
+    }
+    let message = network
+        .save(&folder.path().join("a.bin"))
+        .unwrap_err()
+        .to_string();
+    assert!(message.contains("name it .safetensors"), "{message}");
+}
+
+/// Whatever has been put before all names.
+#[test]
+fn names_within_another_object_are_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.pt");
+    let spec = ModelSpec::new("resnet20", RepresentationSpec::new("gap"), 3);
+    let mut network = network(&spec, 1);
+    for prefix in ["model.", "module.", "_orig_mod.", "encoder."] {
+        let tensors = shapes(&network).into_iter().map(|(name, shape)| {
+            let name = theirs_of_resnet(&name);
+            (format!("{prefix}{name}"), weights(&name, &shape))
+        });
+        checkpoint::write(tensors.collect(), HashMap::new(), &path).unwrap();
+        let report = checkpoint::load(&mut network, &path, &LoadOptions::default()).unwrap();
+        assert!(report.is_complete(), "{prefix}");
+        let file = Checkpoint::open(&path).unwrap();
+        assert_eq!(
+            checkpoint::classes(&file, &spec).unwrap(),
+            Some(3),
+            "{prefix}"
+        );
+    }
+}
+
+/// timm's hidden layers are convolutions over whole maps.
+#[test]
+fn layers_are_written_with_the_shapes_that_they_have_elsewhere() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.pth");
+    let mut spec = ModelSpec::named("vgg11", 3).unwrap();
+    spec.classifier.hidden = vec![8, 8];
+    let network = network(&spec, 1);
+    checkpoint::export(&network, &path, "timm", Triangle::Upper, &Record::default()).unwrap();
+    let file = Checkpoint::open(&path).unwrap();
+    assert_eq!(
+        file.shape("pre_logits.fc1.weight"),
+        Some(&[8, 512, 7, 7][..])
+    );
+    assert_eq!(file.shape("pre_logits.fc2.weight"), Some(&[8, 8, 1, 1][..]));
+    assert_eq!(file.shape("head.fc.weight"), Some(&[3, 8][..]));
 }

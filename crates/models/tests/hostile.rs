@@ -5,6 +5,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use isqrt_models::checkpoint::Checkpoint;
 
@@ -37,15 +38,21 @@ static WATCH: Watch = Watch;
 /// that of the file under test.
 const LIMIT: usize = 300 << 20;
 
+/// Far more than any file of a few MB takes, on a slow machine.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// Reads all that a file has; the first error. Fails where that takes much memory.
 fn read(path: &Path) -> Result<(), String> {
     MOST.store(USED.load(Ordering::Relaxed), Ordering::Relaxed);
     let before = USED.load(Ordering::Relaxed);
+    let start = Instant::now();
     let result = Checkpoint::open(path).and_then(|file| {
         let names: Vec<String> = file.tensors().map(|(name, ..)| name.to_owned()).collect();
         names.iter().try_for_each(|name| file.read(name).map(drop))
     });
     let most = MOST.load(Ordering::Relaxed) - before;
+    let took = start.elapsed();
+    assert!(took < PATIENCE, "{} took {took:?}", path.display());
     assert!(most < LIMIT, "{} took {most} bytes", path.display());
     result.map_err(|error| error.to_string())
 }
@@ -151,11 +158,11 @@ fn altered_values_are_found_by_the_checksum_of_the_archive() {
 fn shapes_that_the_file_does_not_hold_are_refused() {
     assert_eq!(read_bytes(&archive(&tensor(4, &[2, 2], &[2, 1]))), Ok(()));
     for (count, shape, strides, part) in [
-        (4, &[2, 3][..], &[3, 1][..], "does not hold"),
+        (4, &[2, 3][..], &[3, 1][..], "more than its storage"),
         // Many times the same element.
-        (4, &[1 << 30, 1 << 30], &[0, 0], "does not hold"),
-        (4, &[i32::MAX; 9], &[i32::MAX; 9], "does not hold"),
-        (4, &[2], &[1, 1], "strides"),
+        (4, &[1 << 30, 1 << 30], &[0, 0], "more than its storage"),
+        (4, &[i32::MAX; 9], &[i32::MAX; 9], "more than its storage"),
+        (4, &[2], &[1, 1], "as many strides"),
         (4, &[-2], &[1], "negative"),
         (4, &[1; 40], &[1; 40], "40 dimensions"),
         // A storage larger than its file.
@@ -248,20 +255,115 @@ fn pickles_that_would_run_code_or_fill_memory_are_refused() {
         let message = read_bytes(&archive(&pickle)).unwrap_err();
         assert!(message.contains(part), "{what}: {message}");
     }
-    // A thousand dictionaries of a thousand entries that are one and the same.
-    let inner = [&b"}q\x01("[..], &b"X\x01\0\0\0aK\x01".repeat(1000), b"u"].concat();
+}
+
+/// One tensor, remembered as 2.
+const REMEMBERED: &[u8] = b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storage\
+    ctorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQK\0K\x04\x85K\x01\x85\x89}tRq\x02";
+
+fn pickles_that_repeat_themselves_stay_small() {
+    // A name of 1 MiB and a tensor, 65 536 times in one dictionary.
+    let name = [
+        &b"X"[..],
+        &(1_u32 << 20).to_le_bytes(),
+        &vec![b'n'; 1 << 20],
+        b"q\x01",
+    ]
+    .concat();
+    let long = [
+        b"\x80\x02",
+        REMEMBERED,
+        &name,
+        b"00}(",
+        &b"h\x01h\x02".repeat(65_536),
+        b"u.",
+    ]
+    .concat();
+    assert!(read_bytes(&archive(&long)).is_err());
+    // The same with a short name is one tensor.
+    let short = [
+        b"\x80\x02",
+        REMEMBERED,
+        b"X\x01\0\0\0aq\x0100}(",
+        &b"h\x01h\x02".repeat(65_536),
+        b"u.",
+    ];
+    assert_eq!(read_bytes(&archive(&short.concat())), Ok(()));
+    // Thousands of dictionaries that are one, with a thousand names.
+    let names: Vec<u8> = (0..1000_u32)
+        .flat_map(|i| {
+            [
+                &b"X\x04\0\0\0"[..],
+                &(0x6161_6161 + i).to_le_bytes(),
+                b"h\x02",
+            ]
+            .concat()
+        })
+        .collect();
     let outer: Vec<u8> = (0..100_000_u32)
         .flat_map(|i| {
             [
                 &b"X\x04\0\0\0"[..],
                 &(0x6161_6161 + i).to_le_bytes(),
-                b"h\x01",
+                b"h\x03",
             ]
             .concat()
         })
         .collect();
-    let shared = [b"\x80\x02", inner.as_slice(), b"0}(", &outer, b"u."].concat();
-    assert!(read_bytes(&archive(&shared)).is_err());
+    let shared = [
+        b"\x80\x02",
+        REMEMBERED,
+        b"0}q\x03(",
+        &names,
+        b"u0}(",
+        &outer,
+        b"u.",
+    ]
+    .concat();
+    assert_eq!(read_bytes(&archive(&shared)), Ok(()));
+    // One long tuple as the arguments of many calls, many ids, many texts.
+    let tuple = [&b"("[..], &b"N".repeat(200_000), b"tq\x01"].concat();
+    let calls = b"ctorch._utils\n_rebuild_parameter\nh\x01R".repeat(1000);
+    for (what, pickle, part) in [
+        (
+            "arguments",
+            [b"\x80\x02", tuple.as_slice(), &calls, b"."].concat(),
+            "200000 arguments",
+        ),
+        (
+            "an id",
+            [b"\x80\x02", tuple.as_slice(), b"Q."].concat(),
+            "200000 parts",
+        ),
+        (
+            "memos",
+            [b"\x80\x02N", b"\x94".repeat(20_000_000).as_slice(), b"."].concat(),
+            "MiB",
+        ),
+        (
+            "numbers",
+            [b"\x80\x02", b"K\x01\x85".repeat(900_000).as_slice(), b"."].concat(),
+            "no tensors",
+        ),
+    ] {
+        let message = read_bytes(&archive(&pickle)).unwrap_err();
+        assert!(message.contains(part), "{what}: {message}");
+    }
+    // What Python 2 wrote: a dictionary of pairs.
+    let pairs = [
+        &b"\x80\x02"[..],
+        REMEMBERED,
+        b"0ccollections\nOrderedDict\n]]X\x01\0\0\0aah\x02aa\x85R.",
+    ];
+    assert_eq!(read_bytes(&archive(&pairs.concat())), Ok(()));
+}
+
+fn empty_tensors_may_lie_anywhere() {
+    let mut bytes = tensor(4, &[0, 512], &[512, 1]);
+    // The offset, after the persistent id.
+    let at = bytes.windows(4).position(|w| w == b"tQK\0").unwrap() + 3;
+    bytes[at] = 200;
+    assert_eq!(read_bytes(&archive(&bytes)), Ok(()));
 }
 
 fn archives_that_would_grow_are_refused() {
@@ -326,6 +428,8 @@ fn tests() {
     archives_that_would_grow_are_refused();
     pickles_that_would_run_code_or_fill_memory_are_refused();
     shapes_that_the_file_does_not_hold_are_refused();
+    pickles_that_repeat_themselves_stay_small();
+    empty_tensors_may_lie_anywhere();
     altered_values_are_found_by_the_checksum_of_the_archive();
     truncated_and_altered_files_are_errors_or_other_values();
 }

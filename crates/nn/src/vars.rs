@@ -70,6 +70,8 @@ pub struct Vars {
     sources: BTreeSet<String>,
     step: Step,
     aside: Aside,
+    /// Values that may still be made.
+    left: usize,
 }
 
 /// Number of the training pass, shared with the layers that draw random numbers.
@@ -113,7 +115,16 @@ impl Vars {
             sources: BTreeSet::new(),
             step: Step(Arc::new(AtomicU64::new(Step::UNSET))),
             aside: Aside::default(),
+            left: usize::MAX,
         }
+    }
+
+    /// With at most so many values in all parameters and buffers to come, for shapes that somebody
+    /// else's file tells.
+    #[must_use]
+    pub fn limit(mut self, values: usize) -> Self {
+        self.left = values;
+        self
     }
 
     /// Says which training pass comes next: layers that draw random numbers (dropout) make them
@@ -199,16 +210,10 @@ impl Scope<'_> {
     /// A new parameter.
     ///
     /// # Errors
-    /// [`Error::Duplicate`] where the name is taken, [`Error::Shape`] for more than 2³² values.
+    /// [`Error::Duplicate`] where the name is taken, [`Error::Shape`] for more than 2³² values or more than
+    /// [`Vars::limit`] allows.
     pub fn parameter(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
         let name = self.new_name(name)?;
-        let count = shape.iter().try_fold(1_usize, |n, &d| n.checked_mul(d));
-        if count.is_none_or(|count| count > MOST_VALUES) {
-            return shape_error(
-                "parameter",
-                format!("{name:?} of shape {shape:?} would have more than {MOST_VALUES} values"),
-            );
-        }
         let var = Var::from_tensor(&self.draw(&name, shape, init)?)?;
         let tensor = var.as_tensor().clone();
         self.vars.parameters.insert(name, var);
@@ -218,7 +223,7 @@ impl Scope<'_> {
     /// A new buffer filled with `value`.
     ///
     /// # Errors
-    /// [`Error::Duplicate`] where the name is taken.
+    /// As [`parameter`](Self::parameter).
     pub fn buffer(&mut self, name: &str, shape: &[usize], value: f64) -> Result<Buffer> {
         self.drawn_buffer(name, shape, Init::Constant(value))
     }
@@ -227,7 +232,7 @@ impl Scope<'_> {
     /// name. A random map that a checkpoint keeps and no optimiser touches.
     ///
     /// # Errors
-    /// [`Error::Duplicate`] where the name is taken.
+    /// As [`parameter`](Self::parameter).
     pub fn drawn_buffer(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Buffer> {
         let name = self.new_name(name)?;
         let buffer = Buffer::new(self.draw(&name, shape, init)?);
@@ -235,7 +240,18 @@ impl Scope<'_> {
         Ok(buffer)
     }
 
-    fn draw(&self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
+    fn draw(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
+        let count = shape.iter().try_fold(1_usize, |n, &d| n.checked_mul(d));
+        let Some(count) = count.filter(|&count| count <= MOST_VALUES.min(self.vars.left)) else {
+            return shape_error(
+                "network",
+                format!(
+                    "{name:?} of shape {shape:?} has more values than there may be ({})",
+                    MOST_VALUES.min(self.vars.left)
+                ),
+            );
+        };
+        self.vars.left -= count;
         let (seed, device) = (self.vars.seed, &self.vars.device);
         let value = match self.vars.dtype {
             DType::F32 => Tensor::from_vec(init.draw::<f32>(seed, name, shape), shape, device)?,

@@ -1,10 +1,10 @@
 //! A safetensors file of representations and logits, written row by row.
 
-use std::fs::File;
-use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
+use isqrt_models::WholeFile;
 
 use crate::predict::Prediction;
 use crate::{Error, Result};
@@ -13,8 +13,7 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct FeatureFile {
     path: PathBuf,
-    partial: PathBuf,
-    file: Option<BufWriter<File>>,
+    file: WholeFile,
     /// Rows, values a row of the representation, values a row of the logits.
     sizes: (usize, usize, usize),
     /// First byte of the two matrices.
@@ -26,9 +25,16 @@ impl FeatureFile {
     /// these names, and `images`, the paths one a line in UTF-8, as bytes.
     ///
     /// # Errors
-    /// [`Error::File`] where it cannot be written.
+    /// [`Error::File`] where it cannot be written, or paths cannot be lines of text.
     pub fn create(path: &Path, images: &[PathBuf], sizes: (usize, usize)) -> Result<Self> {
-        let names: Vec<String> = images.iter().map(|p| p.display().to_string()).collect();
+        let names: Option<Vec<&str>> = images
+            .iter()
+            .map(|image| image.to_str().filter(|name| !name.contains('\n')))
+            .collect();
+        let Some(names) = names else {
+            let message = "paths of images must be UTF-8 without line breaks";
+            return Err(failed(path, message.to_owned()));
+        };
         let names = names.join("\n").into_bytes();
         let sizes = (images.len(), sizes.0, sizes.1);
         let bytes = |columns: usize| sizes.0.checked_mul(columns).and_then(|n| n.checked_mul(4));
@@ -55,14 +61,9 @@ impl FeatureFile {
             header.push(' ');
         }
         let start = 8 + header.len() as u64;
-        let mut partial = path.as_os_str().to_owned();
-        partial.push(format!(".{}.partial", std::process::id()));
-        let partial = PathBuf::from(partial);
-        let file = File::create(&partial).map_err(|e| failed(path, e.to_string()))?;
         let mut this = Self {
             path: path.to_owned(),
-            partial,
-            file: Some(BufWriter::new(file)),
+            file: WholeFile::create(path).map_err(|e| failed(path, e.to_string()))?,
             sizes,
             starts: (start, start + first as u64),
         };
@@ -105,35 +106,17 @@ impl FeatureFile {
     ///
     /// # Errors
     /// [`Error::File`] where it cannot be completed.
-    pub fn finish(mut self) -> Result<()> {
-        let file = self.file.take();
-        let done = file.map_or(Ok(()), |mut file| {
-            file.flush()?;
-            file.get_ref().sync_all()?;
-            std::fs::rename(&self.partial, &self.path)
-        });
-        done.map_err(|e| {
-            // The first error is the one to report.
-            let _ = std::fs::remove_file(&self.partial);
-            failed(&self.path, e.to_string())
-        })
+    pub fn finish(self) -> Result<()> {
+        let Self { path, file, .. } = self;
+        file.finish().map_err(|e| failed(&path, e.to_string()))
     }
 
     fn at(&mut self, place: u64, bytes: &[u8]) -> Result<()> {
-        let written = self.file.as_mut().map_or(Ok(()), |file| {
+        let written = self.file.file().and_then(|file| {
             file.seek(SeekFrom::Start(place))?;
             file.write_all(bytes)
         });
         written.map_err(|e| failed(&self.path, e.to_string()))
-    }
-}
-
-impl Drop for FeatureFile {
-    fn drop(&mut self) {
-        if self.file.take().is_some() {
-            // An error came before: half a file is of no use.
-            let _ = std::fs::remove_file(&self.partial);
-        }
     }
 }
 

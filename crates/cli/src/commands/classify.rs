@@ -33,11 +33,16 @@ impl Classify {
         let images = list_images(&self.images.images)?;
         let loaded = self.model.load(&self.weights)?;
         let names = self.names(loaded.network.spec().classes)?;
-        let preprocessing = self.images.preprocessing(&loaded.record);
+        let preprocessing = self.images.preprocessing(&loaded)?;
         let batch = usize::from(self.images.batch);
         predict::<anyhow::Error>(&loaded.network, &preprocessing, &images, batch, |batch| {
             let logits = batch.logits.to_vec2::<f32>()?;
             for (path, logits) in images[batch.first..].iter().zip(&logits) {
+                anyhow::ensure!(
+                    logits.iter().all(|x| x.is_finite()),
+                    "{}: the network's output is not finite",
+                    path.display()
+                );
                 let top = top(logits, usize::from(self.top));
                 if json {
                     let top: Vec<_> = top

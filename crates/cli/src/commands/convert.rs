@@ -1,9 +1,9 @@
 //! `isqrt convert`: checkpoints of others to ours and back.
 
-use super::weights::{Order, WeightsArgs};
+use super::weights::{Order, WeightsArgs, differ};
 use crate::output;
 use clap::Args;
-use isqrt_models::checkpoint;
+use isqrt_models::checkpoint::{self, Format};
 use std::path::PathBuf;
 
 /// Turn a checkpoint into ours, or back into the names of another program
@@ -11,7 +11,7 @@ use std::path::PathBuf;
 /// Reads files of torch.save (.pth, .pt, .pth.tar; nothing in them is run) and safetensors, under the
 /// names of torchvision, timm and the authors' code, and our own. Every name is accounted for: what
 /// is missing, unused or of another shape is an error that lists it, or with --partial a list. Writes
-/// safetensors, or with --to and a path that ends in .pth a file for torch.load.
+/// safetensors, or with --to and a path that ends in .pth, .pt or .pth.tar a file for torch.load.
 #[derive(Args)]
 #[command(after_help = "Examples:
   isqrt convert resnet50-11ad3fa6.pth resnet50.safetensors --model resnet50
@@ -34,15 +34,20 @@ pub struct Convert {
 
 impl Convert {
     pub fn run(&self, json: bool) -> anyhow::Result<()> {
-        let is_pth = self.dst.extension().is_some_and(|e| e == "pth");
         anyhow::ensure!(
-            self.to.is_some() || !is_pth,
-            "a .pth has the names of another program: say which with --to, or write .safetensors"
+            Format::of(&self.dst)? == Format::Safetensors || self.to.is_some(),
+            "{}: a file for torch.load has the names of another program: say which with --to, or write \
+             .safetensors",
+            self.dst.display()
         );
+        differ(&self.src, &self.dst)?;
         let loaded = self.weights.load(&self.src)?;
         let (network, report) = (&loaded.network, &loaded.report);
         let layout = match &self.to {
-            Some(to) => checkpoint::export(network, &self.dst, to, self.to_triangle.into())?.name,
+            Some(to) => {
+                let order = self.to_triangle.into();
+                checkpoint::export(network, &self.dst, to, order, &loaded.record)?.name
+            }
             None => {
                 checkpoint::save(network, &self.dst, &loaded.record)?;
                 checkpoint::Layout::OWN.name
@@ -76,7 +81,7 @@ impl Convert {
             passed_over.push(format!("{} counters of batches", report.counters));
         }
         if !report.others.is_empty() {
-            passed_over.push(report.others.join(", "));
+            passed_over.push(report.others.join(", ").escape_debug().to_string());
         }
         let passed_over = match passed_over.is_empty() {
             true => String::new(),

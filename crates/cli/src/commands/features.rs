@@ -1,6 +1,6 @@
 //! `isqrt features`: representations and logits of images in a file.
 
-use super::weights::{ImageArgs, WeightsArgs};
+use super::weights::{ImageArgs, WeightsArgs, differ};
 use crate::output;
 use clap::Args;
 use isqrt_datasets::list_images;
@@ -32,10 +32,17 @@ pub struct Features {
 
 impl Features {
     pub fn run(&self, json: bool) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            self.out.extension().is_some_and(|e| e == "safetensors"),
+            "{}: the file is safetensors, so name it .safetensors",
+            self.out.display()
+        );
+        differ(&self.weights, &self.out)?;
+        differ(&self.images.images, &self.out)?;
         let images = list_images(&self.images.images)?;
         let loaded = self.model.load(&self.weights)?;
         let network = &loaded.network;
-        let preprocessing = self.images.preprocessing(&loaded.record);
+        let preprocessing = self.images.preprocessing(&loaded)?;
         let sizes = (network.out_dim(), network.spec().classes);
         let start = Instant::now();
         let mut file = FeatureFile::create(&self.out, &images, sizes)?;

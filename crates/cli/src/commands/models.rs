@@ -1,16 +1,17 @@
 //! `isqrt models`: the registry, and what one network consists of.
 
+use super::weights::named;
 use crate::output;
 use candle_core::{DType, Device};
 use clap::Args;
-use isqrt_models::{BACKBONES, ModelSpec, Network, REPRESENTATIONS, Stage};
+use isqrt_models::{BACKBONES, Network, REPRESENTATIONS, Stage};
 use serde_json::json;
 
 /// List backbones and pooling heads, or the stages of one network
 #[derive(Args)]
 #[command(after_help = "Example:\n  isqrt models resnet50+isqrt --classes 200")]
 pub struct Models {
-    /// A backbone with its own head, or `backbone+representation`: show its stages
+    /// A backbone with its own head, or `backbone+representation`, or a TOML file with a spec: show its stages
     name: Option<String>,
     /// Side of the images [default: what the backbone was made for]
     #[arg(long, value_name = "PIXELS", requires = "name")]
@@ -30,7 +31,7 @@ impl Models {
     }
 
     fn describe(&self, name: &str, json: bool) -> anyhow::Result<()> {
-        let spec = ModelSpec::named(name, self.classes as usize)?;
+        let spec = named(name, self.classes as usize)?;
         let network = Network::new(&spec, 0, DType::F32, &Device::Cpu)?;
         let side = spec.backbone.entry()?.image_side();
         let size = self.size.unwrap_or(side);

@@ -1,7 +1,6 @@
 //! A network with weights from a file, as several commands take it.
 
 use anyhow::Context;
-use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
 use isqrt_models::checkpoint::{
     self, Checkpoint, LoadOptions, Preprocessing, Record, Report, Triangle,
@@ -60,10 +59,22 @@ impl WeightsArgs {
         let told = checkpoint::model(&file)?;
         let mut spec = match (&self.model, told) {
             (Some(name), told) => {
-                let mut spec = named(name)?;
-                let classes = checkpoint::classes(&file, &spec)?;
-                if let Some(classes) = classes.or(told.map(|spec| spec.classes)) {
-                    spec.classes = classes;
+                let mut spec = named(name, CLASSES)?;
+                if let Some(told) = told {
+                    if !name.ends_with(TOML) {
+                        spec.classes = told.classes;
+                    }
+                    anyhow::ensure!(
+                        spec == told || self.partial,
+                        "{} is of {}, which is not what --model {name} stands for: leave --model out, or \
+                         take what fits with --partial",
+                        path.display(),
+                        describe(&told)
+                    );
+                }
+                // A file of a spec says how many classes it is to have.
+                if !name.ends_with(TOML) {
+                    spec.classes = checkpoint::classes(&file, &spec)?.unwrap_or(spec.classes);
                 }
                 spec
             }
@@ -77,11 +88,11 @@ impl WeightsArgs {
         if let Some(classes) = self.classes {
             spec.classes = classes as usize;
         }
-        let mut network = Network::new(&spec, 0, DType::F32, &Device::Cpu)?;
         let options = LoadOptions {
             triangle: self.triangle.map(Triangle::from),
             partial: self.partial,
         };
+        let mut network = checkpoint::network(&file, &spec, &options)?;
         let report = checkpoint::load_from(&mut network, &file, &options)?;
         for line in report.lines() {
             // Where standard error is closed there is nobody to tell.
@@ -95,12 +106,33 @@ impl WeightsArgs {
     }
 }
 
-/// The network of a short name or of a file.
-fn named(name: &str) -> anyhow::Result<ModelSpec> {
-    /// Where the file does not tell.
-    const CLASSES: usize = 1000;
-    if !name.ends_with(".toml") {
-        return Ok(ModelSpec::named(name, CLASSES)?);
+/// Classes of a short name, where the file does not tell.
+const CLASSES: usize = 1000;
+/// How the name of a spec's file ends.
+const TOML: &str = ".toml";
+
+/// A network with its options.
+fn describe(spec: &ModelSpec) -> String {
+    let head = spec.representation.options.iter();
+    let head: String = head.map(|(k, v)| format!(", {k} = {v}")).collect();
+    format!("{} + {}{head}", spec.backbone, spec.representation.name)
+}
+
+/// An error where two paths are one file: what is written would replace what is read.
+pub fn differ(read: &Path, written: &Path) -> anyhow::Result<()> {
+    let same = std::fs::canonicalize(read).ok() == std::fs::canonicalize(written).ok();
+    anyhow::ensure!(
+        !(same && read.exists()),
+        "{} would be written over the file that is read: give another name",
+        written.display()
+    );
+    Ok(())
+}
+
+/// The network of a short name, or of a file with its spec (whose classes stand).
+pub fn named(name: &str, classes: usize) -> anyhow::Result<ModelSpec> {
+    if !name.ends_with(TOML) {
+        return Ok(ModelSpec::named(name, classes)?);
     }
     let text = std::fs::read_to_string(name).with_context(|| format!("cannot read {name}"))?;
     toml::from_str(&text).with_context(|| format!("{name} is no spec of a network"))
@@ -112,10 +144,10 @@ pub struct ImageArgs {
     /// An image, a folder of images, or a text file with one path a line
     #[arg(long, value_name = "PATH")]
     pub images: PathBuf,
-    /// Pixels of the short side [default: the file's, or 256]
+    /// Pixels of the short side [default: the file's, or 256; less for small networks]
     #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u16).range(1..=4096))]
     resize: Option<u16>,
-    /// Side of the square cut out of its centre [default: the file's, or 224]
+    /// Side of the square cut out of its centre [default: the file's, or what the backbone was made for]
     #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u16).range(1..=4096))]
     crop: Option<u16>,
     /// Images at once
@@ -124,14 +156,21 @@ pub struct ImageArgs {
 }
 
 impl ImageArgs {
-    /// From the flags, the file, or what ImageNet is usually evaluated with.
-    pub fn preprocessing(&self, record: &Record) -> Preprocessing {
-        let told = record.preprocessing.unwrap_or(Preprocessing::IMAGENET);
+    /// From the flags, the file, or the images that the backbone was made for: those of ImageNet
+    /// cut out of a short side of 256 pixels, smaller ones as a whole.
+    pub fn preprocessing(&self, loaded: &Loaded) -> anyhow::Result<Preprocessing> {
+        let side = loaded.network.spec().backbone.entry()?.image_side();
+        let usual = Preprocessing {
+            resize: if side < 224 { side } else { 256 },
+            crop: side,
+            ..Preprocessing::IMAGENET
+        };
+        let told = loaded.record.preprocessing.unwrap_or(usual);
         let crop = self.crop.map_or(told.crop, usize::from);
-        Preprocessing {
+        Ok(Preprocessing {
             resize: self.resize.map_or(told.resize.max(crop), usize::from),
             crop,
             ..told
-        }
+        })
     }
 }

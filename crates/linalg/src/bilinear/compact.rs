@@ -93,6 +93,9 @@ impl CompactBilinear {
             }
             Projection::RandomMaclaurin { signs } => {
                 let dim = signs[0].dims().first().copied().unwrap_or(0);
+                if dim == 0 {
+                    return Err(out_of_range("signs", signs[0].dims(), "at least one row"));
+                }
                 let [left, right] = [0, 1].map(|which| {
                     let values = whole(&signs[which], &[dim, d], "signs")?;
                     let values: Vec<T> = values.into_iter().map(T::nearest).collect();

@@ -33,7 +33,9 @@ use candle_core::Tensor;
 ///
 /// # Known troubles
 /// Eigenvalues at the floor have the factor `1/√λi` to others: gradients of rank-deficient
-/// covariances are large, as those of the exact root are.
+/// covariances are large, as those of the exact root are. Between an eigenvalue above the floor and one
+/// below it the factor is `1/(√λi + √ε)`, as in the published code, not the quotient of the floored
+/// roots, which is up to half of that; it matters for eigenvalues of a few 1e-16.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct SvdPade {
     /// Form of the output.

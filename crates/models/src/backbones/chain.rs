@@ -42,6 +42,7 @@ const TORCHVISION_VGG: Layout = Layout {
     backbone: FEATURES,
     linear: "classifier.",
     hidden: &["classifier.0.", "classifier.3.", "classifier.6."],
+    hidden_convolutions: false,
     triangle: Some(Triangle::Upper),
 };
 
@@ -51,6 +52,7 @@ pub(super) const VGG_LAYOUTS: &[Layout] = &[
         name: "timm",
         linear: "head.fc.",
         hidden: &["pre_logits.fc1.", "pre_logits.fc2.", "head.fc."],
+        hidden_convolutions: true,
         ..TORCHVISION_VGG
     },
 ];

@@ -49,6 +49,7 @@ const TRAINED: Layout = Layout {
     ],
     linear: "classifier.",
     hidden: &[],
+    hidden_convolutions: false,
     // `main.py` came after the order of triangles had changed.
     triangle: Some(Triangle::Upper),
 };

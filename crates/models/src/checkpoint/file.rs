@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
 use zip::ZipArchive;
@@ -19,6 +19,8 @@ const MAX_PICKLE: u64 = 32 << 20;
 /// Largest header of a safetensors file, as the format says.
 const MAX_HEADER: u64 = 100_000_000;
 
+/// Bytes of a tensor's name.
+const MAX_NAME: usize = 1024;
 /// Dictionaries of a file that are looked through for tensors.
 const MAX_GROUPS: usize = 64;
 
@@ -50,6 +52,12 @@ impl Element {
         }
     }
 
+    /// Whether parameters may have it.
+    #[must_use]
+    pub fn is_float(self) -> bool {
+        matches!(self, Self::F64 | Self::F32 | Self::F16 | Self::BF16)
+    }
+
     /// The type of a tensor read from it; none for those that no parameter has.
     fn dtype(self) -> Option<DType> {
         match self {
@@ -67,19 +75,19 @@ impl Element {
 /// Where the elements of a tensor lie in a storage.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct View {
-    pub(super) storage: String,
+    pub(super) storage: Arc<str>,
     pub(super) element: Element,
+    /// Values of the whole storage.
+    pub(super) count: u64,
     pub(super) offset: usize,
     pub(super) shape: Vec<usize>,
     pub(super) strides: Vec<usize>,
 }
 
 impl View {
-    /// That every element lies within a storage of so many, and that there are no more of them.
-    pub(super) fn check(&self, count: u64) -> std::result::Result<(), String> {
-        if self.shape.len() != self.strides.len() {
-            return Err("a tensor with as many strides as it has no dimensions".to_owned());
-        }
+    /// That every element lies within the storage, and that there are no more of them.
+    fn check(&self) -> std::result::Result<(), String> {
+        let count = self.count;
         let elements = self
             .shape
             .iter()
@@ -89,12 +97,15 @@ impl View {
             at.checked_add(size.saturating_sub(1).checked_mul(stride)?)
         });
         match (elements, last) {
+            _ if self.shape.len() != self.strides.len() => {
+                Err("has as many strides as it has no dimensions".to_owned())
+            }
             (Some(0), _) => Ok(()),
             (Some(elements), Some(last)) if (last as u64) < count && elements as u64 <= count => {
                 Ok(())
             }
             _ => Err(format!(
-                "a tensor of shape {:?} that its storage of {count} values does not hold",
+                "has the shape {:?}, more than its storage of {count} values holds (an expanded tensor?)",
                 self.shape
             )),
         }
@@ -165,6 +176,7 @@ enum Source {
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
+    length: u64,
     tensors: BTreeMap<String, View>,
     metadata: BTreeMap<String, String>,
     group: Option<String>,
@@ -198,6 +210,12 @@ impl Checkpoint {
             .map(|(name, view)| (name.as_str(), &view.shape[..], view.element))
     }
 
+    /// Element type of a tensor, if it is there.
+    #[must_use]
+    pub fn element(&self, name: &str) -> Option<Element> {
+        self.tensors.get(name).map(|view| view.element)
+    }
+
     /// Shape of a tensor, if it is there.
     #[must_use]
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
@@ -222,6 +240,12 @@ impl Checkpoint {
         &self.metadata
     }
 
+    /// Bytes of the file.
+    #[must_use]
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
     /// The values of a tensor, on the CPU.
     ///
     /// # Errors
@@ -242,8 +266,16 @@ impl Checkpoint {
             .element
             .dtype()
             .ok_or_else(|| format!("has elements of type {:?}", view.element))?;
+        view.check()?;
+        let tensor = |bytes: &[u8]| {
+            Tensor::from_raw_buffer(bytes, dtype, &view.shape, &Device::Cpu)
+                .map_err(|e| e.to_string())
+        };
+        if view.elements() == 0 {
+            return tensor(&[]);
+        }
         let width = view.element.size();
-        let key = &view.storage;
+        let key = &*view.storage;
         let absent = || format!("needs storage {key:?}, which is not there");
         let unreadable = |error: std::io::Error| format!("cannot be read: {error}");
         let bytes = match &self.source {
@@ -282,7 +314,7 @@ impl Checkpoint {
             true => bytes,
             false => view.gather(&bytes),
         };
-        Tensor::from_raw_buffer(&bytes, dtype, &view.shape, &Device::Cpu).map_err(|e| e.to_string())
+        tensor(&bytes)
     }
 }
 
@@ -310,8 +342,9 @@ fn open(path: &Path) -> Opened {
         .map_err(unreadable)?;
     file.rewind().map_err(unreadable)?;
     match &start[..] {
-        [b'P', b'K', ..] => zipped(path, file, length),
+        // First, since its first bytes may be any.
         [_, _, _, _, _, _, _, _, b'{', ..] => safetensors(path, file, length),
+        [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => zipped(path, file, length),
         [0x80, ..] if start.get(2..14) == Some(LEGACY_MAGIC) => legacy(path, file, length),
         [0x80, ..] => Err("is a pickle, but not one that torch.save wrote".to_owned()),
         [b'<', ..] => Err("is a web page and not a checkpoint: download it again".to_owned()),
@@ -372,8 +405,9 @@ fn safetensors(path: &Path, mut file: File, length: u64) -> Opened {
             other => return Err(format!("{name:?} has elements of type {other:?}")),
         };
         let view = View {
-            storage: name.clone(),
+            storage: name.as_str().into(),
             element,
+            count: info.shape.iter().product::<usize>() as u64,
             offset: 0,
             shape: info.shape.clone(),
             strides: row_major(&info.shape),
@@ -384,7 +418,7 @@ fn safetensors(path: &Path, mut file: File, length: u64) -> Opened {
     }
     let metadata = header.metadata().clone().unwrap_or_default();
     checkpoint(
-        path,
+        (path, length),
         (None, tensors, Vec::new()),
         Source::Plain(Mutex::new(file), places),
     )
@@ -397,7 +431,12 @@ fn safetensors(path: &Path, mut file: File, length: u64) -> Opened {
 /// `NAME/data.pkl` and a file `NAME/data/KEY` for each storage.
 fn zipped(path: &Path, file: File, length: u64) -> Opened {
     let damaged = |error: zip::result::ZipError| format!("is a damaged archive: {error}");
-    let mut archive = ZipArchive::new(BufReader::new(file)).map_err(damaged)?;
+    // At its place and nowhere else: looking for archives within other files, the reader mistakes
+    // those of some lengths of name.
+    let config = zip::read::Config {
+        archive_offset: zip::read::ArchiveOffset::Known(0),
+    };
+    let mut archive = ZipArchive::with_config(config, BufReader::new(file)).map_err(damaged)?;
     if archive.has_overlapping_entries().map_err(damaged)? {
         return Err("is a damaged archive: its files overlap".to_owned());
     }
@@ -406,6 +445,9 @@ fn zipped(path: &Path, file: File, length: u64) -> Opened {
     for i in 0..archive.len() {
         let entry = archive.by_index_raw(i).map_err(damaged)?;
         let name = entry.name().map_err(damaged)?.into_owned();
+        if name.contains("/code/") {
+            return Err("is a TorchScript program: save the state_dict of the network".to_owned());
+        }
         if entry.compression() != zip::CompressionMethod::Stored {
             return Err(format!(
                 "{name:?} is compressed, which torch.save never does"
@@ -447,10 +489,10 @@ fn zipped(path: &Path, file: File, length: u64) -> Opened {
                 "is damaged: {name:?} is not there or has another length"
             ));
         }
-        names.insert(key.clone(), name);
+        names.insert(key.to_string(), name);
     }
     checkpoint(
-        path,
+        (path, length),
         groups(&pickle),
         Source::Zip(Mutex::new(archive), names),
     )
@@ -487,7 +529,7 @@ fn legacy(path: &Path, mut file: File, length: u64) -> Opened {
         let Value::Text(key) = keys.get(key) else {
             return Err("is damaged: a storage whose key is no text".to_owned());
         };
-        let Some(storage) = object.storages.get(key) else {
+        let Some(storage) = object.storages.get(key.as_str()) else {
             return Err(format!("is damaged: storage {key:?} belongs to nothing"));
         };
         let mut count = [0; 8];
@@ -512,7 +554,7 @@ fn legacy(path: &Path, mut file: File, length: u64) -> Opened {
         return Err("is damaged: storages are missing".to_owned());
     }
     checkpoint(
-        path,
+        (path, length),
         groups(&object),
         Source::Plain(Mutex::new(file), places),
     )
@@ -523,23 +565,24 @@ const TRUNCATED: &str = "is damaged: it ends before its last tensor";
 /// Name of the dictionary taken, its tensors, and the keys beside it.
 type Groups = (Option<String>, BTreeMap<String, View>, Vec<String>);
 
-/// The dictionary with the most tensors: the object itself or one in it.
+/// The dictionary with the most tensors: the object itself or one in it. Names longer than any
+/// program writes are passed over.
 fn groups(pickle: &Pickle) -> Groups {
-    let tensors = |dict: &Value| -> BTreeMap<String, View> {
-        let named = pickle
-            .entries(dict)
-            .filter_map(|(name, value)| match value {
-                Value::Tensor(view) => Some((name.to_owned(), view.clone())),
-                _ => None,
-            });
-        named.collect()
+    let tensors = |dict| -> BTreeMap<&str, &View> {
+        let mut named = BTreeMap::new();
+        for (name, value) in pickle.entries(dict) {
+            if let (Value::Tensor(view), true) = (value, name.len() <= MAX_NAME) {
+                named.insert(name, &**view);
+            }
+        }
+        named
     };
     let root = pickle.root();
     let inner = pickle
         .entries(root)
-        .filter(|(_, value)| matches!(value, Value::Dict(_)))
+        .filter(|(name, value)| matches!(value, Value::Dict(_)) && name.len() <= MAX_NAME)
         .take(MAX_GROUPS)
-        .map(|(name, value)| (Some(name.to_owned()), tensors(value)));
+        .map(|(name, value)| (Some(name), tensors(value)));
     let mut best = (None, tensors(root));
     for group in inner {
         // The first of equals: networks come before their moving averages.
@@ -547,18 +590,29 @@ fn groups(pickle: &Pickle) -> Groups {
             best = group;
         }
     }
-    let beside = |name: &&str| best.0.is_some() && best.0.as_deref() != Some(name);
-    let others = pickle.entries(root).map(|(name, _)| name).filter(beside);
-    let others = others.map(str::to_owned).collect();
-    (best.0, best.1, others)
+    let (group, tensors) = best;
+    let mut others = Vec::new();
+    if group.is_some() {
+        let names = pickle.entries(root).map(|(name, _)| name);
+        let names = names.filter(|name| group != Some(name) && name.len() <= MAX_NAME);
+        others.extend(names.take(MAX_GROUPS).map(str::to_owned));
+    }
+    let owned = |(name, view): (&str, &View)| (name.to_owned(), view.clone());
+    let tensors = tensors.into_iter().map(owned).collect();
+    (group.map(str::to_owned), tensors, others)
 }
 
-fn checkpoint(path: &Path, (group, tensors, others): Groups, source: Source) -> Opened {
+fn checkpoint(
+    (path, length): (&Path, u64),
+    (group, tensors, others): Groups,
+    source: Source,
+) -> Opened {
     if tensors.is_empty() {
         return Err("holds no tensors by name".to_owned());
     }
     Ok(Checkpoint {
         path: path.to_owned(),
+        length,
         tensors,
         metadata: BTreeMap::new(),
         group,

@@ -15,6 +15,15 @@ pub enum Triangle {
     Lower,
 }
 
+impl std::fmt::Display for Triangle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Upper => "upper",
+            Self::Lower => "lower",
+        })
+    }
+}
+
 /// Names of one program for a network's parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Layout {
@@ -26,6 +35,8 @@ pub struct Layout {
     pub linear: &'static str,
     /// Prefixes of a classifier with hidden layers, the last one last; empty where it has none.
     pub hidden: &'static [&'static str],
+    /// Whether hidden layers of the classifier are convolutions over whole maps there.
+    pub hidden_convolutions: bool,
     /// The order of triangles, where files of this layout can have but one.
     pub triangle: Option<Triangle>,
 }
@@ -37,6 +48,7 @@ impl Layout {
         backbone: &[("", "backbone.")],
         linear: "classifier.",
         hidden: &["classifier.hidden0.", "classifier.hidden1.", "classifier."],
+        hidden_convolutions: false,
         triangle: Some(Triangle::Upper),
     };
 
@@ -47,6 +59,7 @@ impl Layout {
         backbone: &[("", "")],
         linear: "fc.",
         hidden: &[],
+        hidden_convolutions: false,
         triangle: None,
     };
 

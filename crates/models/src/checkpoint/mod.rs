@@ -8,19 +8,20 @@ mod file;
 mod layout;
 mod pickle;
 mod report;
+mod safetensors_writer;
 mod torch_writer;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::File;
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 pub use file::{Checkpoint, Element};
 pub use layout::{Layout, Triangle};
 pub use report::{Misshapen, Report};
 
+use crate::whole_file::WholeFile;
 use crate::{ModelSpec, Network, Result};
 use file::failed;
 
@@ -90,8 +91,17 @@ pub fn model(file: &Checkpoint) -> Result<Option<ModelSpec>> {
 /// # Errors
 /// As [`model`].
 pub fn record(file: &Checkpoint) -> Result<Record> {
+    let preprocessing: Option<Preprocessing> = told(file, PREPROCESSING)?;
+    if let Some(Preprocessing { mean, std, .. }) = &preprocessing
+        && !(mean.iter().all(|m| m.is_finite()) && std.iter().all(|s| s.is_finite() && *s > 0.0))
+    {
+        return Err(failed(
+            file.path(),
+            "tells a mean or a standard deviation that cannot be divided by".to_owned(),
+        ));
+    }
     Ok(Record {
-        preprocessing: told(file, PREPROCESSING)?,
+        preprocessing,
         training: told(file, TRAINING)?,
     })
 }
@@ -103,37 +113,67 @@ fn told<T: for<'de> Deserialize<'de>>(file: &Checkpoint, key: &str) -> Result<Op
         .map_err(|e| failed(file.path(), format!("has unreadable metadata {key:?}: {e}")))
 }
 
-/// Outputs of the last layer of a classifier in a file, by whatever layout names most of the
-/// network's parameters; none where it has no such layer.
+/// Outputs of the last layer of a classifier in a file, by the first layout that has its weight there;
+/// none where it has no such layer.
 ///
 /// # Errors
-/// [`Error::Unknown`](crate::Error::Unknown) for a backbone that is not there.
+/// [`Error::Unknown`](crate::Error::Unknown) for a backbone that is not there,
+/// [`Error::Checkpoint`](crate::Error::Checkpoint) for names that become one, see [`load`].
 pub fn classes(file: &Checkpoint, model: &ModelSpec) -> Result<Option<usize>> {
-    let names = Names::of(file);
+    let names = Names::of(file)?;
     let found = Layout::all(model)?.into_iter().find_map(|layout| {
         let name = layout.name_of("classifier.weight", model)?;
         match file.shape(names.0.get(&name)?) {
-            Some([classes, ..]) => Some(*classes),
+            Some([classes, rest @ ..]) if !rest.contains(&0) => Some(*classes),
             _ => None,
         }
     });
-    Ok(found)
+    Ok(found.filter(|&classes| classes > 0))
 }
 
-/// Names of a file without the prefixes that wrappers add (`module.` of DataParallel, `_orig_mod.`
-/// of torch.compile), and what they are in the file.
+/// A network for a file, with initial values from seed 0, and no larger than the file, which holds at
+/// least a byte for each of its values: numbers in a damaged file ask for no memory. With
+/// [`LoadOptions::partial`] it may be 2²⁸ values larger.
+///
+/// # Errors
+/// As [`Network::new`], and [`Error::Nn`](crate::Error::Nn) for a network that is larger.
+pub fn network(file: &Checkpoint, model: &ModelSpec, options: &LoadOptions) -> Result<Network> {
+    let more = if options.partial { 1 << 28 } else { 0 };
+    let most = usize::try_from(file.length()).unwrap_or(usize::MAX);
+    Network::within(
+        model,
+        0,
+        (DType::F32, &Device::Cpu),
+        most.saturating_add(more),
+    )
+}
+
+/// Names of a file without the parts that wrappers add (`module` of DataParallel, of a network or of
+/// a part of it; `_orig_mod` of torch.compile; `model` of PyTorch Lightning, where all have it), and
+/// what they are in the file.
 struct Names(BTreeMap<String, String>);
 
 impl Names {
-    fn of(file: &Checkpoint) -> Self {
-        let clean = |name: &str| {
+    fn of(file: &Checkpoint) -> Result<Self> {
+        let mut names: BTreeMap<String, String> = BTreeMap::new();
+        // The whole network as a part of another object.
+        let mut wrappers = ["model.", "net.", "network.", "encoder."].into_iter();
+        let wrapped = wrappers.any(|part| file.tensors().all(|(name, ..)| name.starts_with(part)));
+        let skipped = usize::from(wrapped);
+        for (name, ..) in file.tensors() {
             let parts = name.split('.');
             let kept: Vec<&str> = parts
                 .filter(|part| !["module", "_orig_mod"].contains(part))
+                .skip(skipped)
                 .collect();
-            (kept.join("."), name.to_owned())
-        };
-        Self(file.tensors().map(|(name, ..)| clean(name)).collect())
+            if let Some(other) = names.insert(kept.join("."), name.to_owned()) {
+                return Err(failed(
+                    file.path(),
+                    format!("has both {other:?} and {name:?}: which one is meant cannot be told"),
+                ));
+            }
+        }
+        Ok(Self(names))
     }
 }
 
@@ -162,7 +202,7 @@ pub fn load_from(
     options: &LoadOptions,
 ) -> Result<Report> {
     let failed = |message| failed(file.path(), message);
-    let names = Names::of(file);
+    let names = Names::of(file)?;
     let model = network.spec();
     let shapes: BTreeMap<&str, Vec<usize>> = network.shapes().collect();
     let matched = |layout: &Layout| {
@@ -201,7 +241,19 @@ pub fn load_from(
             });
             continue;
         }
-        values.insert(ours, file.read(name)?.reshape(&shape[..])?);
+        if let Some(element) = file.element(name).filter(|element| !element.is_float()) {
+            return Err(failed(format!(
+                "has {name:?} with elements of type {element:?}: quantised weights are not read"
+            )));
+        }
+        let value = file.read(name)?.reshape(&shape[..])?;
+        let value = value.to_dtype(network.vars().dtype())?;
+        if !is_finite(&value)? {
+            return Err(failed(format!(
+                "has values in {name:?} that are not finite"
+            )));
+        }
+        values.insert(ours, value);
         report.taken += 1;
     }
     for (clean, name) in &names.0 {
@@ -221,12 +273,17 @@ pub fn load_from(
         let order = match file.metadata().get(TRIANGLE).map(String::as_str) {
             Some("upper") => Some(Triangle::Upper),
             Some("lower") => Some(Triangle::Lower),
-            _ => layout.triangle,
+            Some(other) => {
+                return Err(failed(format!(
+                    "tells the order {other:?} of triangles, which is none of upper and lower"
+                )));
+            }
+            None => layout.triangle,
         };
         let order = match (order, options.triangle) {
             (Some(known), Some(told)) if known != told => {
                 return Err(failed(format!(
-                    "has the order {known:?} of triangles, not {told:?}: leave the choice to the file"
+                    "has triangles in the {known} order, not the {told} one: leave the choice to the file"
                 )));
             }
             (Some(order), _) | (None, Some(order)) => order,
@@ -245,6 +302,18 @@ const ASK: &str = "does not tell in which order it has the triangle of the covar
                    uploaded again in January 2020) or lower (before; MatConvNet); the wrong one \
                    gives the accuracy of chance";
 
+fn is_finite(value: &Tensor) -> Result<bool> {
+    let value = value.flatten_all()?;
+    Ok(match value.dtype() {
+        DType::F64 => value.to_vec1::<f64>()?.iter().all(|v| v.is_finite()),
+        _ => value
+            .to_dtype(DType::F32)?
+            .to_vec1::<f32>()?
+            .iter()
+            .all(|v| v.is_finite()),
+    })
+}
+
 /// Whether a tensor has the shape, or is a kernel over whole maps where a matrix is expected.
 fn fits(found: &[usize], expected: &[usize]) -> bool {
     found == expected
@@ -262,36 +331,55 @@ fn reorder(weight: &Tensor, columns: Vec<u32>) -> Result<Tensor> {
 /// whole or not at all.
 ///
 /// # Errors
-/// [`Error::Checkpoint`](crate::Error::Checkpoint) with the path where it cannot be written.
+/// [`Error::Checkpoint`](crate::Error::Checkpoint) with the path where it cannot be written or is not
+/// named `.safetensors`.
 pub fn save(network: &Network, path: &Path, record: &Record) -> Result<()> {
-    let mut metadata = HashMap::new();
-    let mut tell = |key: &str, value: serde_json::Result<String>| -> Result<()> {
-        let value = value.map_err(|e| failed(path, format!("cannot be written: {e}")))?;
-        metadata.insert(key.to_owned(), value);
-        Ok(())
-    };
-    tell(MODEL, serde_json::to_string(network.spec()))?;
-    if let Some(preprocessing) = &record.preprocessing {
-        tell(PREPROCESSING, serde_json::to_string(preprocessing))?;
+    if Format::of(path)? != Format::Safetensors {
+        return Err(failed(
+            path,
+            "cannot be written: ours are named .safetensors".to_owned(),
+        ));
     }
-    if let Some(training) = &record.training {
-        tell(TRAINING, serde_json::to_string(training))?;
-    }
+    let mut metadata = tell(path, record)?;
+    metadata.insert(MODEL.to_owned(), json(path, network.spec())?);
     write(network.values().collect(), metadata, path)
 }
 
+fn tell(path: &Path, record: &Record) -> Result<HashMap<String, String>> {
+    let mut metadata = HashMap::new();
+    if let Some(preprocessing) = &record.preprocessing {
+        metadata.insert(PREPROCESSING.to_owned(), json(path, preprocessing)?);
+    }
+    if let Some(training) = &record.training {
+        metadata.insert(TRAINING.to_owned(), json(path, training)?);
+    }
+    Ok(metadata)
+}
+
+fn json(path: &Path, value: &impl Serialize) -> Result<String> {
+    serde_json::to_string(value).map_err(|e| failed(path, format!("cannot be written: {e}")))
+}
+
 /// Writes all parameters and buffers under the names of another program and with triangles in the
-/// given order, for `torch.load` where the path ends in `.pth`, otherwise as safetensors (for
-/// `safetensors.torch.load_file`). Returns the layout.
+/// given order, in the format that the path's ending tells, see [`write()`]. Returns the layout.
 ///
 /// # Errors
 /// [`Error::Checkpoint`](crate::Error::Checkpoint) where the backbone has no such layout, a
 /// parameter no place in it, the layout another order, or the file cannot be written.
-pub fn export(network: &Network, path: &Path, layout: &str, triangle: Triangle) -> Result<Layout> {
+pub fn export(
+    network: &Network,
+    path: &Path,
+    layout: &str,
+    triangle: Triangle,
+    record: &Record,
+) -> Result<Layout> {
     let failed = |message| failed(path, message);
     let model = network.spec();
     let all = Layout::all(model)?;
-    let Some(layout) = all.iter().find(|known| known.name == layout) else {
+    let called = |name: &str| all.iter().find(|known| known.name == name);
+    // torchvision's ResNets have the flat names, which are not theirs alone.
+    let alias = (layout == "torchvision").then_some(Layout::FLAT.name);
+    let Some(layout) = called(layout).or_else(|| called(alias?)) else {
         let known: Vec<&str> = all.iter().map(|layout| layout.name).collect();
         return Err(failed(format!(
             "cannot be written as {layout:?}: {} has the layouts {}",
@@ -301,7 +389,7 @@ pub fn export(network: &Network, path: &Path, layout: &str, triangle: Triangle) 
     };
     if layout.triangle.is_some_and(|only| only != triangle) && network.triangle().is_some() {
         return Err(failed(format!(
-            "cannot be written: files of layout {} never have the order {triangle:?}",
+            "cannot be written: files of layout {} never have triangles in the {triangle} order",
             layout.name
         )));
     }
@@ -318,19 +406,63 @@ pub fn export(network: &Network, path: &Path, layout: &str, triangle: Triangle) 
         {
             value = reorder(&value, layout::to_lower(side))?;
         }
+        if layout.hidden_convolutions && ours.starts_with("classifier.hidden") {
+            value = as_convolution(value, network.side_of_flat(&ours))?;
+        }
         tensors.push((name, value));
     }
-    let mut metadata = HashMap::new();
-    if network.triangle().is_some() {
-        let order = format!("{triangle:?}").to_lowercase();
-        metadata.insert(TRIANGLE.to_owned(), order);
+    let mut metadata = tell(path, record)?;
+    if *layout == Layout::OWN {
+        metadata.insert(MODEL.to_owned(), json(path, model)?);
+    } else if network.triangle().is_some() {
+        metadata.insert(TRIANGLE.to_owned(), triangle.to_string());
     }
     write(tensors, metadata, path)?;
     Ok(*layout)
 }
 
-/// Writes tensors by name, for `torch.load` where the path ends in `.pth` (which has no place for
-/// `metadata`), otherwise as safetensors: to a temporary file beside the target, synced, renamed.
+/// A matrix as a kernel over whole maps of this side; biases as they are.
+fn as_convolution(value: Tensor, side: usize) -> Result<Tensor> {
+    match *value.dims() {
+        [outputs, inputs] => {
+            let channels = inputs / (side * side);
+            Ok(value.reshape((outputs, channels, side, side))?)
+        }
+        _ => Ok(value),
+    }
+}
+
+/// What a file is to be, by the end of its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// `.safetensors`
+    Safetensors,
+    /// `.pth`, `.pt`, `.pth.tar`: for `torch.load`.
+    Torch,
+}
+
+impl Format {
+    /// The format of a path.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`](crate::Error::Checkpoint) for any other ending.
+    pub fn of(path: &Path) -> Result<Self> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let ends = |end: &str| name.to_lowercase().ends_with(end);
+        match () {
+            () if ends(".safetensors") => Ok(Self::Safetensors),
+            () if [".pth", ".pt", ".pth.tar"].into_iter().any(ends) => Ok(Self::Torch),
+            () => Err(failed(
+                path,
+                "cannot be written: name it .safetensors, or .pth, .pt or .pth.tar for torch.load"
+                    .to_owned(),
+            )),
+        }
+    }
+}
+
+/// Writes tensors by name in the format that the path's ending tells; only safetensors have a place for
+/// `metadata`. The file appears whole or not at all.
 ///
 /// # Errors
 /// [`Error::Checkpoint`](crate::Error::Checkpoint) with the path where it cannot be written.
@@ -340,25 +472,15 @@ pub fn write(
     path: &Path,
 ) -> Result<()> {
     metadata.insert(FORMAT.0.to_owned(), FORMAT.1.to_owned());
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(format!(".{}.partial", std::process::id()));
-    let partial = Path::new(&partial);
-    let written = match path.extension().is_some_and(|e| e == "pth") {
-        true => File::create(partial)
-            .map_err(|e| e.to_string())
-            .and_then(|file| torch_writer::write(&tensors, file)),
-        false => safetensors::serialize_to_file(tensors, Some(metadata), partial)
-            .map_err(|e| e.to_string())
-            .and_then(|()| {
-                let synced = File::open(partial).and_then(|file| file.sync_all());
-                synced.map_err(|e| e.to_string())
-            }),
+    let format = Format::of(path)?;
+    let written = || -> std::result::Result<(), String> {
+        let mut target = WholeFile::create(path).map_err(|e| e.to_string())?;
+        let file = target.file().map_err(|e| e.to_string())?;
+        match format {
+            Format::Torch => torch_writer::write(&tensors, file)?,
+            Format::Safetensors => safetensors_writer::write(&tensors, metadata, file)?,
+        }
+        target.finish().map_err(|e| e.to_string())
     };
-    written
-        .and_then(|()| std::fs::rename(partial, path).map_err(|e| e.to_string()))
-        .map_err(|message| {
-            // The first error is the one to report.
-            let _ = std::fs::remove_file(partial);
-            failed(path, format!("cannot be written: {message}"))
-        })
+    written().map_err(|message| failed(path, format!("cannot be written: {message}")))
 }

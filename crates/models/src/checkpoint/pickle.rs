@@ -7,11 +7,16 @@
 //! `torch/_utils.py` and `torch/serialization.py` of PyTorch.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use super::file::{Element, View};
 
 /// Values of one pickle at most; optimisers of large networks have some 100 000.
 const MAX_VALUES: usize = 2_000_000;
+/// Bytes that the values of one pickle may take.
+const MAX_BYTES: usize = 128 << 20;
+/// Arguments of a call or a persistent id; those that are known have seven.
+const MAX_ARGUMENTS: usize = 8;
 /// Dimensions of a tensor.
 const MAX_RANK: usize = 32;
 /// Bytes in the name of a storage.
@@ -32,8 +37,8 @@ pub(super) enum Value {
     List(Vec<Id>),
     Dict(Vec<(Id, Id)>),
     Global(Global),
-    Storage(Storage),
-    Tensor(View),
+    Storage(Arc<Storage>),
+    Tensor(Arc<View>),
     /// Anything that tensors have no use for: floats, bytes, very long numbers.
     Other,
 }
@@ -52,7 +57,7 @@ pub(super) enum Global {
 /// A storage that the pickle refers to and that lies elsewhere in the file.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Storage {
-    pub(super) key: String,
+    pub(super) key: Arc<str>,
     pub(super) element: Element,
     pub(super) count: u64,
 }
@@ -65,7 +70,7 @@ pub(super) struct Pickle {
     /// Bytes read.
     pub(super) length: usize,
     /// Every storage by key.
-    pub(super) storages: HashMap<String, Storage>,
+    pub(super) storages: HashMap<Arc<str>, Arc<Storage>>,
 }
 
 impl Pickle {
@@ -137,6 +142,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<Pickle, String> {
         marks: Vec::new(),
         memo: HashMap::new(),
         storages: HashMap::new(),
+        spent: 0,
     };
     let root = machine.run()?;
     Ok(Pickle {
@@ -154,7 +160,9 @@ struct Machine<'a> {
     stack: Vec<Id>,
     marks: Vec<usize>,
     memo: HashMap<u64, Id>,
-    storages: HashMap<String, Storage>,
+    storages: HashMap<Arc<str>, Arc<Storage>>,
+    /// Bytes that the values take.
+    spent: usize,
 }
 
 impl<'a> Machine<'a> {
@@ -236,7 +244,7 @@ impl<'a> Machine<'a> {
                 b'r' => self.remember::<4>()?,
                 0x94 => {
                     let top = self.top()?;
-                    self.memo.insert(self.memo.len() as u64, top);
+                    self.keep(self.memo.len() as u64, top)?;
                 }
                 b'h' => self.recall::<1>()?,
                 b'j' => self.recall::<4>()?,
@@ -336,6 +344,18 @@ impl<'a> Machine<'a> {
         if self.values.len() >= MAX_VALUES {
             return Err(format!("more than {MAX_VALUES} values"));
         }
+        self.spend(
+            size_of::<Value>()
+                + match &value {
+                    Value::Text(text) => text.len(),
+                    Value::Tuple(items) | Value::List(items) => items.len() * size_of::<Id>(),
+                    Value::Dict(pairs) => pairs.len() * size_of::<(Id, Id)>(),
+                    Value::Tensor(view) => {
+                        size_of::<View>() + 2 * view.shape.len() * size_of::<usize>()
+                    }
+                    _ => 0,
+                },
+        )?;
         self.values.push(value);
         self.stack_push(self.values.len() - 1)
     }
@@ -374,6 +394,7 @@ impl<'a> Machine<'a> {
     }
 
     fn append(&mut self, items: &[Id]) -> Result<(), String> {
+        self.spend(size_of_val(items))?;
         let list = self.top()?;
         match self.values.get_mut(list) {
             Some(Value::List(list)) => list.extend_from_slice(items),
@@ -383,6 +404,7 @@ impl<'a> Machine<'a> {
     }
 
     fn set(&mut self, items: &[Id]) -> Result<(), String> {
+        self.spend(size_of_val(items))?;
         let dict = self.top()?;
         match self.values.get_mut(dict) {
             Some(Value::Dict(dict)) => {
@@ -396,8 +418,23 @@ impl<'a> Machine<'a> {
     fn remember<const N: usize>(&mut self) -> Result<(), String> {
         let key = self.unsigned::<N>()?;
         let top = self.top()?;
-        self.memo.insert(key, top);
+        self.keep(key, top)
+    }
+
+    fn keep(&mut self, key: u64, id: Id) -> Result<(), String> {
+        if self.memo.insert(key, id).is_none() {
+            self.spend(2 * size_of::<(u64, Id)>())?;
+        }
         Ok(())
+    }
+
+    /// Counts bytes towards the limit.
+    fn spend(&mut self, bytes: usize) -> Result<(), String> {
+        self.spent = self.spent.saturating_add(bytes);
+        match self.spent <= MAX_BYTES {
+            true => Ok(()),
+            false => Err(format!("values of more than {} MiB", MAX_BYTES >> 20)),
+        }
     }
 
     fn recall<const N: usize>(&mut self) -> Result<(), String> {
@@ -413,8 +450,8 @@ impl<'a> Machine<'a> {
                     "tensors of this element type are not read here"
                 }
                 _ => {
-                    "only tensors in dictionaries are read; in Python, save the state_dict alone: \
-                     torch.save({k: v for k, v in model.state_dict().items()}, FILE)"
+                    "only tensors in dictionaries are read; if you trust the file, save them alone in \
+                     Python: torch.save(torch.load(FILE, weights_only=False)[\"state_dict\"], NEW)"
                 }
             };
             format!("refused: the pickle asks for {module}.{name} ({hint})")
@@ -429,9 +466,23 @@ impl<'a> Machine<'a> {
         let Value::Tuple(ids) = self.value(arguments) else {
             return Err("a call without a tuple of arguments".to_owned());
         };
+        if ids.len() > MAX_ARGUMENTS {
+            return Err(format!("a call with {} arguments", ids.len()));
+        }
         let arguments: Vec<&Value> = ids.iter().map(|&id| self.value(id)).collect();
         match (function, &arguments[..]) {
             (Global::OrderedDict, []) => Ok(Value::Dict(Vec::new())),
+            // As Python 2 writes it.
+            (Global::OrderedDict, [Value::List(pairs)]) => {
+                let pair = |&id: &Id| match self.value(id) {
+                    Value::Tuple(pair) | Value::List(pair) if pair.len() == 2 => {
+                        Ok((pair[0], pair[1]))
+                    }
+                    _ => Err("a dictionary of what are no pairs".to_owned()),
+                };
+                let pairs: Result<Vec<_>, String> = pairs.iter().map(pair).collect();
+                Ok(Value::Dict(pairs?))
+            }
             (Global::Size, [Value::Tuple(sizes)]) if sizes.len() <= MAX_RANK => {
                 Ok(Value::Tuple(sizes.clone()))
             }
@@ -442,18 +493,28 @@ impl<'a> Machine<'a> {
                 let Value::Storage(storage) = storage else {
                     return Err("a tensor without a storage".to_owned());
                 };
+                // Views that stand for other values than their storage's (`neg`, `conj`).
+                if let [.., Value::Dict(flags)] = &arguments[4..]
+                    && flags
+                        .iter()
+                        .any(|&(_, flag)| matches!(self.value(flag), Value::Bool(true)))
+                {
+                    return Err(
+                        "a negated or conjugated view: save a copy (`x.clone()`)".to_owned()
+                    );
+                }
                 let view = View {
-                    storage: storage.key.clone(),
+                    storage: Arc::clone(&storage.key),
                     element: storage.element,
+                    count: storage.count,
                     offset: size(offset)?,
                     shape: self.sizes(shape)?,
                     strides: self.sizes(strides)?,
                 };
-                view.check(storage.count)?;
-                Ok(Value::Tensor(view))
+                Ok(Value::Tensor(Arc::new(view)))
             }
             (Global::RebuildParameter, [Value::Tensor(view), ..]) => {
-                Ok(Value::Tensor(view.clone()))
+                Ok(Value::Tensor(Arc::clone(view)))
             }
             _ => Err(format!("arguments that {function:?} does not take")),
         }
@@ -471,10 +532,13 @@ impl<'a> Machine<'a> {
 
     /// The storage of a persistent id: `("storage", type, key, location, count)` and, in old files,
     /// what part of another storage it is.
-    fn storage(&mut self, id: Id) -> Result<Storage, String> {
+    fn storage(&mut self, id: Id) -> Result<Arc<Storage>, String> {
         let Value::Tuple(ids) = self.value(id) else {
             return Err("a persistent id that is no tuple".to_owned());
         };
+        if ids.len() > MAX_ARGUMENTS {
+            return Err(format!("a persistent id of {} parts", ids.len()));
+        }
         let parts: Vec<&Value> = ids.iter().map(|&id| self.value(id)).collect();
         match &parts[..] {
             [Value::Text(kind), ..] if kind == "module" => {
@@ -495,18 +559,20 @@ impl<'a> Machine<'a> {
                 count,
                 Value::None,
             ] if key.len() <= MAX_KEY => {
-                let storage = Storage {
-                    key: key.clone(),
-                    element: *element,
-                    count: size(count)? as u64,
-                };
-                match self.storages.get(key) {
-                    Some(known) if *known != storage => {
-                        return Err(format!("storage {key:?} is described in two ways"));
-                    }
-                    Some(_) => {}
-                    None => drop(self.storages.insert(key.clone(), storage.clone())),
+                let (element, count) = (*element, size(count)? as u64);
+                if let Some(known) = self.storages.get(key.as_str()) {
+                    return match (known.element, known.count) == (element, count) {
+                        true => Ok(Arc::clone(known)),
+                        false => Err(format!("storage {key:?} is described in two ways")),
+                    };
                 }
+                let key: Arc<str> = key.as_str().into();
+                let storage = Arc::new(Storage {
+                    key: Arc::clone(&key),
+                    element,
+                    count,
+                });
+                self.storages.insert(key, Arc::clone(&storage));
                 Ok(storage)
             }
             _ => Err("a storage that is described in an unknown way".to_owned()),

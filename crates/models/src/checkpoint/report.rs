@@ -62,10 +62,13 @@ impl Report {
             self.nearest = vec![None; self.missing.len()];
             return;
         }
+        // Names of other programs are short; the distance of long ones takes long.
+        let short = |name: &String| name.len() <= 256;
         let nearest = |name: &String| {
             let scored = self
                 .unused
                 .iter()
+                .filter(|other| short(other))
                 .map(|other| (strsim::jaro_winkler(name, other), other));
             let best = scored.max_by(|a, b| a.0.total_cmp(&b.0));
             best.filter(|(score, _)| *score > 0.8)
@@ -78,7 +81,7 @@ impl Report {
         self.nearest = names.map(nearest).collect();
     }
 
-    /// One line a name that did not find its place.
+    /// One line a name that did not find its place; what a terminal would obey is escaped.
     #[must_use]
     pub fn lines(&self) -> Vec<String> {
         let missing = self
@@ -91,17 +94,25 @@ impl Report {
                     _ => ours.clone(),
                 };
                 match nearest {
-                    Some(nearest) => format!("missing: {wanted}; nearest unused: {nearest}"),
+                    Some(nearest) => {
+                        let nearest = nearest.escape_debug();
+                        format!("missing: {wanted}; nearest unused: {nearest}")
+                    }
                     None => format!("missing: {wanted}"),
                 }
             });
         let misshapen = self.misshapen.iter().map(|m| {
             format!(
                 "shape: {} is {:?}, the network needs {:?}",
-                m.name, m.found, m.expected
+                m.name.escape_debug(),
+                m.found,
+                m.expected
             )
         });
-        let unused = self.unused.iter().map(|name| format!("unused: {name}"));
+        let unused = self
+            .unused
+            .iter()
+            .map(|name| format!("unused: {}", name.escape_debug()));
         missing.chain(misshapen).chain(unused).collect()
     }
 

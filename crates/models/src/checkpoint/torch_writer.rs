@@ -2,7 +2,7 @@
 //! the values of each tensor (`torch/serialization.py` of PyTorch 1.6 and later).
 
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Seek, Write};
 
 use candle_core::{DType, Tensor};
 use safetensors::View;
@@ -16,9 +16,22 @@ const ROOT: &str = "archive";
 /// PyTorch maps storages into memory at multiples of this.
 const ALIGNMENT: u16 = 64;
 
-/// Writes the tensors as an ordered dictionary, and syncs the file.
-pub(super) fn write(tensors: &[(String, Tensor)], file: File) -> Result<(), String> {
+/// Writes the tensors as an ordered dictionary.
+pub(super) fn write(tensors: &[(String, Tensor)], file: &mut File) -> Result<(), String> {
     let mut archive = ZipWriter::new(BufWriter::new(file));
+    if let Err(message) = fill(tensors, &mut archive) {
+        // Dropped, it would try to end the archive, and print that it cannot.
+        std::mem::forget(archive);
+        return Err(message);
+    }
+    let mut out = archive.finish().map_err(|e| e.to_string())?;
+    out.flush().map_err(|e| e.to_string())
+}
+
+fn fill<W: Write + Seek>(
+    tensors: &[(String, Tensor)],
+    archive: &mut ZipWriter<W>,
+) -> Result<(), String> {
     let mut put = |name: &str, bytes: &[u8]| -> Result<(), String> {
         let options = SimpleFileOptions::default()
             .compression_method(zip::CompressionMethod::Stored)
@@ -34,10 +47,7 @@ pub(super) fn write(tensors: &[(String, Tensor)], file: File) -> Result<(), Stri
     for (i, (_, tensor)) in tensors.iter().enumerate() {
         put(&format!("data/{i}"), &tensor.data())?;
     }
-    put("version", b"3\n")?;
-    let file = archive.finish().map_err(|e| e.to_string())?;
-    let file = file.into_inner().map_err(|e| e.to_string())?;
-    file.sync_all().map_err(|e| e.to_string())
+    put("version", b"3\n")
 }
 
 /// `OrderedDict` of `_rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())`, each on
