@@ -25,7 +25,7 @@ pub use decode::{Image, MAX_FILE_BYTES, MAX_PIXELS, decode, decode_file};
 pub use error::{Error, Result};
 pub use folder::{Folder, Sample, image_folder};
 pub use listing::list_images;
-pub use loader::{Batch, Epoch, Loader, LoaderConfig};
+pub use loader::{Batch, Epoch, Loader, LoaderConfig, levels};
 pub use resize::{MAX_SIDE, Resize};
 pub use set::{ChannelStats, DataSet, ImageSet, MAX_SET_BYTES, decode_all, open_image};
 pub use source::{SOURCES, Source, list};

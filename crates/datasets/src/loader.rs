@@ -84,6 +84,17 @@ pub struct Loader {
     levels: Arc<[[f32; 256]; 3]>,
 }
 
+/// The normalised value of each value of each channel, `(v/255 - mean) / std`; a deviation of 0, which
+/// constant images have, leaves the scale alone.
+#[must_use]
+pub fn levels(mean: [f32; 3], std: [f32; 3]) -> [[f32; 256]; 3] {
+    let level = |c: usize, v: usize| {
+        let std = std[c];
+        (v as f32 / 255.0 - mean[c]) / if std == 0.0 { 1.0 } else { std }
+    };
+    std::array::from_fn(|c| std::array::from_fn(|v| level(c, v)))
+}
+
 impl Loader {
     /// A loader over `set`.
     ///
@@ -116,12 +127,7 @@ impl Loader {
                 )));
             }
         }
-        // A set of constant images has a deviation of 0: leave its scale alone.
-        let level = |c: usize, v: usize| {
-            let std = config.std[c];
-            (v as f32 / 255.0 - config.mean[c]) / if std == 0.0 { 1.0 } else { std }
-        };
-        let levels = std::array::from_fn(|c| std::array::from_fn(|v| level(c, v)));
+        let levels = levels(config.mean, config.std);
         Ok(Self {
             set,
             config,

@@ -1,7 +1,8 @@
 //! Files that are never half-written: a temporary file beside the target, fsync, rename.
 
 use crate::error::{Error, Result};
-use std::fs::{self, File};
+use isqrt_models::WholeFile;
+use std::fs;
 use std::io::Write;
 use std::path::Path;
 
@@ -21,19 +22,10 @@ pub fn write_atomically(path: &Path, text: &[u8]) -> Result<()> {
     if let Some(dir) = path.parent() {
         make_dir(dir)?;
     }
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(format!(".{}.tmp", std::process::id()));
-    let temporary = std::path::PathBuf::from(temporary);
-    let written = File::create(&temporary)
-        .and_then(|mut file| file.write_all(text).and_then(|()| file.sync_all()))
-        .and_then(|()| fs::rename(&temporary, path));
-    written.map_err(|source| {
-        // Nothing to do if this fails too: the first error is the one to report.
-        let _ = fs::remove_file(&temporary);
-        Error::Io {
-            action: "write",
-            path: path.to_owned(),
-            source,
-        }
-    })
+    let write = || {
+        let mut whole = WholeFile::create(path)?;
+        whole.file()?.write_all(text)?;
+        whole.finish()
+    };
+    write().map_err(Error::io("write", path))
 }

@@ -4,7 +4,7 @@
 //! Images run side by side, each on one thread. A method sees matrices only: shapes, element
 //! types, devices, checks and the step between features and moment are here.
 
-use crate::reference::{Number, product, transposed};
+use crate::reference::{Number, product, shifted, transposed};
 use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor};
 use faer::{Mat, MatRef};
@@ -54,27 +54,8 @@ impl Moment {
         d + usize::from(self.ones)
     }
 
-    /// `(x - s mean(x)) / √M` of each row. Its own adjoint.
-    fn shifted<T: Number>(self, x: MatRef<'_, T>) -> Mat<T> {
-        let m = T::nearest(x.ncols() as f64);
-        let (scale, share) = (T::nearest(1.0) / m.root(), T::nearest(self.removed));
-        let mut out = x.to_owned();
-        for i in 0..x.nrows() {
-            // From the first value on, so that the mean of equal values is exact.
-            let mut sum = T::nearest(0.0);
-            for j in 0..x.ncols() {
-                sum += x[(i, j)] - x[(i, 0)];
-            }
-            let shift = share * (x[(i, 0)] + sum / m);
-            for j in 0..x.ncols() {
-                out[(i, j)] = (x[(i, j)] - shift) * scale;
-            }
-        }
-        out
-    }
-
     fn factor<T: Number>(self, x: MatRef<'_, T>) -> Mat<T> {
-        let mut z = self.shifted(x);
+        let mut z = shifted(x, self.removed);
         if self.ones {
             let one = T::nearest(1.0) / T::nearest(x.ncols() as f64).root();
             z.resize_with(x.nrows() + 1, x.ncols(), |_, _| one);
@@ -196,7 +177,7 @@ impl<T: Number, S: Number, M: Method<S>> Op<T, S, M> {
         let size = moment.nrows();
         let both = Mat::from_fn(size, size, |i, j| moment[(i, j)] + moment[(j, i)]);
         let z = product(&both, &self.factor(features));
-        let x = self.moment.shifted(z.get(..self.d, ..).as_ref());
+        let x = shifted(z.get(..self.d, ..), self.moment.removed);
         let positions = self.positions;
         let values = (0..self.d * positions)
             .map(|at| T::nearest(x[(at / positions, at % positions)].widened()));

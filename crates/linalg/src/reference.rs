@@ -105,8 +105,13 @@ pub(crate) fn add_diagonal<T: Number>(mut a: Mat<T>, value: T) -> Mat<T> {
 
 /// Centred features times `1/√M`, so that `X Xᵀ` is the covariance with divisor `M`.
 pub fn centred<T: Number>(x: &Mat<T>) -> Mat<T> {
+    shifted(x.as_ref(), 1.0)
+}
+
+/// Features less a share of their mean, times `1/√M`. Its own adjoint.
+pub(crate) fn shifted<T: Number>(x: MatRef<'_, T>, share: f64) -> Mat<T> {
     let m = T::nearest(x.ncols() as f64);
-    let scale = T::nearest(1.0) / m.root();
+    let (scale, share) = (T::nearest(1.0) / m.root(), T::nearest(share));
     let mut out = x.to_owned();
     for i in 0..x.nrows() {
         // From the first value on, so that the mean of equal values is exact.
@@ -114,9 +119,9 @@ pub fn centred<T: Number>(x: &Mat<T>) -> Mat<T> {
         for j in 0..x.ncols() {
             sum += x[(i, j)] - x[(i, 0)];
         }
-        let mean = x[(i, 0)] + sum / m;
+        let shift = share * (x[(i, 0)] + sum / m);
         for j in 0..x.ncols() {
-            out[(i, j)] = (x[(i, j)] - mean) * scale;
+            out[(i, j)] = (x[(i, j)] - shift) * scale;
         }
     }
     out

@@ -11,9 +11,18 @@ pub fn hint(nearest: Option<&str>) -> String {
 /// The known name closest to `name`, if any is close at all.
 #[must_use]
 pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<String> {
+    nearest_above(0.7, name, known).map(str::to_owned)
+}
+
+/// The same with another least similarity, from 0 to 1.
+pub(crate) fn nearest_above<'a>(
+    least: f64,
+    name: &str,
+    known: impl Iterator<Item = &'a str>,
+) -> Option<&'a str> {
     known
         .map(|k| (strsim::jaro_winkler(name, k), k))
-        .filter(|(score, _)| *score > 0.7)
+        .filter(|(score, _)| *score > least)
         .max_by(|a, b| a.0.total_cmp(&b.0))
-        .map(|(_, k)| k.to_owned())
+        .map(|(_, k)| k)
 }

@@ -212,18 +212,14 @@ impl Network {
         parameters.chain(buffers.map(|(name, buffer)| (name.to_owned(), buffer.get())))
     }
 
-    /// Sets parameters and buffers, converted to the network's element type and device.
+    /// Sets parameters and buffers to values of their shapes and the network's element type.
     pub(crate) fn set_values(&self, values: &HashMap<&str, Tensor>) -> Result<()> {
-        let convert = |value: &Tensor| {
-            value
-                .to_device(self.vars.device())?
-                .to_dtype(self.vars.dtype())
-        };
-        // All before the first, so that an error leaves the network as it was.
-        let values: HashMap<&str, Tensor> = values
-            .iter()
-            .map(|(name, value)| Ok((*name, convert(value)?)))
-            .collect::<Result<_>>()?;
+        // All moved before the first is set, so that an error leaves the network as it was.
+        let moved = values.iter().map(|(name, value)| {
+            let value = value.to_device(self.vars.device())?;
+            Ok((*name, value))
+        });
+        let values: HashMap<&str, Tensor> = moved.collect::<Result<_>>()?;
         for (name, var) in self.vars.parameters() {
             if let Some(value) = values.get(name) {
                 var.set(value)?;

@@ -1,6 +1,6 @@
 //! A file that appears under its name when it is whole, and leaves nothing otherwise.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -22,14 +22,12 @@ impl WholeFile {
         let mut partial = path.as_os_str().to_owned();
         partial.push(format!(".{}.partial", std::process::id()));
         let partial = PathBuf::from(partial);
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .open(&partial)?;
+        // What a killed process of the same number left behind is written over.
+        let file = Some(File::create(&partial)?);
         Ok(Self {
             path,
             partial,
-            file: Some(file),
+            file,
         })
     }
 

@@ -11,7 +11,7 @@ use isqrt_models::checkpoint::{
 use isqrt_models::{BackboneSpec, ModelSpec, Network, RepresentationSpec};
 use isqrt_nn::Mode;
 use isqrt_nn::ops::cross_entropy;
-use isqrt_testkit::{Golden, assert_close, hashed, randn};
+use isqrt_testkit::{Golden, assert_close, hashed, hashed_weights as weights, randn};
 
 fn small(name: &str) -> PathBuf {
     Path::new("tests/golden/checkpoints").join(name)
@@ -134,31 +134,27 @@ fn shapes(network: &Network) -> Vec<(String, Vec<usize>)> {
     parameters.chain(buffers).collect()
 }
 
-/// A file with values that follow from the names, as tools/golden/checkpoints.py makes them.
-fn write_hashed(network: &Network, theirs: impl Fn(&str) -> String, wrap: &str, path: &Path) {
-    let mut tensors: Vec<(String, Tensor)> = shapes(network)
-        .into_iter()
+/// Values that follow from the names, as tools/golden/checkpoints.py makes them, under other names.
+fn renamed(network: &Network, theirs: impl Fn(&str) -> String) -> Vec<(String, Tensor)> {
+    let shapes = shapes(network).into_iter();
+    shapes
         .map(|(name, shape)| {
             let name = theirs(&name);
             let value = weights(&name, &shape).to_dtype(DType::F32).unwrap();
-            (format!("{wrap}{name}"), value)
+            (name, value)
         })
-        .collect();
-    let count = Tensor::new(1.0_f32, &Device::Cpu).unwrap();
-    tensors.push((format!("{wrap}bn1.num_batches_tracked"), count));
-    checkpoint::write(tensors, HashMap::new(), path).unwrap();
+        .collect()
 }
 
-/// Kernels by the fan-in, scales and variances near 1, the rest near 0.
-fn weights(name: &str, shape: &[usize]) -> Tensor {
-    let (scale, shift) = match shape {
-        [_, fan @ ..] if !fan.is_empty() => {
-            ((3.0 / fan.iter().product::<usize>() as f64).sqrt(), 0.0)
-        }
-        _ if name.ends_with("weight") || name.ends_with("running_var") => (0.25, 1.0),
-        _ => (0.25, 0.0),
-    };
-    hashed(name, shape).affine(scale, shift).unwrap()
+/// A file of them, with a counter of batches as PyTorch has them.
+fn write_hashed(network: &Network, theirs: impl Fn(&str) -> String, wrap: &str, path: &Path) {
+    let mut tensors = renamed(network, theirs);
+    let count = Tensor::new(1.0_f32, &Device::Cpu).unwrap();
+    tensors.push(("bn1.num_batches_tracked".to_owned(), count));
+    for (name, _) in &mut tensors {
+        *name = format!("{wrap}{name}");
+    }
+    checkpoint::write(tensors, HashMap::new(), path).unwrap();
 }
 
 /// The authors' and torchvision's name of one of ours, written down apart from the library.
@@ -422,10 +418,7 @@ fn every_name_is_accounted_for() {
     let path = folder.path().join("a.pth");
     let spec = ModelSpec::new("resnet18", RepresentationSpec::new("gap"), 3);
     let mut network = network(&spec, 1);
-    let mut tensors: Vec<(String, Tensor)> = shapes(&network)
-        .into_iter()
-        .map(|(name, shape)| (theirs_of_resnet(&name), hashed(&name, &shape)))
-        .collect();
+    let mut tensors = renamed(&network, theirs_of_resnet);
     let place = |tensors: &[(String, Tensor)], name: &str| {
         tensors.iter().position(|(other, _)| other == name).unwrap()
     };
@@ -572,10 +565,7 @@ fn doubtful_values_and_names_are_refused() {
     let path = folder.path().join("a.safetensors");
     let spec = ModelSpec::new("e10net", RepresentationSpec::new("gap"), 3);
     let mut network = network(&spec, 1);
-    let good: Vec<(String, Tensor)> = shapes(&network)
-        .into_iter()
-        .map(|(name, shape)| (name.clone(), weights(&name, &shape)))
-        .collect();
+    let good = renamed(&network, str::to_owned);
     let with = |name: &str, value: Tensor| {
         let mut tensors = good.clone();
         tensors.retain(|(other, _)| other != name);
@@ -631,9 +621,7 @@ fn doubtful_values_and_names_are_refused() {
     let spec = isqrt("resnet18", 4, 3);
     let order = HashMap::from([("isqrt.triangle".to_owned(), "Lower".to_owned())]);
     let mut network = Network::new(&spec, 1, DType::F32, device).unwrap();
-    let tensors = shapes(&network).into_iter();
-    let tensors = tensors.map(|(name, shape)| (theirs_of_resnet(&name), weights(&name, &shape)));
-    checkpoint::write(tensors.collect(), order, &path).unwrap();
+    checkpoint::write(renamed(&network, theirs_of_resnet), order, &path).unwrap();
     let message = network.load(&path).unwrap_err().to_string();
     assert!(message.contains("\"Lower\" of triangles"), "{message}");
 }
@@ -717,11 +705,8 @@ fn names_within_another_object_are_found() {
     let spec = ModelSpec::new("resnet20", RepresentationSpec::new("gap"), 3);
     let mut network = network(&spec, 1);
     for prefix in ["model.", "module.", "_orig_mod.", "encoder."] {
-        let tensors = shapes(&network).into_iter().map(|(name, shape)| {
-            let name = theirs_of_resnet(&name);
-            (format!("{prefix}{name}"), weights(&name, &shape))
-        });
-        checkpoint::write(tensors.collect(), HashMap::new(), &path).unwrap();
+        let theirs = |name: &str| format!("{prefix}{}", theirs_of_resnet(name));
+        checkpoint::write(renamed(&network, theirs), HashMap::new(), &path).unwrap();
         let report = checkpoint::load(&mut network, &path, &LoadOptions::default()).unwrap();
         assert!(report.is_complete(), "{prefix}");
         let file = Checkpoint::open(&path).unwrap();

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use isqrt_models::{BackboneSpec, ModelSpec, Network, RepresentationSpec};
 use isqrt_nn::ops::cross_entropy;
 use isqrt_nn::{Decay, Mode, Optimizer, Sgd, SgdConfig};
-use isqrt_testkit::{Golden, assert_close, hashed, randn, relative_error};
+use isqrt_testkit::{Golden, assert_close, hashed, hashed_weights, randn, relative_error};
 
 fn spec(backbone: BackboneSpec, head: &str, classes: usize) -> ModelSpec {
     ModelSpec::new(backbone, RepresentationSpec::new(head), classes)
@@ -155,15 +155,7 @@ fn foreign_of_fc(name: &str, first: usize) -> String {
 fn fill(network: &Network, foreign: impl Fn(&str) -> String) {
     for (name, var) in network.vars().parameters() {
         let name = foreign(name);
-        let values = hashed(&name, var.dims());
-        let (scale, shift) = match var.dims() {
-            [_, fan @ ..] if !fan.is_empty() => {
-                ((3.0 / fan.iter().product::<usize>() as f64).sqrt(), 0.0)
-            }
-            _ if name.ends_with("weight") => (0.25, 1.0),
-            _ => (0.25, 0.0),
-        };
-        let values = values.affine(scale, shift).unwrap();
+        let values = hashed_weights(&name, var.dims());
         var.set(&values.to_dtype(var.dtype()).unwrap()).unwrap();
     }
 }

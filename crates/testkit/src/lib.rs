@@ -12,4 +12,4 @@ mod random;
 pub use close::{Tolerance, Values, compare, relative_error};
 pub use golden::Golden;
 pub use gradcheck::{Gradcheck, gradcheck};
-pub use random::{hashed, randn, uniform};
+pub use random::{hashed, hashed_weights, randn, uniform};

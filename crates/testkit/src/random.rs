@@ -42,6 +42,24 @@ fn build(shape: Shape, dtype: DType, mut draw: impl FnMut() -> f64) -> Result<Te
 fn unit(rng: &mut ChaCha8Rng) -> f64 {
     (rng.next_u64() >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
 }
+/// Weights of a network from their names ([`hashed`]): kernels by the fan-in, scales and variances of
+/// norms near 1, the rest near 0, as `fill` of the scripts in `tools/golden` makes them.
+///
+/// # Panics
+/// As [`hashed`].
+#[must_use]
+pub fn hashed_weights(name: &str, shape: &[usize]) -> Tensor {
+    let (scale, shift) = match shape {
+        [_, fan @ ..] if !fan.is_empty() => {
+            ((3.0 / fan.iter().product::<usize>() as f64).sqrt(), 0.0)
+        }
+        _ if name.ends_with("weight") || name.ends_with("running_var") => (0.25, 1.0),
+        _ => (0.25, 0.0),
+    };
+    let weights = hashed(name, shape).affine(scale, shift);
+    weights.expect("a tensor of floats")
+}
+
 /// In [-1, 1), from the name alone: FNV-1a of the name, then SplitMix64 at each place, the same
 /// numbers as `uniform` of `tools/golden/torchvision_nets.py`.
 ///

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use candle_core::Tensor;
-use isqrt_datasets::{Image, Resize, open_image};
+use isqrt_datasets::{Image, Resize, levels, open_image};
 use isqrt_models::Network;
 use isqrt_models::checkpoint::Preprocessing;
 use isqrt_nn::Mode;
@@ -74,13 +74,13 @@ fn load(preprocessing: &Preprocessing, paths: &[PathBuf]) -> Result<Tensor> {
     let images = images
         .into_iter()
         .collect::<isqrt_datasets::Result<Vec<_>>>()?;
-    let plane = crop * crop;
+    let (plane, levels) = (crop * crop, levels(mean, std));
     let mut values = vec![0.0_f32; images.len() * 3 * plane];
     let rows = values.par_chunks_exact_mut(3 * plane);
     rows.zip(&images).for_each(|(values, image)| {
         for (at, pixel) in image.pixels.chunks_exact(3).enumerate() {
             for c in 0..3 {
-                values[c * plane + at] = (f32::from(pixel[c]) / 255.0 - mean[c]) / std[c];
+                values[c * plane + at] = levels[c][usize::from(pixel[c])];
             }
         }
     });

@@ -11,9 +11,8 @@ use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
 use isqrt_nn::ops::{add, relu6};
 use isqrt_nn::{Mode, Scope};
-use serde::Deserialize;
 
-use super::reduction::{check_stride, leave_blocks, reduce};
+use super::reduction::{Keys, check_stride, finer, leave_blocks, reduce};
 use super::{Backbone, BackboneEntry, Options};
 use crate::{Layout, Result};
 
@@ -67,23 +66,6 @@ const TIMM: &[(&str, &str)] = timm!(
     17 => "6.0"
 );
 
-/// The keys in a spec.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct Keys {
-    last_stride: usize,
-    reduction: Option<usize>,
-}
-
-impl Default for Keys {
-    fn default() -> Self {
-        Self {
-            last_stride: 2,
-            reduction: None,
-        }
-    }
-}
-
 impl BackboneEntry for Entry {
     fn name(&self) -> &'static str {
         "mobilenet_v2"
@@ -95,10 +77,7 @@ impl BackboneEntry for Entry {
     }
 
     fn second_order(&self) -> Options {
-        let mut options = Options::default();
-        options.set("last_stride", 1);
-        options.set("reduction", 256);
-        options
+        finer()
     }
 
     fn layouts(&self) -> &'static [Layout] {

@@ -5,8 +5,34 @@ use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
 use isqrt_nn::ops::{is_blocked, unblock};
 use isqrt_nn::{Mode, Scope};
+use serde::Deserialize;
 
-use crate::{Error, Result};
+use crate::{Error, Options, Result};
+
+/// The keys in a spec of backbones with no others.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Keys {
+    pub last_stride: usize,
+    pub reduction: Option<usize>,
+}
+
+impl Default for Keys {
+    fn default() -> Self {
+        Self {
+            last_stride: 2,
+            reduction: None,
+        }
+    }
+}
+
+/// What covariance heads need of backbones for images of 224 pixels: more positions, 256 channels.
+pub(super) fn finer() -> Options {
+    let mut options = Options::default();
+    options.set("last_stride", 1);
+    options.set("reduction", 256);
+    options
+}
 
 /// Channels beyond any use, whose weights still fit into memory.
 const MOST: usize = 1 << 16;

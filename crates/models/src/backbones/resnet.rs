@@ -15,7 +15,7 @@ use isqrt_nn::ops::{Window, max_pool2d};
 use isqrt_nn::{Mode, Scope};
 use serde::Deserialize;
 
-use super::reduction::{check_stride, leave_blocks, reduce};
+use super::reduction::{check_stride, finer, leave_blocks, reduce};
 use super::residual::Block;
 use super::{Backbone, BackboneEntry, Options};
 use crate::checkpoint::Triangle;
@@ -34,19 +34,28 @@ pub(super) struct Entry {
     depths: [usize; 4],
 }
 
-/// Names in files that the authors' `main.py` wrote, whose representation has the reduction.
-const TRAINED: Layout = Layout {
-    name: "trained",
-    backbone: &[
+/// Names in files that the authors' `main.py` wrote: parts by number, and the reduction's convolution
+/// and norm.
+const fn by_number(reduction: [&'static str; 2]) -> [(&'static str, &'static str); 8] {
+    [
         ("conv1.", "features.0."),
         ("bn1.", "features.1."),
         ("layer1.", "features.4."),
         ("layer2.", "features.5."),
         ("layer3.", "features.6."),
         ("layer4.", "features.7."),
-        ("layer_reduce_bn.", "representation.conv_dr_block.1."),
-        ("layer_reduce.", "representation.conv_dr_block.0."),
-    ],
+        ("layer_reduce.", reduction[0]),
+        ("layer_reduce_bn.", reduction[1]),
+    ]
+}
+
+/// Of networks trained from scratch, whose representation has the reduction.
+const TRAINED: Layout = Layout {
+    name: "trained",
+    backbone: &by_number([
+        "representation.conv_dr_block.0.",
+        "representation.conv_dr_block.1.",
+    ]),
     linear: "classifier.",
     hidden: &[],
     hidden_convolutions: false,
@@ -54,19 +63,10 @@ const TRAINED: Layout = Layout {
     triangle: Some(Triangle::Upper),
 };
 
-/// The same of networks fine-tuned from released weights, whose features have the reduction.
+/// Of networks fine-tuned from released weights, whose features have it.
 const FINE_TUNED: Layout = Layout {
     name: "fine-tuned",
-    backbone: &[
-        ("conv1.", "features.0."),
-        ("bn1.", "features.1."),
-        ("layer1.", "features.4."),
-        ("layer2.", "features.5."),
-        ("layer3.", "features.6."),
-        ("layer4.", "features.7."),
-        ("layer_reduce_bn.", "features.9."),
-        ("layer_reduce.", "features.8."),
-    ],
+    backbone: &by_number(["features.8.", "features.9."]),
     ..TRAINED
 };
 
@@ -122,10 +122,7 @@ impl BackboneEntry for Entry {
     }
 
     fn second_order(&self) -> Options {
-        let mut options = Options::default();
-        options.set("last_stride", 1);
-        options.set("reduction", 256);
-        options
+        finer()
     }
 
     fn layouts(&self) -> &'static [Layout] {

@@ -12,9 +12,8 @@ use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
 use isqrt_nn::ops::{Window, channel_shuffle, max_pool2d};
 use isqrt_nn::{Mode, Scope};
-use serde::Deserialize;
 
-use super::reduction::{check_stride, leave_blocks, reduce};
+use super::reduction::{Keys, check_stride, finer, leave_blocks, reduce};
 use super::{Backbone, BackboneEntry, Options};
 use crate::Result;
 
@@ -24,23 +23,6 @@ pub(super) struct Entry;
 
 /// Channels and units of each stage (the paper's table 5).
 const STAGES: [(usize, usize); 3] = [(116, 4), (232, 8), (464, 4)];
-
-/// The keys in a spec.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct Keys {
-    last_stride: usize,
-    reduction: Option<usize>,
-}
-
-impl Default for Keys {
-    fn default() -> Self {
-        Self {
-            last_stride: 2,
-            reduction: None,
-        }
-    }
-}
 
 impl BackboneEntry for Entry {
     fn name(&self) -> &'static str {
@@ -53,10 +35,7 @@ impl BackboneEntry for Entry {
     }
 
     fn second_order(&self) -> Options {
-        let mut options = Options::default();
-        options.set("last_stride", 1);
-        options.set("reduction", 256);
-        options
+        finer()
     }
 
     fn build(&self, options: &Options, mut scope: Scope<'_>) -> Result<Box<dyn Backbone>> {

@@ -274,14 +274,14 @@ impl Checkpoint {
         if view.elements() == 0 {
             return tensor(&[]);
         }
-        let width = view.element.size();
+        let (width, contiguous) = (view.element.size(), view.is_contiguous());
         let key = &*view.storage;
         let absent = || format!("needs storage {key:?}, which is not there");
         let unreadable = |error: std::io::Error| format!("cannot be read: {error}");
         let bytes = match &self.source {
             Source::Plain(file, places) => {
                 let &(start, length) = places.get(key).ok_or_else(absent)?;
-                let (skip, length) = match view.is_contiguous() {
+                let (skip, length) = match contiguous {
                     true => (view.offset * width, view.elements() * width),
                     false => (0, length as usize),
                 };
@@ -302,7 +302,7 @@ impl Checkpoint {
                 let mut bytes = Vec::with_capacity(entry.size() as usize);
                 // To its end, where the archive's checksum is compared.
                 entry.read_to_end(&mut bytes).map_err(unreadable)?;
-                if view.is_contiguous() {
+                if contiguous {
                     let start = view.offset * width;
                     bytes.truncate(start + view.elements() * width);
                     bytes.drain(..start);
@@ -310,7 +310,7 @@ impl Checkpoint {
                 bytes
             }
         };
-        let bytes = match view.is_contiguous() {
+        let bytes = match contiguous {
             true => bytes,
             false => view.gather(&bytes),
         };

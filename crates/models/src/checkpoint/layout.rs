@@ -42,12 +42,12 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Ours.
+    /// Ours, where every name stays what it is.
     pub const OWN: Self = Self {
         name: "isqrt",
-        backbone: &[("", "backbone.")],
-        linear: "classifier.",
-        hidden: &["classifier.hidden0.", "classifier.hidden1.", "classifier."],
+        backbone: &[],
+        linear: "",
+        hidden: &[],
         hidden_convolutions: false,
         triangle: Some(Triangle::Upper),
     };

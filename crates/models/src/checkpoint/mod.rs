@@ -2,7 +2,8 @@
 //!
 //! [`load`] takes a network's parameters and buffers from any of them; every name of the file and of
 //! the network is accounted for in its [`Report`]. [`save`] writes safetensors with the network's
-//! spec, the preprocessing and the training record, which [`model`] and [`record`] find again; [`export`] writes them under the names of another program.
+//! spec, the preprocessing and the training record, which [`model`] and [`record`] find again;
+//! [`export`] writes them under the names of another program.
 
 mod file;
 mod layout;
@@ -340,9 +341,8 @@ pub fn save(network: &Network, path: &Path, record: &Record) -> Result<()> {
             "cannot be written: ours are named .safetensors".to_owned(),
         ));
     }
-    let mut metadata = tell(path, record)?;
-    metadata.insert(MODEL.to_owned(), json(path, network.spec())?);
-    write(network.values().collect(), metadata, path)
+    export(network, path, Layout::OWN.name, Triangle::Upper, record)?;
+    Ok(())
 }
 
 fn tell(path: &Path, record: &Record) -> Result<HashMap<String, String>> {

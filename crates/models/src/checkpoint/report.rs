@@ -1,6 +1,7 @@
 //! What became of each name in a checkpoint and in the network.
 
 use super::Checkpoint;
+use crate::names::nearest_above;
 
 /// A tensor of another shape than the network's.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,16 +64,10 @@ impl Report {
             return;
         }
         // Names of other programs are short; the distance of long ones takes long.
-        let short = |name: &String| name.len() <= 256;
+        let unused = || self.unused.iter().map(String::as_str);
         let nearest = |name: &String| {
-            let scored = self
-                .unused
-                .iter()
-                .filter(|other| short(other))
-                .map(|other| (strsim::jaro_winkler(name, other), other));
-            let best = scored.max_by(|a, b| a.0.total_cmp(&b.0));
-            best.filter(|(score, _)| *score > 0.8)
-                .map(|(_, other)| other.clone())
+            let short = unused().filter(|other| other.len() <= 256);
+            nearest_above(0.8, name, short).map(str::to_owned)
         };
         let names = self
             .missing
