@@ -39,24 +39,18 @@ struct Common {
     threads: Option<u16>,
 }
 
+// Each command's own documentation is its help; one here would replace it, paragraphs included.
 #[derive(Subcommand)]
 enum Command {
-    /// Run the paper's tables and figures and write a report
     Reproduce(commands::reproduce::Reproduce),
-    /// Compare iteration counts and schedules: error, gradient error, time
     Iterations(commands::iterations::Iterations),
     /// Time the layer, what it replaces, and networks
     #[command(subcommand)]
     Bench(commands::bench::Bench),
-    /// Write the report of a run folder again
     Report(commands::report::Report),
-    /// List backbones and pooling heads
     Models(commands::models::Models),
-    /// Turn a checkpoint into ours, or back
     Convert(commands::convert::Convert),
-    /// Write representations and logits of images
     Features(commands::features::Features),
-    /// Print the most probable classes of images
     Classify(commands::classify::Classify),
 }
 

@@ -62,6 +62,16 @@ fn every_command_has_help_with_an_example() {
         assert!(text.contains("Example"), "{words:?}: {text}");
         assert!(text.contains("  isqrt "), "{words:?}: {text}");
     }
+    // Paragraphs behind the first line are there too.
+    for (words, part) in [
+        (&["reproduce", "--help"][..], "at most the running cell"),
+        (&["bench", "network", "--help"], "last stage at stride 1"),
+        (&["convert", "--help"], "nothing in them is run"),
+        (&["features", "--help"], "one a line, as bytes"),
+    ] {
+        let text = out(&isqrt(dir.path(), words)).replace('\n', " ");
+        assert!(text.contains(part), "{words:?}: {text}");
+    }
 }
 
 #[test]

@@ -16,11 +16,8 @@ use std::time::Duration;
     after_help = "Example:\n  isqrt bench layer --batch 32 --dim 256 --positions 196 --iterations 5"
 )]
 pub enum Bench {
-    /// Our layer beside the plain reverse-mode iteration, measured in turn
     Layer(LayerBench),
-    /// Eigen- and singular value decomposition beside our layer
     Decomposition(DecompositionBench),
-    /// A training step of a network, and the ops it is made of
     Network(NetworkBench),
 }
 

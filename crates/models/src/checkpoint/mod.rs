@@ -23,7 +23,7 @@ pub use layout::{Layout, Triangle};
 pub use report::{Misshapen, Report};
 
 use crate::whole_file::WholeFile;
-use crate::{ModelSpec, Network, Result};
+use crate::{Error, ModelSpec, Network, Result};
 use file::failed;
 
 /// What to do where a file leaves a choice.
@@ -137,16 +137,21 @@ pub fn classes(file: &Checkpoint, model: &ModelSpec) -> Result<Option<usize>> {
 /// [`LoadOptions::partial`] it may be 2²⁸ values larger.
 ///
 /// # Errors
-/// As [`Network::new`], and [`Error::Nn`](crate::Error::Nn) for a network that is larger.
+/// As [`Network::new`], and [`Error::Checkpoint`](crate::Error::Checkpoint) for a network that is larger.
 pub fn network(file: &Checkpoint, model: &ModelSpec, options: &LoadOptions) -> Result<Network> {
     let more = if options.partial { 1 << 28 } else { 0 };
     let most = usize::try_from(file.length()).unwrap_or(usize::MAX);
-    Network::within(
-        model,
-        0,
-        (DType::F32, &Device::Cpu),
-        most.saturating_add(more),
-    )
+    let most = most.saturating_add(more);
+    Network::within(model, 0, (DType::F32, &Device::Cpu), most).map_err(|error| match error {
+        Error::Nn(isqrt_nn::Error::Shape { message, .. }) => failed(
+            file.path(),
+            format!(
+                "holds less than {} has: it is of another network, or damaged ({message})",
+                model.short_name()
+            ),
+        ),
+        other => other,
+    })
 }
 
 /// Names of a file without the parts that wrappers add (`module` of DataParallel, of a network or of
