@@ -82,7 +82,7 @@ const TRIANGLE: &str = "isqrt.triangle";
 /// The network that a file of ours is of; none of a file of others.
 ///
 /// # Errors
-/// [`Error::Checkpoint`](crate::Error::Checkpoint) where the file tells something unreadable.
+/// [`Error::Checkpoint`] where the file tells something unreadable.
 pub fn model(file: &Checkpoint) -> Result<Option<ModelSpec>> {
     told(file, MODEL)
 }
@@ -118,8 +118,8 @@ fn told<T: for<'de> Deserialize<'de>>(file: &Checkpoint, key: &str) -> Result<Op
 /// none where it has no such layer.
 ///
 /// # Errors
-/// [`Error::Unknown`](crate::Error::Unknown) for a backbone that is not there,
-/// [`Error::Checkpoint`](crate::Error::Checkpoint) for names that become one, see [`load`].
+/// [`Error::Unknown`] for a backbone that is not there,
+/// [`Error::Checkpoint`] for names that become one, see [`load`].
 pub fn classes(file: &Checkpoint, model: &ModelSpec) -> Result<Option<usize>> {
     let names = Names::of(file)?;
     let found = Layout::all(model)?.into_iter().find_map(|layout| {
@@ -137,7 +137,7 @@ pub fn classes(file: &Checkpoint, model: &ModelSpec) -> Result<Option<usize>> {
 /// [`LoadOptions::partial`] it may be 2²⁸ values larger.
 ///
 /// # Errors
-/// As [`Network::new`], and [`Error::Checkpoint`](crate::Error::Checkpoint) for a network that is larger.
+/// As [`Network::new`], and [`Error::Checkpoint`] for a network that is larger.
 pub fn network(file: &Checkpoint, model: &ModelSpec, options: &LoadOptions) -> Result<Network> {
     let more = if options.partial { 1 << 28 } else { 0 };
     let most = usize::try_from(file.length()).unwrap_or(usize::MAX);
@@ -190,7 +190,7 @@ impl Names {
 /// VGG) are reshaped. Counters of batches (`num_batches_tracked`) are passed over.
 ///
 /// # Errors
-/// [`Error::Checkpoint`](crate::Error::Checkpoint) where the file cannot be read, nothing of it
+/// [`Error::Checkpoint`] where the file cannot be read, nothing of it
 /// fits, something does not fit (but see [`LoadOptions::partial`]), or the order of triangles is not
 /// known.
 pub fn load(network: &mut Network, path: &Path, options: &LoadOptions) -> Result<Report> {
@@ -337,7 +337,7 @@ fn reorder(weight: &Tensor, columns: Vec<u32>) -> Result<Tensor> {
 /// whole or not at all.
 ///
 /// # Errors
-/// [`Error::Checkpoint`](crate::Error::Checkpoint) with the path where it cannot be written or is not
+/// [`Error::Checkpoint`] with the path where it cannot be written or is not
 /// named `.safetensors`.
 pub fn save(network: &Network, path: &Path, record: &Record) -> Result<()> {
     if Format::of(path)? != Format::Safetensors {
@@ -369,7 +369,7 @@ fn json(path: &Path, value: &impl Serialize) -> Result<String> {
 /// given order, in the format that the path's ending tells, see [`write()`]. Returns the layout.
 ///
 /// # Errors
-/// [`Error::Checkpoint`](crate::Error::Checkpoint) where the backbone has no such layout, a
+/// [`Error::Checkpoint`] where the backbone has no such layout, a
 /// parameter no place in it, the layout another order, or the file cannot be written.
 pub fn export(
     network: &Network,
@@ -450,7 +450,7 @@ impl Format {
     /// The format of a path.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`](crate::Error::Checkpoint) for any other ending.
+    /// [`Error::Checkpoint`] for any other ending.
     pub fn of(path: &Path) -> Result<Self> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let ends = |end: &str| name.to_lowercase().ends_with(end);
@@ -470,7 +470,7 @@ impl Format {
 /// `metadata`. The file appears whole or not at all.
 ///
 /// # Errors
-/// [`Error::Checkpoint`](crate::Error::Checkpoint) with the path where it cannot be written.
+/// [`Error::Checkpoint`] with the path where it cannot be written.
 pub fn write(
     tensors: Vec<(String, Tensor)>,
     mut metadata: HashMap<String, String>,
