@@ -44,7 +44,7 @@ struct Common {
 enum Command {
     Reproduce(commands::reproduce::Reproduce),
     Iterations(commands::iterations::Iterations),
-    /// Time the layer, what it replaces, and networks
+    /// Time the layer, what it replaces, networks, and the loading of images
     #[command(subcommand)]
     Bench(commands::bench::Bench),
     Report(commands::report::Report),
@@ -52,6 +52,9 @@ enum Command {
     Convert(commands::convert::Convert),
     Features(commands::features::Features),
     Classify(commands::classify::Classify),
+    /// Look at data sets: list, check, measure, make small ones
+    #[command(subcommand)]
+    Data(commands::data::Data),
 }
 
 fn main() -> ExitCode {
@@ -106,5 +109,6 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Convert(c) => c.run(json),
         Command::Features(c) => c.run(json),
         Command::Classify(c) => c.run(json),
+        Command::Data(c) => c.run(json),
     }
 }

@@ -114,6 +114,43 @@ impl Progress for Display {
     }
 }
 
+/// Counts things that are done, from any thread: a bar in a terminal, nothing elsewhere.
+pub struct Counter(Option<ProgressBar>);
+
+impl Default for Counter {
+    fn default() -> Self {
+        if !std::io::stderr().is_terminal() {
+            return Self(None);
+        }
+        let template = "  {bar:24.cyan/dim} {msg} {human_pos} of {human_len}, {eta} left";
+        let style = ProgressStyle::with_template(template)
+            .unwrap_or_else(|_| ProgressStyle::default_bar())
+            .progress_chars("━╸─");
+        Self(Some(ProgressBar::new(0).with_style(style)))
+    }
+}
+
+impl Counter {
+    /// So many of `total` are done in this step.
+    pub fn at(&self, step: &'static str, done: u64, total: u64) {
+        if let Some(bar) = &self.0 {
+            if bar.length() != Some(total) || bar.message() != step {
+                bar.reset();
+                bar.set_length(total);
+                bar.set_message(step);
+            }
+            bar.set_position(done);
+        }
+    }
+
+    /// Removes the bar.
+    pub fn end(&self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
+
 /// A line on standard error.
 pub fn say(text: &str) {
     // Nobody to tell if this fails.

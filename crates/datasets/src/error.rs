@@ -53,9 +53,26 @@ pub enum Error {
     /// A setting makes no sense for this set.
     #[error("data settings: {0}")]
     Config(String),
-    /// The thread that prepares batches ended before its work was done.
-    #[error("the thread that prepares batches stopped: {0}")]
-    Worker(String),
+    /// A thread of the loader panicked over an image.
+    #[error("{name}: the loader failed on it ({problem}): please report this, with the file")]
+    Worker {
+        /// The image that it was at.
+        name: String,
+        /// What it said.
+        problem: String,
+    },
+    /// More images could not be read than the settings allow.
+    #[error("{count} of {all} images could not be read, more than {most} %; the last one: {last}")]
+    TooManyBroken {
+        /// How many.
+        count: usize,
+        /// Of how many.
+        all: usize,
+        /// Share that the settings allow, in percent.
+        most: f64,
+        /// About the last one.
+        last: Box<Error>,
+    },
 }
 
 /// `std::result::Result` with this crate's [`Error`].
@@ -71,6 +88,16 @@ impl Error {
             path: path.into(),
             problem: problem.into(),
             expected: expected.into(),
+        }
+    }
+
+    /// Whether a single image is at fault, which may be left out, and not the set or its settings.
+    #[must_use]
+    pub fn is_broken_image(&self) -> bool {
+        match self {
+            Self::Decode { .. } | Self::Worker { .. } => true,
+            Self::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
+            _ => false,
         }
     }
 

@@ -2,11 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::folder::{MAX_DEPTH, collect, is_image_name};
+use crate::lines::{bad_line, lines, read_list};
+use crate::sources::{MAX_DEPTH, collect, is_image_name};
 use crate::{Error, Result};
-
-/// Largest list that is read: 1.3 million paths of 200 bytes.
-const MAX_LIST_BYTES: u64 = 256 << 20;
 
 /// The images that a path names: an image file is itself, a folder is all images below it (sorted by
 /// path), any other file is a list with one path a line, relative to the list's own folder, in its
@@ -29,34 +27,18 @@ pub fn list_images(path: &Path) -> Result<Vec<PathBuf>> {
     {
         images.push(path.to_owned());
     } else {
-        if meta.len() > MAX_LIST_BYTES {
-            return Err(Error::layout(
-                path,
-                format!("a list of {} bytes", meta.len()),
-                "a text file with the path of one image a line",
-            ));
-        }
-        let text = std::fs::read(path).map_err(Error::io(path, "read the list"))?;
-        let text = String::from_utf8(text).map_err(|_| {
-            Error::layout(
-                path,
-                "neither an image nor a list in UTF-8",
-                "an image file, a folder of images, or a text file with one path a line",
-            )
-        })?;
+        let text = read_list(path)?;
         let folder = path.parent().unwrap_or(Path::new(""));
-        // Some editors put a byte-order mark before the first line.
-        let text = text.strip_prefix('\u{FEFF}').unwrap_or(&text);
-        for (number, line) in (1..).zip(text.lines()) {
-            let line = line.trim();
-            if line.is_empty() || line.starts_with('#') {
+        for (number, line) in lines(&text) {
+            if line.starts_with('#') {
                 continue;
             }
             let image = folder.join(line);
             if !image.is_file() {
-                return Err(Error::layout(
+                return Err(bad_line(
                     path,
-                    format!("line {number}: there is no file {}", image.display()),
+                    number,
+                    &format!("there is no file {}", image.display()),
                     "paths relative to the folder of the list, or absolute ones",
                 ));
             }

@@ -20,6 +20,10 @@ pub(crate) enum Purpose {
     Split = 3,
     /// An image of the embedded set: (part and class, index).
     E10 = 4,
+    /// Which images are looked at for statistics.
+    Stats = 5,
+    /// Size and box of an image of a miniature set: (part and class, index).
+    Miniature = 9,
 }
 
 /// A stream of random numbers with its own key.

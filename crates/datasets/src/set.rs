@@ -6,10 +6,10 @@ use std::sync::{Arc, OnceLock};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use crate::decode::{Image, decode_file};
-use crate::folder::Sample;
-use crate::resize::Resize;
+use crate::broken::{Broken, Skipped};
+use crate::sample::Sample;
 use crate::split::Split;
+use crate::transforms::{Key, Pipeline, Scratch};
 use crate::{Error, Result};
 
 /// Largest set that is held in memory.
@@ -36,57 +36,149 @@ pub struct ChannelStats {
     pub std: [f32; 3],
 }
 
-/// Reads and decodes an image and brings it to its size.
-///
-/// # Errors
-/// [`Error::Io`] or [`Error::Decode`] with the path; [`Error::Config`] for a size that cannot be.
-pub fn open_image(path: &Path, resize: Resize) -> Result<Image> {
-    resize.apply(decode_file(path)?).map_err(Error::Config)
+/// Sums of the values and of their squares of each channel: exact, so the order does not matter.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct ChannelSums {
+    pixels: u64,
+    sums: [(u64, u64); 3],
 }
 
-/// Reads and decodes all `samples`, in parallel, to one size.
+impl ChannelSums {
+    /// Of RGB pixels.
+    pub(crate) fn of(pixels: &[u8]) -> Self {
+        let mut all = Self::default();
+        // Sums of a piece fit into 32 bits, which is faster.
+        for piece in pixels.chunks(3 << 15) {
+            let mut sums = [(0u32, 0u32); 3];
+            for pixel in piece.chunks_exact(3) {
+                for (sum, &value) in sums.iter_mut().zip(pixel) {
+                    let value = u32::from(value);
+                    *sum = (sum.0 + value, sum.1 + value * value);
+                }
+            }
+            let sums = sums.map(|(sum, squares)| (u64::from(sum), u64::from(squares)));
+            let pixels = (piece.len() / 3) as u64;
+            all = all.plus(Self { pixels, sums });
+        }
+        all
+    }
+
+    pub(crate) fn plus(self, other: Self) -> Self {
+        let (a, b) = (self.sums, other.sums);
+        Self {
+            pixels: self.pixels + other.pixels,
+            sums: std::array::from_fn(|c| (a[c].0 + b[c].0, a[c].1 + b[c].1)),
+        }
+    }
+
+    pub(crate) fn stats(self) -> ChannelStats {
+        let n = self.pixels.max(1) as f64;
+        let mean = self.sums.map(|(sum, _)| sum as f64 / n);
+        let variance: [f64; 3] =
+            std::array::from_fn(|c| (self.sums[c].1 as f64 / n - mean[c] * mean[c]).max(0.0));
+        ChannelStats {
+            mean: mean.map(|m| (m / 255.0) as f32),
+            std: variance.map(|v| (v.sqrt() / 255.0) as f32),
+        }
+    }
+}
+
+/// Of pipelines that draw nothing.
+const NO_KEY: Key = Key {
+    seed: 0,
+    epoch: 0,
+    sample: 0,
+};
+
+/// Reads and decodes all `samples`, in parallel, to one size. Beside the set: what was left out of it.
 ///
 /// # Errors
-/// The first sample in order that fails: [`Error::Io`], [`Error::Decode`] or [`Error::Size`];
-/// [`Error::Config`] where there are no samples or too many pixels.
-pub fn decode_all(samples: &[Sample], classes: &[String], resize: Resize) -> Result<ImageSet> {
-    let load = |sample: &Sample| open_image(&sample.path, resize);
-    let Some(first) = samples.first() else {
-        return Err(Error::Config("a set without images".to_owned()));
+/// The first sample in order that fails, unless `broken` allows it: [`Error::Io`], [`Error::Decode`] or
+/// [`Error::Size`]; [`Error::Config`] where there are no samples or too many pixels, or where the
+/// pipeline is random or makes several views.
+pub fn decode_all(
+    samples: &[Sample],
+    classes: &[String],
+    pipeline: &Pipeline,
+    broken: Broken,
+) -> Result<(ImageSet, Vec<Skipped>)> {
+    broken.check()?;
+    pipeline.check()?;
+    if pipeline.is_random() || pipeline.views() != 1 {
+        return Err(Error::Config(
+            "images in memory are made once and the same for all epochs: leave random steps and \
+             several views to the loader"
+                .to_owned(),
+        ));
+    }
+    let load = |(bytes, scratch): &mut (Vec<u8>, Scratch), sample: &Sample| {
+        let mut pixels = Vec::new();
+        sample.read(bytes)?;
+        let note = sample.annotation.as_deref();
+        let size =
+            pipeline.run_encoded(bytes, &sample.path(), note, NO_KEY, scratch, &mut pixels)?;
+        Ok((pixels, size))
     };
-    let Image { width, height, .. } = load(first)?;
+    let mut skipped = Vec::new();
+    let mut leave_out = |sample: &Sample, error| -> Result<()> {
+        let problem = broken.leave_out(&sample.name, error, skipped.len() + 1, samples.len())?;
+        let name = sample.name.to_string();
+        skipped.push(Skipped { name, problem });
+        Ok(())
+    };
+    // The first whole image says how large all are.
+    let mut rest = samples;
+    let (height, width) = loop {
+        let Some((first, others)) = rest.split_first() else {
+            return Err(Error::Config("a set without images".to_owned()));
+        };
+        match load(&mut Default::default(), first) {
+            Ok((_, size)) => break size,
+            Err(error) => leave_out(first, error)?,
+        }
+        rest = others;
+    };
     let size = width * height * 3;
     let total = size
-        .checked_mul(samples.len())
+        .checked_mul(rest.len())
         .filter(|&n| n <= MAX_SET_BYTES)
         .ok_or_else(|| {
             Error::Config(format!(
                 "{} images of {width}x{height} do not fit into {} GiB: choose a smaller resize",
-                samples.len(),
+                rest.len(),
                 MAX_SET_BYTES >> 30
             ))
         })?;
     let mut pixels = vec![0; total];
-    let work = samples.par_iter().zip(pixels.par_chunks_exact_mut(size));
-    let failed = work.find_map_first(|(sample, target)| match load(sample) {
-        Ok(image) if (image.width, image.height) == (width, height) => {
-            target.copy_from_slice(&image.pixels);
-            None
+    let work = rest.par_iter().zip(pixels.par_chunks_exact_mut(size));
+    let work = work.map_init(Default::default, |desk, (sample, target)| {
+        let (image, found) = load(desk, sample)?;
+        if found != (height, width) {
+            return Err(Error::Size {
+                path: sample.path(),
+                found: (found.1, found.0),
+                expected: (width, height),
+            });
         }
-        Ok(image) => Some(Error::Size {
-            path: sample.path.clone(),
-            found: (image.width, image.height),
-            expected: (width, height),
-        }),
-        Err(error) => Some(error),
+        target.copy_from_slice(&image);
+        Ok(())
     });
-    if let Some(error) = failed {
-        return Err(error);
+    let outcomes: Vec<Result<()>> = work.collect();
+    let mut kept: Vec<&Sample> = Vec::with_capacity(rest.len());
+    for (at, (sample, outcome)) in rest.iter().zip(outcomes).enumerate() {
+        match outcome {
+            Ok(()) => {
+                pixels.copy_within(at * size..(at + 1) * size, kept.len() * size);
+                kept.push(sample);
+            }
+            Err(error) => leave_out(sample, error)?,
+        }
     }
-    let labels = samples.iter().map(|s| s.label).collect();
+    pixels.truncate(kept.len() * size);
+    let labels = kept.iter().map(|s| s.label).collect();
     let mut set = ImageSet::new(classes.to_vec(), width, height, pixels, labels)?;
-    set.names = samples.iter().map(|s| s.name.clone()).collect();
-    Ok(set)
+    set.names = kept.iter().map(|s| s.name.to_string()).collect();
+    Ok((set, skipped))
 }
 
 impl ImageSet {
@@ -181,31 +273,10 @@ impl ImageSet {
     /// so the same on every machine and for any number of threads. Take them from train only.
     #[must_use]
     pub fn channel_stats(&self) -> ChannelStats {
-        let sums = self
-            .pixels
-            .par_chunks(3 << 16)
-            .map(|part| {
-                let mut sums = [(0u64, 0u64); 3];
-                for pixel in part.chunks_exact(3) {
-                    for (sum, &value) in sums.iter_mut().zip(pixel) {
-                        let value = u64::from(value);
-                        *sum = (sum.0 + value, sum.1 + value * value);
-                    }
-                }
-                sums
-            })
-            .reduce(
-                || [(0, 0); 3],
-                |a, b| std::array::from_fn(|c| (a[c].0 + b[c].0, a[c].1 + b[c].1)),
-            );
-        let n = (self.pixels.len() / 3) as f64;
-        let mean = sums.map(|(sum, _)| sum as f64 / n);
-        let variance: [f64; 3] =
-            std::array::from_fn(|c| (sums[c].1 as f64 / n - mean[c] * mean[c]).max(0.0));
-        ChannelStats {
-            mean: mean.map(|m| (m / 255.0) as f32),
-            std: variance.map(|v| (v.sqrt() / 255.0) as f32),
-        }
+        let parts = self.pixels.par_chunks(3 << 16).map(ChannelSums::of);
+        parts
+            .reduce(ChannelSums::default, ChannelSums::plus)
+            .stats()
     }
 
     /// SHA-256 in hexadecimal over class names, image names, labels, size and decoded pixels: two
@@ -262,6 +333,8 @@ pub struct DataSet {
     pub stats: ChannelStats,
     /// How the parts came about, a sentence for the record and the report.
     pub note: String,
+    /// Broken images of all parts that were left out.
+    pub skipped: Vec<Skipped>,
 }
 
 impl DataSet {
@@ -270,21 +343,24 @@ impl DataSet {
     ///
     /// # Errors
     /// Those of the three.
-    pub fn open(root: &Path, resize: Resize, seed: u64) -> Result<Self> {
-        Self::decode(&crate::split(crate::list(root)?, seed)?, resize)
+    pub fn open(root: &Path, pipeline: &Pipeline, seed: u64) -> Result<Self> {
+        let parts = crate::split(crate::list(root)?, seed)?;
+        Self::decode(&parts, pipeline, Broken::Fail)
     }
 
     /// Decodes all parts to one size and takes the statistics of train.
     ///
     /// # Errors
     /// Those of [`decode_all`]; also [`Error::Size`] where the parts differ in size.
-    pub fn decode(parts: &Split, resize: Resize) -> Result<Self> {
-        let train = decode_all(&parts.train, &parts.classes, resize)?;
-        let held_out = |samples: &[Sample]| -> Result<ImageSet> {
-            let set = decode_all(samples, &parts.classes, resize)?;
+    pub fn decode(parts: &Split, pipeline: &Pipeline, broken: Broken) -> Result<Self> {
+        let decode = |samples: &[Sample]| decode_all(samples, &parts.classes, pipeline, broken);
+        let (train, mut skipped) = decode(&parts.train)?;
+        let mut held_out = |samples: &[Sample]| -> Result<ImageSet> {
+            let (set, left_out) = decode(samples)?;
+            skipped.extend(left_out);
             if (set.width, set.height) != (train.width, train.height) {
                 return Err(Error::Size {
-                    path: samples[0].path.clone(),
+                    path: samples[0].path(),
                     found: (set.width, set.height),
                     expected: (train.width, train.height),
                 });
@@ -292,13 +368,18 @@ impl DataSet {
             Ok(set)
         };
         let (val, test) = (held_out(&parts.val)?, held_out(&parts.test)?);
+        let mut note = parts.note.clone();
+        if !skipped.is_empty() {
+            note.push_str(&format!("; {} broken images left out", skipped.len()));
+        }
         let stats = train.channel_stats();
         Ok(Self {
             train: train.into(),
             val: val.into(),
             test: test.into(),
             stats,
-            note: parts.note.clone(),
+            note,
+            skipped,
         })
     }
 

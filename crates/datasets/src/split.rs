@@ -6,8 +6,9 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::folder::{Folder, Sample};
 use crate::random::{Purpose, Stream};
+use crate::sample::Sample;
+use crate::sources::Listing;
 use crate::{Error, Result};
 
 /// Share of train that becomes the validation part where the tree has none to spare.
@@ -44,14 +45,14 @@ pub struct Split {
 ///
 /// # Errors
 /// [`Error::Layout`] where a class has too few training images to give some away.
-pub fn split(folder: Folder, seed: u64) -> Result<Split> {
-    let Folder {
+pub fn split(listing: Listing, seed: u64) -> Result<Split> {
+    let Listing {
         root,
         classes,
         mut train,
         val,
         test,
-    } = folder;
+    } = listing;
     let mut carve = |share: f64, which: Carve| -> Result<Vec<Sample>> {
         let (taken, rest) = stratified(&train, share, seed, which as u64).map_err(|label| {
             Error::layout(
@@ -113,11 +114,12 @@ fn class_folder(root: &Path, class: &str, samples: &[Sample], label: u32) -> Pat
     let Some(sample) = samples.iter().find(|s| s.label == label) else {
         return root.to_path_buf();
     };
-    let below = sample.path.strip_prefix(root).unwrap_or(&sample.path);
+    let path = sample.path();
+    let below = path.strip_prefix(root).unwrap_or(&path);
     let parts: Vec<_> = below.iter().collect();
     match parts.iter().position(|part| *part == class) {
         Some(at) => root.join(parts[..=at].iter().collect::<PathBuf>()),
-        None => sample.path.parent().unwrap_or(root).to_path_buf(),
+        None => path.parent().unwrap_or(root).to_path_buf(),
     }
 }
 
@@ -146,10 +148,11 @@ fn stratified(
 ) -> Result<(Vec<Sample>, Vec<Sample>), u32> {
     let classes = samples.iter().map(|s| s.label + 1).max().unwrap_or(0);
     let mut is_taken = vec![false; samples.len()];
-    for label in 0..classes {
-        let mut members: Vec<usize> = (0..samples.len())
-            .filter(|&i| samples[i].label == label)
-            .collect();
+    let mut by_class = vec![Vec::new(); classes as usize];
+    for (i, sample) in samples.iter().enumerate() {
+        by_class[sample.label as usize].push(i);
+    }
+    for (label, mut members) in (0..classes).zip(by_class) {
         if members.is_empty() {
             continue;
         }
@@ -191,19 +194,19 @@ mod tests {
         for (label, &n) in counts.iter().enumerate() {
             for i in 0..n {
                 let name = format!("{part}{}/{i:04}.png", ["a", "b"][label]);
-                all.push(Sample {
-                    path: Path::new("root").join(&name),
+                all.push(Sample::file(
+                    &crate::Root::new(Path::new("root")),
                     name,
-                    label: label as u32,
-                });
+                    label as u32,
+                ));
             }
         }
         all
     }
 
-    fn folder(train: &[usize], val: bool, test: bool) -> Folder {
+    fn folder(train: &[usize], val: bool, test: bool) -> Listing {
         let held_out = |yes: bool| yes.then(|| samples(&[2, 2]));
-        Folder {
+        Listing {
             root: "root".into(),
             classes: vec!["a".into(), "b".into()],
             train: samples(train),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use isqrt_datasets::e10::{self, CLASSES, IMAGE_SIDE, MATCHINGS, Outcome, Part, Sizes};
-use isqrt_datasets::{DataSet, ImageSet, Resize};
+use isqrt_datasets::{DataSet, ImageSet, Pipeline};
 use sha2::{Digest, Sha256};
 
 const SMALL: Sizes = Sizes {
@@ -52,7 +52,7 @@ fn the_same_bytes_on_every_machine() {
         hex(hash),
         "34bf74ff4b0719a83b7a54abc06266a83731dbe50b592edb07f372873bc65a4d"
     );
-    let set = DataSet::open(&dir, Resize::Keep, 0).unwrap();
+    let set = DataSet::open(&dir, &Pipeline::identity(), 0).unwrap();
     assert_eq!(
         (set.train.len(), set.val.len(), set.test.len()),
         (30, 10, 20)
@@ -79,7 +79,7 @@ fn the_same_for_any_number_of_threads_and_files_hold_the_pixels() {
         })
         .collect();
     assert_eq!(trees[0], trees[1]);
-    let set = DataSet::open(&home.path().join("1"), Resize::Keep, 0).unwrap();
+    let set = DataSet::open(&home.path().join("1"), &Pipeline::identity(), 0).unwrap();
     let memory = e10::image_set(5, Part::Test, SMALL.test).unwrap();
     assert_eq!(set.test.labels(), memory.labels());
     for i in 0..memory.len() {

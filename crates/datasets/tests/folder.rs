@@ -6,7 +6,7 @@ mod common;
 use std::path::Path;
 
 use common::{encode, jpeg_bytes, png_bytes, put, tree};
-use isqrt_datasets::{DataSet, Resize, decode, image_folder, split};
+use isqrt_datasets::{DataSet, Pipeline, decode, image_folder, split};
 use png::{BitDepth, ColorType};
 
 #[test]
@@ -21,7 +21,7 @@ fn reads_a_tree_and_ignores_what_is_no_image() {
     put(&root.join("train/cat/more/deep.JPEG"), &jpeg_bytes(8, 8));
     let folder = image_folder(root).unwrap();
     assert_eq!(folder.classes, ["cat", "dog"]);
-    let names: Vec<&str> = folder.train.iter().map(|s| s.name.as_str()).collect();
+    let names: Vec<&str> = folder.train.iter().map(|s| &*s.name).collect();
     assert_eq!(
         names,
         [
@@ -50,7 +50,7 @@ fn class_folders_alone_are_a_training_part() {
 
 /// The error of opening `root`; checks that it is one line that names `at`.
 fn complaint(root: &Path, at: &Path) -> String {
-    let text = DataSet::open(root, Resize::Keep, 0)
+    let text = DataSet::open(root, &Pipeline::identity(), 0)
         .unwrap_err()
         .to_string();
     assert!(text.contains(&at.display().to_string()), "{text}");
@@ -128,7 +128,7 @@ fn different_sizes_need_a_resize() {
     let odd = home.path().join("train/dog/1.png");
     put(&odd, &png_bytes(12, 9, 1));
     assert!(complaint(home.path(), &odd).contains("12x9"));
-    let set = DataSet::open(home.path(), Resize::ShortSideCrop(8), 0).unwrap();
+    let set = DataSet::open(home.path(), &Pipeline::square(8), 0).unwrap();
     assert_eq!(set.train.image_size(), (8, 8));
 }
 
@@ -147,7 +147,7 @@ fn unreadable_is_named() {
         return; // an administrator reads everything
     }
     let open = || {
-        DataSet::open(home.path(), Resize::Keep, 0)
+        DataSet::open(home.path(), &Pipeline::identity(), 0)
             .unwrap_err()
             .to_string()
     };
@@ -207,7 +207,7 @@ fn the_fingerprint_sees_content_and_not_the_place() {
     let prints: Vec<String> = homes
         .iter()
         .map(|home| {
-            DataSet::open(home.path(), Resize::Keep, 0)
+            DataSet::open(home.path(), &Pipeline::identity(), 0)
                 .unwrap()
                 .fingerprint()
         })

@@ -145,6 +145,9 @@ pub struct DataInfo {
     pub side: u32,
     /// Recipe that the size of the images selects.
     pub recipe: String,
+    /// Broken images that were left out, by request.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub skipped: Vec<isqrt_datasets::Skipped>,
 }
 
 /// serde_json writes NaN as null; reading gives it back.

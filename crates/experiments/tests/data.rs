@@ -4,7 +4,7 @@
 mod common;
 
 use common::{small, twin};
-use isqrt_datasets::e10;
+use isqrt_datasets::{Broken, e10};
 use isqrt_experiments::run::{Data, Source};
 
 const SMOKE: e10::Sizes = e10::Sizes {
@@ -30,7 +30,7 @@ fn experiments_whose_recipes_take_the_images_at_other_sizes_are_refused() {
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     let error = source.describe_unwritten(&[], true).unwrap_err();
     assert_eq!(error.to_string(), "no experiment trains networks");
-    let error = Data::open(&source, &both, true).unwrap_err();
+    let error = Data::open(&source, &both, true, Broken::Fail).unwrap_err();
     assert_eq!(error.to_string(), message);
 }
 

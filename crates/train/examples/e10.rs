@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use isqrt_datasets::{DataSet, Resize, e10};
+use isqrt_datasets::{DataSet, Pipeline, e10};
 use isqrt_models::RepresentationSpec;
 use isqrt_train::{Silent, TrainConfig, train};
 
@@ -16,7 +16,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .ok_or("which folder may the images go to?")?;
     let wanted: Vec<String> = arguments.collect();
     e10::generate(Path::new(&folder), 1, e10::Sizes::default())?;
-    let data = DataSet::open(Path::new(&folder), Resize::Keep, 1)?;
+    let data = DataSet::open(Path::new(&folder), &Pipeline::identity(), 1)?;
     let isqrt = |n: i64| RepresentationSpec::new("isqrt").with("iterations", n);
     let heads = [
         ("gap", RepresentationSpec::new("gap"), 0.5),

@@ -1,6 +1,6 @@
 //! How a network is trained, as data.
 
-use isqrt_datasets::Augment;
+use isqrt_datasets::Pipeline;
 use isqrt_models::ModelSpec;
 use isqrt_nn::{Decay, Mode, Schedule, SgdConfig};
 use serde::{Deserialize, Serialize};
@@ -62,9 +62,23 @@ pub struct AugmentConfig {
     pub pad_crop: usize,
 }
 
-impl From<AugmentConfig> for Augment {
-    fn from(AugmentConfig { flip, pad_crop }: AugmentConfig) -> Self {
-        Self { flip, pad_crop }
+impl AugmentConfig {
+    /// What it makes of images of `size` (rows, columns).
+    ///
+    /// # Errors
+    /// [`Error::Config`] where images are to be moved that are no squares, or by more than they are wide.
+    pub(crate) fn pipeline(self, (rows, columns): (usize, usize)) -> Result<Pipeline> {
+        let padding = self.pad_crop;
+        if padding > 0 && (rows != columns || padding >= rows) {
+            return Err(Error::Config {
+                what: "augment.pad_crop",
+                value: padding.to_string(),
+                expected: format!(
+                    "0, or images that are squares of more than {padding} pixels; these have {columns}x{rows}"
+                ),
+            });
+        }
+        Ok(Pipeline::moved_and_flipped(rows, padding, self.flip))
     }
 }
 

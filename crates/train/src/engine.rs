@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use isqrt_datasets::{Batch, ChannelStats, ImageSet, Loader, LoaderConfig};
+use isqrt_datasets::{Batch, ChannelStats, ImageSet, Loader, LoaderConfig, Pipeline};
 use isqrt_models::Network;
 use isqrt_nn::ops::cross_entropy;
 use isqrt_nn::{Mode, Optimizer, Sgd};
@@ -47,13 +47,14 @@ pub fn train_network(
             });
         }
     }
-    let stats = train.channel_stats();
+    let (stats, size) = (train.channel_stats(), train.image_size());
     let loader = Loader::new(
         train,
-        LoaderConfig {
-            augment: config.augment.into(),
-            ..LoaderConfig::train(config.batch, config.seed, stats)
-        },
+        config
+            .augment
+            .pipeline(size)?
+            .normalising(stats.mean, stats.std),
+        LoaderConfig::train(config.batch, config.seed),
     )?;
     let device = Device::Cpu;
     let network = Network::new(&config.model, config.seed, DType::F32, &device)?;
@@ -116,14 +117,14 @@ pub fn evaluate(
     stats: ChannelStats,
     batch: usize,
 ) -> Result<Evaluation> {
-    let loader = Loader::new(Arc::clone(set), LoaderConfig::eval(batch, stats))?;
+    let pipeline = Pipeline::identity().normalising(stats.mean, stats.std);
+    let loader = Loader::new(Arc::clone(set), pipeline, LoaderConfig::eval(batch))?;
     let mut evaluation = Evaluation {
         correct: 0,
         total: 0,
     };
-    for batch in loader.epoch(0) {
-        let batch = batch?;
-        let (images, labels) = tensors(batch, network.vars().device())?;
+    for batch in loader.epoch(0)? {
+        let (images, labels) = tensors(batch?, &loader, network.vars().device())?;
         let logits = network.forward(&images, Mode::Eval)?;
         if logits
             .flatten_all()?
@@ -164,7 +165,7 @@ impl Run<'_> {
             total: 0,
         };
         let mut stopped = false;
-        for (i, batch) in self.loader.epoch(epoch).enumerate() {
+        for (i, batch) in self.loader.epoch(epoch)?.enumerate() {
             let step = epoch * per_epoch + i;
             let rate = self.config.lr * self.config.schedule.factor(step, total, per_epoch);
             let at = |source| Error::Step {
@@ -172,7 +173,7 @@ impl Run<'_> {
                 step: i + 1,
                 source: Box::new(source),
             };
-            let (images, labels) = tensors(batch?, &self.device)?;
+            let (images, labels) = tensors(batch?, &self.loader, &self.device)?;
             // Masks of dropout follow the step.
             self.network.vars().set_step(step as u64);
             let (loss, right) = self.step(&images, &labels, rate).map_err(at)?;
@@ -212,9 +213,10 @@ impl Run<'_> {
     }
 }
 
-fn tensors(batch: Batch, device: &Device) -> Result<(Tensor, Vec<u32>)> {
-    let shape = (batch.batch, 3, batch.height, batch.width);
-    Ok((Tensor::from_vec(batch.images, shape, device)?, batch.labels))
+fn tensors(batch: Batch, loader: &Loader, device: &Device) -> Result<(Tensor, Vec<u32>)> {
+    let shape = (batch.len(), 3, batch.height, batch.width);
+    let images = Tensor::from_vec(batch.normalised(loader.levels()), shape, device)?;
+    Ok((images, batch.labels))
 }
 
 fn correct(logits: &Tensor, labels: &[u32]) -> Result<usize> {

@@ -1,13 +1,12 @@
 //! What a network makes of images: representations and logits, batch by batch.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
-use isqrt_datasets::{Image, Resize, levels, open_image};
+use isqrt_datasets::{Loader, LoaderConfig, Pipeline, Root, Sample};
 use isqrt_models::Network;
 use isqrt_models::checkpoint::Preprocessing;
 use isqrt_nn::Mode;
-use rayon::prelude::*;
 
 use crate::{Error, Result};
 
@@ -36,13 +35,15 @@ pub fn predict<E: From<Error>>(
     batch: usize,
     mut each: impl FnMut(Prediction) -> std::result::Result<(), E>,
 ) -> std::result::Result<(), E> {
+    let loader = loader(preprocessing, images, batch)?;
     let mut first = 0;
-    for paths in images.chunks(batch.max(1)) {
-        let x = load(preprocessing, paths)?;
+    for batch in loader.epoch(0).map_err(Error::from)? {
+        let batch = batch.map_err(Error::from)?;
         let run = || -> Result<Prediction> {
             let vars = network.vars();
-            let x = x.to_device(vars.device())?.to_dtype(vars.dtype())?;
-            let representation = network.represent(&x, Mode::Eval)?;
+            let shape = (batch.len(), 3, batch.height, batch.width);
+            let x = Tensor::from_vec(batch.normalised(loader.levels()), shape, vars.device())?;
+            let representation = network.represent(&x.to_dtype(vars.dtype())?, Mode::Eval)?;
             let logits = network.classify(&representation, Mode::Eval)?;
             let plain = |x: Tensor| x.detach().to_dtype(candle_core::DType::F32);
             Ok(Prediction {
@@ -52,38 +53,36 @@ pub fn predict<E: From<Error>>(
             })
         };
         each(run()?)?;
-        first += paths.len();
+        first += batch.len();
     }
     Ok(())
 }
 
-/// Images `(batch, 3, crop, crop)`, normalised.
-fn load(preprocessing: &Preprocessing, paths: &[PathBuf]) -> Result<Tensor> {
+/// Images `(batch, 3, crop, crop)`, normalised, in order; the first broken one ends it.
+fn loader(preprocessing: &Preprocessing, images: &[PathBuf], batch: usize) -> Result<Loader> {
     let &Preprocessing {
-        resize: short,
+        resize,
         crop,
         mean,
         std,
     } = preprocessing;
-    let resize = Resize::Evaluation { short, crop };
-    let images: Vec<isqrt_datasets::Result<Image>> = paths
-        .par_iter()
-        .map(|path| open_image(path, resize))
+    if crop > resize {
+        // It would get a black border, which no network was evaluated with.
+        return Err(Error::Config {
+            what: "crop",
+            value: crop.to_string(),
+            expected: format!("at most {resize}, the short side that images are resized to"),
+        });
+    }
+    let pipeline = Pipeline::evaluation(resize, crop).normalising(mean, std);
+    let here = Root::new(Path::new(""));
+    let samples: Vec<Sample> = images
+        .iter()
+        .map(|path| Sample::file(&here, path.to_string_lossy(), 0))
         .collect();
-    // The first bad image in order is the one that is told of.
-    let images = images
-        .into_iter()
-        .collect::<isqrt_datasets::Result<Vec<_>>>()?;
-    let (plane, levels) = (crop * crop, levels(mean, std));
-    let mut values = vec![0.0_f32; images.len() * 3 * plane];
-    let rows = values.par_chunks_exact_mut(3 * plane);
-    rows.zip(&images).for_each(|(values, image)| {
-        for (at, pixel) in image.pixels.chunks_exact(3).enumerate() {
-            for c in 0..3 {
-                values[c * plane + at] = levels[c][usize::from(pixel[c])];
-            }
-        }
-    });
-    let shape = (images.len(), 3, crop, crop);
-    Ok(Tensor::from_vec(values, shape, &candle_core::Device::Cpu)?)
+    Ok(Loader::new(
+        samples,
+        pipeline,
+        LoaderConfig::eval(batch.max(1)),
+    )?)
 }

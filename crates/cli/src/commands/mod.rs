@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod classify;
 pub mod convert;
+pub mod data;
 pub mod features;
 pub mod iterations;
 pub mod models;

@@ -4,6 +4,7 @@ use crate::output;
 use crate::progress::{Display, say};
 use anyhow::bail;
 use clap::{Args, ValueEnum};
+use isqrt_datasets::Broken;
 use isqrt_experiments::plan::{Plan, Profile, Request, State, needs_data};
 use isqrt_experiments::record::Store;
 use isqrt_experiments::run::{self, Data, RealLab, Source};
@@ -28,9 +29,13 @@ pub struct Reproduce {
     /// Small networks in minutes, or the paper's protocol
     #[arg(long, value_enum, default_value_t = ProfileArg::Mini)]
     profile: ProfileArg,
-    /// Folder of images: train/CLASS/FILE and val/ or test/ likewise [default: embedded textures]
+    /// Folder, archive or list of images in any layout of data/README.md [default: embedded textures]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
+    /// Leave out images that cannot be read, up to this many percent of each part, and list them in the
+    /// records [default: the first one is an error]
+    #[arg(long, value_name = "PERCENT")]
+    skip_broken: Option<f64>,
     /// auto, cpu or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
@@ -169,7 +174,12 @@ impl Reproduce {
         {
             return Ok(Some(Found::Described(info)));
         }
-        let data = Data::open(&source, &trained, self.smoke)?;
+        let broken = self
+            .skip_broken
+            .map_or(Broken::Fail, |percent| Broken::Skip {
+                most: percent / 100.0,
+            });
+        let data = Data::open(&source, &trained, self.smoke, broken)?;
         Ok(Some(Found::Images(Box::new(data))))
     }
 
@@ -182,6 +192,7 @@ impl Reproduce {
             }
         };
         flag("data", self.data.as_deref().map(quoted));
+        flag("skip-broken", self.skip_broken.map(|p| p.to_string()));
         flag("out", Some(quoted(&self.out_dir())));
         flag("seeds", self.seeds.map(|s| s.to_string()));
         flag("threads", threads.map(|t| t.to_string()));

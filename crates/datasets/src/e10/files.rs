@@ -199,11 +199,11 @@ fn replace(work: &Path, dir: &Path) -> Result<()> {
     std::fs::remove_dir_all(&old).map_err(Error::io(&old, "remove the replaced folder"))
 }
 
-fn rename(from: &Path, to: &Path) -> Result<()> {
+pub(crate) fn rename(from: &Path, to: &Path) -> Result<()> {
     std::fs::rename(from, to).map_err(Error::io(to, "put the finished folder in place"))
 }
 
-fn parent_of(dir: &Path) -> PathBuf {
+pub(crate) fn parent_of(dir: &Path) -> PathBuf {
     match dir.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
         _ => PathBuf::from("."),
@@ -211,7 +211,7 @@ fn parent_of(dir: &Path) -> PathBuf {
 }
 
 /// A hidden folder beside `dir`, so that the final rename stays on one file system.
-fn beside(dir: &Path, ending: &str) -> PathBuf {
+pub(crate) fn beside(dir: &Path, ending: &str) -> PathBuf {
     parent_of(dir).join(format!(".{}.{ending}", base_name(dir)))
 }
 
@@ -221,7 +221,7 @@ fn base_name(dir: &Path) -> String {
 }
 
 /// Removes what killed runs left beside `dir`. Best effort: leftovers do no harm.
-fn remove_abandoned(parent: &Path, dir: &Path) {
+pub(crate) fn remove_abandoned(parent: &Path, dir: &Path) {
     let prefixes = ["partial-", "old-"].map(|kind| format!(".{}.{kind}", base_name(dir)));
     let Ok(entries) = std::fs::read_dir(parent) else {
         return;

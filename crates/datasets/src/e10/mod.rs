@@ -15,6 +15,7 @@ mod files;
 mod texture;
 
 pub use files::{Outcome, generate, is_written};
+pub(crate) use files::{beside, parent_of, remove_abandoned, rename};
 pub use texture::{MATCHINGS, image};
 
 use crate::{ImageSet, Result};
@@ -63,7 +64,7 @@ pub enum Part {
 impl Part {
     const ALL: [Self; 3] = [Self::Train, Self::Val, Self::Test];
 
-    fn folder(self) -> &'static str {
+    pub(crate) fn folder(self) -> &'static str {
         match self {
             Self::Train => "train",
             Self::Val => "val",

@@ -124,3 +124,24 @@ impl Table {
         self.cell(row, column).parse().unwrap()
     }
 }
+
+/// An image made by formula: slow waves, edges and a little noise in three channels, HWC.
+pub fn pattern(width: usize, height: usize) -> Vec<u8> {
+    let pixel = |x: usize, y: usize| {
+        let noise = (x * 7919 + y * 104_729) % 31;
+        let square = if (x / 5 + y / 7).is_multiple_of(2) {
+            60
+        } else {
+            0
+        };
+        let red = x * 255 / width.max(1);
+        [
+            (red / 2 + square + noise) as u8,
+            (y * 200 / height.max(1) + noise) as u8,
+            (((x + 2 * y) * 3) % 256) as u8,
+        ]
+    };
+    (0..height)
+        .flat_map(|y| (0..width).flat_map(move |x| pixel(x, y)))
+        .collect()
+}

@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::record::DataInfo;
 use crate::spec::{Experiment, Recipe};
-use isqrt_datasets::{DataSet, Resize, Sample, decode_file, e10, list, split};
+use isqrt_datasets::{Broken, DataSet, Pipeline, Sample, e10, list, split};
 use std::path::{Path, PathBuf};
 
 /// Seed of the embedded set and of the split of a folder without a validation part.
@@ -47,6 +47,7 @@ impl Source {
             test: sizes.test * e10::CLASSES,
             side: recipe.side,
             recipe: recipe_name.to_owned(),
+            skipped: Vec::new(),
         }))
     }
 }
@@ -106,7 +107,12 @@ impl Data {
     /// # Errors
     /// Those of `isqrt-datasets`, which name the path; [`crate::Error::Spec`] if no recipe fits, or
     /// if the experiments have different ones for these images.
-    pub fn open(source: &Source, experiments: &[&Experiment], smoke: bool) -> Result<Self> {
+    pub fn open(
+        source: &Source,
+        experiments: &[&Experiment],
+        smoke: bool,
+        broken: Broken,
+    ) -> Result<Self> {
         let (root, name) = match source {
             Source::Embedded(dir) => {
                 let root = embedded_root(dir, smoke);
@@ -121,17 +127,15 @@ impl Data {
                 keep_few(part, parts.classes.len());
             }
         }
-        let side = match parts.train.first() {
-            Some(first) => {
-                let image = decode_file(&first.path)?;
-                image.width.min(image.height) as u32
-            }
-            None => 0,
+        let side = match (parts.train.first(), broken) {
+            (Some(first), Broken::Fail) => Some(first.decode()?),
+            _ => parts.train.iter().find_map(|sample| sample.decode().ok()),
         };
+        let side = side.map_or(0, |image| image.width.min(image.height) as u32);
         let (recipe_name, recipe) = recipe_for(experiments, side)?;
-        let resize = Resize::ShortSideCrop(recipe.side as usize);
+        let square = Pipeline::square(recipe.side as usize);
         let classes = parts.classes.len();
-        let mut set = DataSet::decode(&parts, resize)?;
+        let mut set = DataSet::decode(&parts, &square, broken)?;
         if smoke {
             set.note.push_str("; a few images a class");
         }
@@ -145,6 +149,7 @@ impl Data {
             test: set.test.len(),
             side: recipe.side,
             recipe: recipe_name.to_owned(),
+            skipped: set.skipped.clone(),
         };
         Ok(Self { info, set })
     }

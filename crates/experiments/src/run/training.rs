@@ -178,6 +178,7 @@ mod tests {
                 train,
                 val: Arc::clone(&held_out),
                 test: held_out,
+                skipped: Vec::new(),
                 note: String::new(),
             },
         };

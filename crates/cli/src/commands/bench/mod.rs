@@ -1,4 +1,6 @@
-//! `isqrt bench`: time of the layer and of what it replaces, of networks and their ops.
+//! `isqrt bench`: time of the layer and of what it replaces, of networks and their ops, of loading.
+
+mod loader;
 
 use crate::output::{self, show};
 use anyhow::Context;
@@ -10,7 +12,7 @@ use isqrt_models::ModelSpec;
 use isqrt_models::bench::{NetworkCase, network, ops};
 use std::time::Duration;
 
-/// Time the layer, what it replaces, and networks
+/// Time the layer, what it replaces, networks, and the loading of images
 #[derive(Subcommand)]
 #[command(
     after_help = "Example:\n  isqrt bench layer --batch 32 --dim 256 --positions 196 --iterations 5"
@@ -19,6 +21,7 @@ pub enum Bench {
     Layer(LayerBench),
     Decomposition(DecompositionBench),
     Network(NetworkBench),
+    Loader(loader::LoaderBench),
 }
 
 impl Bench {
@@ -27,6 +30,7 @@ impl Bench {
             Self::Layer(c) => c.run(json),
             Self::Decomposition(c) => c.run(json),
             Self::Network(c) => c.run(json),
+            Self::Loader(c) => c.run(json),
         }
     }
 }

@@ -8,7 +8,8 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::source::Source;
+use super::{Listing, Source};
+use crate::sample::{Root, Sample};
 use crate::{Error, Result};
 
 /// File name endings that count as images. Formats that cannot be decoded are listed too, so that
@@ -27,42 +28,15 @@ pub(crate) const SOURCE: Source = Source {
     name: "image-folder",
     layout: LAYOUT,
     recognises: |_| true,
-    list: image_folder,
+    list: |root, _| image_folder(root),
 };
-
-/// One image of a set: where it is and what it shows.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Sample {
-    /// File to read.
-    pub path: PathBuf,
-    /// Path below the root of the set with `/` between the parts: the same on every machine.
-    pub name: String,
-    /// Index into the class list.
-    pub label: u32,
-}
-
-/// A data set as it lies on disk: an ImageFolder tree, or what another [`Source`] lists.
-/// [`crate::split`](fn@crate::split) turns it into train, val and test.
-#[derive(Debug, Clone)]
-pub struct Folder {
-    /// The folder that was asked for.
-    pub root: PathBuf,
-    /// Class names in label order (byte order of the folder names).
-    pub classes: Vec<String>,
-    /// Training samples, sorted by class and name.
-    pub train: Vec<Sample>,
-    /// Samples under `val`, where that folder exists.
-    pub val: Option<Vec<Sample>>,
-    /// Samples under `test`, where that folder exists.
-    pub test: Option<Vec<Sample>>,
-}
 
 /// Lists an ImageFolder tree; no image is opened.
 ///
 /// # Errors
 /// [`Error::Layout`] or [`Error::Io`] with the path where the folder is missing, empty, unreadable,
 /// without classes or images, or where the parts have different classes.
-pub fn image_folder(root: &Path) -> Result<Folder> {
+pub fn image_folder(root: &Path) -> Result<Listing> {
     let meta = match std::fs::metadata(root) {
         Ok(meta) => meta,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
@@ -132,15 +106,16 @@ pub fn image_folder(root: &Path) -> Result<Folder> {
             "at least two classes: train/<class>/<image>",
         ));
     }
-    let train = part(root, &train_root, &classes)?;
+    let files = Root::new(root);
+    let train = part(&files, &train_root, &classes)?;
     let held_out = |name: Option<&str>| -> Result<Option<Vec<Sample>>> {
         let Some(name) = name else { return Ok(None) };
         let dir = root.join(name);
         same_classes(&classes, &sub_folders(&dir)?, &dir)?;
-        Ok(Some(part(root, &dir, &classes)?))
+        Ok(Some(part(&files, &dir, &classes)?))
     };
     let (val, test) = (held_out(val)?, held_out(has("test").then_some("test"))?);
-    Ok(Folder {
+    Ok(Listing {
         root: root.to_path_buf(),
         classes,
         train,
@@ -150,7 +125,7 @@ pub fn image_folder(root: &Path) -> Result<Folder> {
 }
 
 /// All images of one part, class by class.
-fn part(root: &Path, dir: &Path, classes: &[String]) -> Result<Vec<Sample>> {
+pub(crate) fn part(root: &Root, dir: &Path, classes: &[String]) -> Result<Vec<Sample>> {
     let mut samples = Vec::new();
     for (label, class) in classes.iter().enumerate() {
         let class_dir = dir.join(class);
@@ -170,9 +145,8 @@ fn part(root: &Path, dir: &Path, classes: &[String]) -> Result<Vec<Sample>> {
         }
         let first = samples.len();
         for path in files {
-            let name = relative_name(root, &path)?;
-            let label = label as u32;
-            samples.push(Sample { path, name, label });
+            let name = relative_name(root.path(), &path)?;
+            samples.push(Sample::file(root, name, label as u32));
         }
         samples[first..].sort_by(|a, b| a.name.cmp(&b.name));
         tracing::trace!(class, images = samples.len() - first, passed_over);
@@ -187,22 +161,18 @@ pub(crate) fn collect(
     files: &mut Vec<PathBuf>,
     other: &mut usize,
 ) -> Result<()> {
-    for (name, path) in entries(dir)? {
-        // `metadata` follows links, so a folder of links to images works.
-        let meta = std::fs::metadata(&path).map_err(Error::io(&path, "look at the file"))?;
-        if meta.is_dir() {
-            if depth == 0 {
+    for Entry { name, path, kind } in entries(dir)? {
+        match kind {
+            Kind::Folder if depth == 0 => {
                 return Err(Error::layout(
                     path,
                     "folders are nested too deeply here",
                     format!("images at most {MAX_DEPTH} folders below their class folder"),
                 ));
             }
-            collect(&path, depth - 1, files, other)?;
-        } else if meta.is_file() && is_image_name(&name) {
-            files.push(path);
-        } else {
-            *other += 1;
+            Kind::Folder => collect(&path, depth - 1, files, other)?,
+            Kind::File if is_image_name(&name) => files.push(path),
+            _ => *other += 1,
         }
     }
     Ok(())
@@ -216,34 +186,60 @@ pub(crate) fn is_image_name(name: &str) -> bool {
 }
 
 /// Names of the folders directly under `dir`, in byte order, hidden ones left out.
-fn sub_folders(dir: &Path) -> Result<Vec<String>> {
-    let mut names = Vec::new();
-    for (name, path) in entries(dir)? {
-        let meta = std::fs::metadata(&path).map_err(Error::io(&path, "look at the file"))?;
-        if meta.is_dir() {
-            names.push(name);
-        }
-    }
+pub(crate) fn sub_folders(dir: &Path) -> Result<Vec<String>> {
+    let folders = entries(dir)?.into_iter();
+    let folders = folders.filter(|entry| entry.kind == Kind::Folder);
+    let mut names: Vec<String> = folders.map(|entry| entry.name).collect();
     names.sort();
     Ok(names)
 }
 
-/// Names and paths in `dir`, hidden ones left out.
-fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
+struct Entry {
+    name: String,
+    path: PathBuf,
+    kind: Kind,
+}
+
+#[derive(PartialEq)]
+enum Kind {
+    Folder,
+    File,
+    Other,
+}
+
+/// What lies in `dir`, hidden entries left out.
+fn entries(dir: &Path) -> Result<Vec<Entry>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(Error::io(dir, "list the folder"))? {
         let entry = entry.map_err(Error::io(dir, "list the folder"))?;
-        let name = entry.file_name();
-        let Some(name) = name.to_str() else {
+        let path = entry.path();
+        let Ok(name) = entry.file_name().into_string() else {
             return Err(Error::layout(
-                entry.path(),
+                path,
                 "the name is not valid UTF-8",
                 "names in UTF-8: rename it",
             ));
         };
-        if !name.starts_with('.') {
-            found.push((name.to_owned(), entry.path()));
+        if name.starts_with('.') {
+            continue;
         }
+        // The folder knows what its entries are; only a link, which may stand for a file or a folder,
+        // must be looked at. With a million files that is most of the time.
+        let mut kind = entry
+            .file_type()
+            .map_err(Error::io(&path, "look at the file"))?;
+        if kind.is_symlink() {
+            let meta = std::fs::metadata(&path).map_err(Error::io(&path, "look at the file"))?;
+            kind = meta.file_type();
+        }
+        let kind = if kind.is_dir() {
+            Kind::Folder
+        } else if kind.is_file() {
+            Kind::File
+        } else {
+            Kind::Other
+        };
+        found.push(Entry { name, path, kind });
     }
     Ok(found)
 }
@@ -256,7 +252,7 @@ fn relative_name(root: &Path, path: &Path) -> Result<String> {
         .ok_or_else(|| Error::layout(path, "the name is not valid UTF-8", "names in UTF-8"))
 }
 
-fn same_classes(train: &[String], found: &[String], dir: &Path) -> Result<()> {
+pub(crate) fn same_classes(train: &[String], found: &[String], dir: &Path) -> Result<()> {
     let missing: Vec<&str> = difference(train, found);
     let extra: Vec<&str> = difference(found, train);
     if missing.is_empty() && extra.is_empty() {

@@ -1,0 +1,448 @@
+//! `isqrt data`: what lies on disk, whether it is whole, and sets to try things with.
+
+use crate::output::{self, show};
+use crate::progress::Counter;
+use anyhow::Context;
+use clap::{Args, Subcommand, ValueEnum};
+use isqrt_datasets::verify::{Level, Progress, Report, verify};
+use isqrt_datasets::{
+    IndexCache, ListOptions, Listing, Sample, Spread, class_histogram, e10, list_with, miniature,
+    part_stats,
+};
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// Look at data sets: list, check, measure, make small ones
+#[derive(Subcommand)]
+#[command(after_help = "Examples:
+  isqrt data verify cub-200-2011 CUB_200_2011
+  isqrt data stats imagenet --sample 2000
+  isqrt data make cars mini-cars")]
+pub enum Data {
+    Verify(Verify),
+    Index(Index),
+    Stats(Stats),
+    Make(Make),
+}
+
+impl Data {
+    pub fn run(&self, json: bool) -> anyhow::Result<()> {
+        match self {
+            Self::Verify(c) => c.run(json),
+            Self::Index(c) => c.run(json),
+            Self::Stats(c) => c.run(json),
+            Self::Make(c) => c.run(json),
+        }
+    }
+}
+
+/// Where a set lies and how it is read.
+#[derive(Args)]
+pub struct Place {
+    /// Folder, archive or list of images
+    #[arg(value_name = "DIR")]
+    root: PathBuf,
+    /// Labels to read, where a set has several (FGVC-Aircraft: variant, family, manufacturer)
+    #[arg(long, value_name = "NAME")]
+    labels: Option<String>,
+    /// Folder for the indices of archives [default: beside the archive]
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
+}
+
+impl Place {
+    fn options(&self) -> ListOptions {
+        let cache = self.cache.clone();
+        ListOptions {
+            labels: self.labels.clone(),
+            cache: cache.map_or(IndexCache::Beside, IndexCache::Folder),
+        }
+    }
+
+    fn list(&self) -> anyhow::Result<Listing> {
+        Ok(list_with(&self.root, &self.options())?)
+    }
+}
+
+/// The parts that a set has, with their names.
+fn parts(listing: &Listing) -> impl Iterator<Item = (&'static str, &[Sample])> {
+    [
+        Some(("train", listing.train.as_slice())),
+        listing.val.as_deref().map(|s| ("val", s)),
+        listing.test.as_deref().map(|s| ("test", s)),
+    ]
+    .into_iter()
+    .flatten()
+}
+
+/// Check that a set is whole: layout, counts, images, checksums
+///
+/// NAME is a set whose counts and checksums are known (imagenet-1k, cub-200-2011, stanford-cars,
+/// fgvc-aircraft-2013b), or a layout (`folder` and others), of which only what is listed can be checked.
+/// The exit code is 1 where something is wrong.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  isqrt data verify cub-200-2011 CUB_200_2011
+  isqrt data verify imagenet-1k /data/ILSVRC2012 --level decode
+  isqrt data verify folder photos")]
+pub struct Verify {
+    /// What the set is said to be
+    #[arg(value_name = "NAME")]
+    name: String,
+    #[command(flatten)]
+    place: Place,
+    /// How thoroughly to look; each level includes those before it, sha stands alone
+    #[arg(long, value_enum, default_value_t = LevelArg::Count)]
+    level: LevelArg,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LevelArg {
+    /// The lists can be read, and the classes are the expected ones
+    Layout,
+    /// Every listed file is there, and their numbers are the expected ones
+    Count,
+    /// Every image can be decoded
+    Decode,
+    /// Archives and lists in the folder or beside it have the known checksums
+    Sha,
+}
+
+impl Verify {
+    fn run(&self, json: bool) -> anyhow::Result<()> {
+        let level = match self.level {
+            LevelArg::Layout => Level::Layout,
+            LevelArg::Count => Level::Count,
+            LevelArg::Decode => Level::Decode,
+            LevelArg::Sha => Level::Checksum,
+        };
+        let counter = Counter::default();
+        let report = verify(
+            &self.name,
+            &self.place.root,
+            level,
+            &self.place.options(),
+            &|Progress { step, done, total }| counter.at(step, done, total),
+        )?;
+        counter.end();
+        if json {
+            output::json(&report)?;
+        } else {
+            show_report(&report)?;
+        }
+        let wrong = report.findings.len();
+        anyhow::ensure!(
+            wrong == 0,
+            "{}: {wrong} {} wrong with this {}",
+            report.root.display(),
+            if wrong == 1 { "thing is" } else { "things are" },
+            report.name
+        );
+        Ok(())
+    }
+}
+
+fn show_report(report: &Report) -> anyhow::Result<()> {
+    let found = report.found.iter();
+    let parts: Vec<Vec<String>> = found
+        .map(|(part, n)| {
+            let expected = report.expected.as_ref().and_then(|e| e.get(part));
+            let expected = expected.map_or_else(|| "?".to_owned(), ToString::to_string);
+            vec![part.clone(), n.to_string(), expected]
+        })
+        .collect();
+    if !parts.is_empty() {
+        output::line(&format!(
+            "{} in the layout {}, {} classes",
+            report.root.display(),
+            report.layout.unwrap_or("?"),
+            report.classes
+        ))?;
+        output::table(&["part", "images", "expected"], parts, 1)?;
+    }
+    for file in &report.matching_files {
+        output::line(&format!("right: {file}"))?;
+    }
+    for finding in &report.findings {
+        output::line(&format!("wrong: {finding}"))?;
+    }
+    match report.is_ok() {
+        true => output::line("nothing is wrong"),
+        false => Ok(()),
+    }
+}
+
+/// Write a small data set: the embedded one, or a miniature in an official layout
+///
+/// The embedded set E10 has 4500 textures in ten classes. Miniatures hold a few of its textures as JPEG
+/// files of different sizes, in the folders, lists and archives of the set that they are named after.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  isqrt data make e10 e10
+  isqrt data make cars mini-cars --classes 5 --train 20")]
+pub struct Make {
+    /// What to write
+    #[arg(value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(made()))]
+    name: String,
+    /// Folder to write it to: a new or an empty one
+    #[arg(value_name = "DIR")]
+    out: PathBuf,
+    /// Decides the images [default: 1 for e10, 2018]
+    #[arg(long, value_name = "S")]
+    seed: Option<u64>,
+    /// Classes of a miniature [default: 3]
+    #[arg(long, value_name = "K")]
+    classes: Option<usize>,
+    /// Training images a class [default: 6; e10: 300]
+    #[arg(long, value_name = "N")]
+    train: Option<usize>,
+    /// Images of each held-out part a class [default: 3; e10: 50 val, 100 test]
+    #[arg(long, value_name = "N")]
+    held_out: Option<usize>,
+}
+
+fn made() -> Vec<&'static str> {
+    let miniatures = miniature::MINIATURES.iter().map(|m| m.name);
+    std::iter::once("e10").chain(miniatures).collect()
+}
+
+impl Make {
+    fn run(&self, json: bool) -> anyhow::Result<()> {
+        if self.name == "e10" {
+            anyhow::ensure!(
+                self.classes.is_none(),
+                "--classes: the embedded set has {} classes",
+                e10::CLASSES
+            );
+            let usual = e10::Sizes::default();
+            let sizes = e10::Sizes {
+                train: self.train.unwrap_or(usual.train),
+                val: self.held_out.unwrap_or(usual.val),
+                test: self.held_out.unwrap_or(usual.test),
+            };
+            e10::generate(&self.out, self.seed.unwrap_or(1), sizes)?;
+        } else {
+            let usual = miniature::Options::default();
+            let options = miniature::Options {
+                seed: self.seed.unwrap_or(usual.seed),
+                classes: self.classes.unwrap_or(usual.classes),
+                train: self.train.unwrap_or(usual.train),
+                held_out: self.held_out.unwrap_or(usual.held_out),
+                ..usual
+            };
+            miniature::write(&self.name, &self.out, &options)?;
+        }
+        let listing = list_with(&self.out, &ListOptions::default())?;
+        let counts: Vec<(&str, usize)> = parts(&listing).map(|(p, s)| (p, s.len())).collect();
+        if json {
+            let mut object = serde_json::json!({"out": self.out, "classes": listing.classes.len()});
+            for (part, count) in counts {
+                object[part] = count.into();
+            }
+            return output::json(&object);
+        }
+        let counts: Vec<String> = counts.iter().map(|(p, n)| format!("{n} {p}")).collect();
+        output::line(&format!(
+            "wrote {}: {} images in {} classes",
+            self.out.display(),
+            counts.join(", "),
+            listing.classes.len()
+        ))
+    }
+}
+
+/// List a set; the index of an archive is written so that the next time is quick
+///
+/// The archives of ImageNet are read in place: the first time all their headers are read, which can
+/// take minutes, and remembered in a text file beside the archive or in --cache.
+#[derive(Args)]
+#[command(after_help = "Example:
+  isqrt data index ILSVRC2012_img_train.tar --out train.tsv")]
+pub struct Index {
+    #[command(flatten)]
+    place: Place,
+    /// Write the list: columns path, label and split; a set itself if it lies in the root of a folder
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
+impl Index {
+    fn run(&self, json: bool) -> anyhow::Result<()> {
+        let start = Instant::now();
+        let listing = self.place.list()?;
+        let seconds = start.elapsed().as_secs_f64();
+        if let Some(out) = &self.out {
+            let write = || -> std::io::Result<()> {
+                let mut file = isqrt_models::WholeFile::create(out)?;
+                let mut text = std::io::BufWriter::new(file.file()?);
+                writeln!(text, "path\tlabel\tsplit")?;
+                for (part, samples) in parts(&listing) {
+                    for sample in samples {
+                        let class = &listing.classes[sample.label as usize];
+                        writeln!(text, "{}\t{class}\t{part}", sample.name)?;
+                    }
+                }
+                text.flush()?;
+                drop(text);
+                file.finish()
+            };
+            write().with_context(|| format!("cannot write {}", out.display()))?;
+        }
+        let counts: Vec<(&str, usize)> = parts(&listing).map(|(p, s)| (p, s.len())).collect();
+        if json {
+            let mut object = serde_json::json!({
+                "root": self.place.root,
+                "classes": listing.classes.len(),
+                "seconds": seconds,
+                "out": self.out,
+            });
+            for (part, count) in counts {
+                object[part] = count.into();
+            }
+            return output::json(&object);
+        }
+        let counts: Vec<String> = counts.iter().map(|(p, n)| format!("{n} {p}")).collect();
+        output::line(&format!(
+            "{}: {} images in {} classes, listed in {} s",
+            self.place.root.display(),
+            counts.join(", "),
+            listing.classes.len(),
+            show(seconds)
+        ))?;
+        match &self.out {
+            Some(out) => output::line(&format!("wrote {}", out.display())),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Classes, sizes and channel statistics of each part
+///
+/// Means and deviations are over all pixels as they lie on disk, scaled to 0..1. Broken images are
+/// counted and named.
+#[derive(Args)]
+#[command(after_help = "Example:
+  isqrt data stats CUB_200_2011 --sample 1000")]
+pub struct Stats {
+    #[command(flatten)]
+    place: Place,
+    /// Look at this many images of each part, chosen with --seed [default: all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    sample: Option<u32>,
+    /// Which images --sample takes
+    #[arg(long, value_name = "S", default_value_t = 1)]
+    seed: u64,
+}
+
+impl Stats {
+    fn run(&self, json: bool) -> anyhow::Result<()> {
+        let listing = self.place.list()?;
+        let mut rows = Vec::new();
+        let mut broken = Vec::new();
+        let mut all = Vec::new();
+        for (part, samples) in parts(&listing) {
+            let limit = self.sample.map(|n| n as usize);
+            let total = limit.unwrap_or(usize::MAX).min(samples.len());
+            let counter = Counter::default();
+            let stats = part_stats(samples, limit, self.seed, &|done| {
+                counter.at("decoding", done as u64, total as u64);
+            })?;
+            counter.end();
+            let counts = class_histogram(samples, listing.classes.len());
+            if json {
+                let per_class: serde_json::Map<String, serde_json::Value> = listing
+                    .classes
+                    .iter()
+                    .zip(&counts)
+                    .map(|(class, &n)| (class.clone(), n.into()))
+                    .collect();
+                output::json(&serde_json::json!({
+                    "part": part, "stats": stats, "images_per_class": per_class,
+                }))?;
+                continue;
+            }
+            let spread = |spread: Option<Spread>| {
+                spread.map_or_else(String::new, |s| {
+                    format!("{} / {} / {}", s.least, s.median, s.most)
+                })
+            };
+            let three = |v: [f32; 3]| format!("{:.3} {:.3} {:.3}", v[0], v[1], v[2]);
+            rows.push(vec![
+                part.to_owned(),
+                stats.images.to_string(),
+                spread(Spread::of(counts.clone())),
+                spread(stats.width),
+                spread(stats.height),
+                three(stats.mean),
+                three(stats.std),
+                format!(
+                    "{} of {}",
+                    stats.broken.len(),
+                    stats.broken.len() + stats.decoded
+                ),
+            ]);
+            broken.extend(stats.broken);
+            all.push((part, counts));
+        }
+        if json {
+            return Ok(());
+        }
+        let head = [
+            "part",
+            "images",
+            "a class",
+            "width",
+            "height",
+            "mean",
+            "deviation",
+            "broken",
+        ];
+        output::line(&format!(
+            "{}: {} classes; least / median / most",
+            self.place.root.display(),
+            listing.classes.len()
+        ))?;
+        output::table(&head, rows, 1)?;
+        for (part, counts) in all {
+            output::line(&histogram(part, &listing.classes, &counts))?;
+        }
+        const SHOWN: usize = 10;
+        for image in broken.iter().take(SHOWN) {
+            output::line(&format!("broken: {}", image.problem))?;
+        }
+        if broken.len() > SHOWN {
+            output::line(&format!(
+                "and {} more, all of them with --json",
+                broken.len() - SHOWN
+            ))?;
+        }
+        Ok(())
+    }
+}
+
+/// Images a class as bars, or the smallest and largest classes where there are many.
+fn histogram(part: &str, classes: &[String], counts: &[usize]) -> String {
+    const SHOWN: usize = 24;
+    const BAR: usize = 40;
+    let most = counts.iter().copied().max().unwrap_or(0).max(1);
+    let mut order: Vec<usize> = (0..counts.len()).collect();
+    let mut text = format!("images of each class in {part}");
+    if order.len() > SHOWN {
+        order.sort_by_key(|&class| counts[class]);
+        order.drain(SHOWN / 2..counts.len() - SHOWN / 2);
+        text.push_str(&format!(", the {} smallest and largest", SHOWN / 2));
+    }
+    let width = order
+        .iter()
+        .map(|&c| classes[c].chars().count())
+        .max()
+        .unwrap_or(0)
+        .min(40);
+    for class in order {
+        let name: String = classes[class].chars().take(40).collect();
+        let bar = "█".repeat((counts[class] * BAR).div_ceil(most));
+        text.push_str(&format!("\n  {name:width$} {:6} {bar}", counts[class]));
+    }
+    text
+}
