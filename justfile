@@ -12,15 +12,23 @@ reproduce *ARGS:
 test *ARGS:
     cargo test --workspace {{ARGS}}
 
-# The slow tests as well: every backbone with every head.
+# The slow tests as well: every backbone with every head, listings as long as ImageNet's.
 test-all:
     cargo test --workspace -- --include-ignored
+
+# Damaged files of every kind, for SECONDS.
+fuzz SECONDS="600":
+    ISQRT_FUZZ_SECONDS={{SECONDS}} cargo test --workspace --test hostile -- --nocapture
+
+# MNIST and CIFAR, which need three hundred more crates.
+test-toy:
+    cargo test --package isqrt-datasets --features toy --lib toy
 
 # Formatting and clippy, warnings as errors.
 lint:
     cargo fmt --all --check && cargo clippy --workspace --all-targets -- -D warnings
 
-# Speed of the layer and of networks; `just bench --help` has the cases.
+# Speed of the layer, of networks and of loading; `just bench --help` has the cases.
 bench *ARGS:
     cargo run --release --package isqrt -- bench {{ARGS}}
 
