@@ -56,6 +56,7 @@ fn every_command_has_help_with_an_example() {
         &["data", "index", "--help"],
         &["data", "stats", "--help"],
         &["data", "make", "--help"],
+        &["data", "presets", "--help"],
         &["report", "--help"],
         &["models", "--help"],
         &["convert", "--help"],

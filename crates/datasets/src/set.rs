@@ -345,18 +345,25 @@ impl DataSet {
     /// Those of the three.
     pub fn open(root: &Path, pipeline: &Pipeline, seed: u64) -> Result<Self> {
         let parts = crate::split(crate::list(root)?, seed)?;
-        Self::decode(&parts, pipeline, Broken::Fail)
+        Self::decode(&parts, pipeline, pipeline, Broken::Fail)
     }
 
-    /// Decodes all parts to one size and takes the statistics of train.
+    /// Decodes all parts to one size, training images by their own pipeline, and takes the statistics of train.
     ///
     /// # Errors
     /// Those of [`decode_all`]; also [`Error::Size`] where the parts differ in size.
-    pub fn decode(parts: &Split, pipeline: &Pipeline, broken: Broken) -> Result<Self> {
-        let decode = |samples: &[Sample]| decode_all(samples, &parts.classes, pipeline, broken);
-        let (train, mut skipped) = decode(&parts.train)?;
+    pub fn decode(
+        parts: &Split,
+        train: &Pipeline,
+        eval: &Pipeline,
+        broken: Broken,
+    ) -> Result<Self> {
+        let decode = |samples: &[Sample], pipeline: &Pipeline| {
+            decode_all(samples, &parts.classes, pipeline, broken)
+        };
+        let (train, mut skipped) = decode(&parts.train, train)?;
         let mut held_out = |samples: &[Sample]| -> Result<ImageSet> {
-            let (set, left_out) = decode(samples)?;
+            let (set, left_out) = decode(samples, eval)?;
             skipped.extend(left_out);
             if (set.width, set.height) != (train.width, train.height) {
                 return Err(Error::Size {

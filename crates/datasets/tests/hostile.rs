@@ -102,12 +102,14 @@ impl Dice {
     }
 }
 
+type Read = dyn Fn(&Path, &[u8]);
+
 /// A kind of file: what to change, and what to do with the result.
 struct Target {
     name: &'static str,
     seeds: Vec<Vec<u8>>,
     limit: usize,
-    read: Box<dyn Fn(&Path, &[u8])>,
+    read: Box<Read>,
 }
 
 fn mat_files() -> Target {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use common::{png_bytes, put};
 use isqrt_datasets::{
     Batch, Broken, Epoch, ImageSet, Images, Loader, LoaderConfig, Pipeline, Position, Remainder,
-    Root, Sample, Shard,
+    Root, Sample, Shard, Step,
 };
 
 /// `n` images of 6x6 pixels, all different.
@@ -34,7 +34,19 @@ fn files(dir: &Path, n: usize) -> Vec<Sample> {
 }
 
 fn random() -> Pipeline {
-    Pipeline::moved_and_flipped(6, 2, true).normalising([0.5, 0.4, 0.3], [0.2, 0.25, 0.5])
+    let steps = vec![
+        Step::RandomCrop {
+            size: 6,
+            padding: 2,
+            reflect: true,
+        },
+        Step::HorizontalFlip { p: 0.5 },
+    ];
+    let pipeline = Pipeline {
+        steps,
+        ..Pipeline::identity()
+    };
+    pipeline.normalising([0.5, 0.4, 0.3], [0.2, 0.25, 0.5])
 }
 
 fn crops() -> Pipeline {

@@ -25,7 +25,7 @@ fn open(name: &str, pipeline: &Pipeline, classes: usize, sizes: (usize, usize, u
         assert!((0.15..0.4).contains(&set.stats.std[c]), "{:?}", set.stats);
     }
 
-    let moved = Pipeline::moved_and_flipped(64, 4, true);
+    let (_, moved) = Pipeline::preset("small64-train").unwrap().split_random();
     let moved = moved.normalising(set.stats.mean, set.stats.std);
     let loader = Loader::new(set.train.clone(), moved, LoaderConfig::train(64, 1)).unwrap();
     let start = Instant::now();

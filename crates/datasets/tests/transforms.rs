@@ -224,7 +224,11 @@ fn keys_alone_decide() {
 
 #[test]
 fn presets_are_sound_and_names_are_suggested() {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/loading.md");
+    let docs = std::fs::read_to_string(docs).unwrap();
     for preset in PRESETS {
+        let line = format!("| `{}` | {} |", preset.name, preset.about);
+        assert!(docs.contains(&line), "docs/loading.md lacks {line}");
         let pipeline = Pipeline::preset(preset.name).unwrap();
         pipeline.check().unwrap();
         assert!(pipeline.output_size().is_some(), "{}", preset.name);

@@ -6,6 +6,7 @@ mod common;
 use common::{small, twin};
 use isqrt_datasets::{Broken, e10};
 use isqrt_experiments::run::{Data, Source};
+use isqrt_experiments::spec::Transforms;
 
 const SMOKE: e10::Sizes = e10::Sizes {
     train: 8,
@@ -14,16 +15,18 @@ const SMOKE: e10::Sizes = e10::Sizes {
 };
 
 #[test]
-fn experiments_whose_recipes_take_the_images_at_other_sizes_are_refused() {
+fn experiments_whose_recipes_make_other_inputs_of_the_images_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let source = Source::Embedded(dir.path().to_owned());
     let (first, same) = (small(), twin(str::to_owned));
     let mut other = same.clone();
-    other.recipes.get_mut("small").unwrap().side = 64;
+    let recipe = other.recipes.get_mut("small").unwrap();
+    recipe.eval_transforms = Transforms::Preset("small64-eval".to_owned());
+    recipe.train_transforms = recipe.eval_transforms.clone();
     let info = source.describe_unwritten(&[&first, &same], true).unwrap();
     assert_eq!(info.unwrap().side, 32);
-    let message = "twin.toml: recipe `small` takes these images at 64 pixels, but `small` of \
-                   `small` at 32: run the two one after the other";
+    let message = "twin.toml: recipe `small` makes other inputs of these images than `small` of \
+                   `small`: run the two one after the other";
     let both = [&first, &other];
     let error = source.describe_unwritten(&both, true).unwrap_err();
     assert_eq!(error.to_string(), message);

@@ -266,3 +266,51 @@ fn a_backbone_takes_options_and_wrong_ones_are_told() {
     let bad = with(r#"{ name = "resnet20", reductoin = 16 }"#);
     refused(SMALL, &bad, "unknown field `reductoin`");
 }
+
+#[test]
+fn transforms_are_named_or_spelled_out() {
+    let with = |transforms: &str| {
+        let line = format!("[recipes.small]\n{transforms}");
+        PART.replace("[recipes.small]", &line)
+    };
+    assert!(PART.contains("[recipes.small]"));
+    let crop = r#"train_transforms = [{ step = "random_resized_crop", size = 32 }]"#;
+    let library = with(crop);
+    let library = Library::from_files([("small.toml", SMALL), ("_base/part.toml", &library)]);
+    let recipe = &library.load("small").unwrap().recipes["small"];
+    let (train, eval, side) = recipe.pipelines().unwrap();
+    assert!(train.is_random() && !eval.is_random());
+    assert_eq!(side, 32);
+    for (transforms, expected) in [
+        (
+            r#"train_transforms = "small32-trian""#,
+            "nearest is \"small32-train\"",
+        ),
+        (r#"eval_transforms = "small32-train""#, "must not be random"),
+        (
+            r#"train_transforms = "small64-train""#,
+            "squares of one size",
+        ),
+        (r#"eval_transforms = "cub-eval""#, "several views"),
+        (
+            r#"train_transforms = [{ step = "centre_crop", size = 32 }]"#,
+            "centre_crop",
+        ),
+        (
+            r#"train_transforms = [{ step = "center_crop", size = 0 }]"#,
+            "size = 0",
+        ),
+        (
+            "train_transforms = 7",
+            "the name of a preset, or a list of steps",
+        ),
+    ] {
+        let part = with(transforms);
+        let library = Library::from_files([("small.toml", SMALL), ("_base/part.toml", &part)]);
+        let error = library.load("small").unwrap_err().to_string();
+        assert!(
+            error.contains(expected) && error.contains(".toml"),
+            "{error}"
+        );
+    }
+}

@@ -1,6 +1,6 @@
 //! How a network is trained, as data.
 
-use isqrt_datasets::Pipeline;
+use isqrt_datasets::Step;
 use isqrt_models::ModelSpec;
 use isqrt_nn::{Decay, Mode, Schedule, SgdConfig};
 use serde::{Deserialize, Serialize};
@@ -37,9 +37,10 @@ pub struct TrainConfig {
     /// Label smoothing; 0 by default.
     #[serde(default)]
     pub label_smoothing: f64,
-    /// Random changes of the training images; none by default.
+    /// What is done to the training images anew each epoch; nothing by default. Inputs keep the size of
+    /// the images.
     #[serde(default)]
-    pub augment: AugmentConfig,
+    pub augment: Vec<Step>,
     /// Batch norm trains with its running statistics as constants, see [`Mode::Frozen`]; for
     /// networks that are trained already. Off by default.
     #[serde(default)]
@@ -50,36 +51,6 @@ pub struct TrainConfig {
 
 fn default_momentum() -> f64 {
     0.9
-}
-
-/// Random changes of the training images.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct AugmentConfig {
-    /// Mirror left to right, half of the time.
-    pub flip: bool,
-    /// Pad by reflection by so many pixels, then crop at random.
-    pub pad_crop: usize,
-}
-
-impl AugmentConfig {
-    /// What it makes of images of `size` (rows, columns).
-    ///
-    /// # Errors
-    /// [`Error::Config`] where images are to be moved that are no squares, or by more than they are wide.
-    pub(crate) fn pipeline(self, (rows, columns): (usize, usize)) -> Result<Pipeline> {
-        let padding = self.pad_crop;
-        if padding > 0 && (rows != columns || padding >= rows) {
-            return Err(Error::Config {
-                what: "augment.pad_crop",
-                value: padding.to_string(),
-                expected: format!(
-                    "0, or images that are squares of more than {padding} pixels; these have {columns}x{rows}"
-                ),
-            });
-        }
-        Ok(Pipeline::moved_and_flipped(rows, padding, self.flip))
-    }
 }
 
 impl TrainConfig {

@@ -47,13 +47,14 @@ pub fn train_network(
             });
         }
     }
-    let (stats, size) = (train.channel_stats(), train.image_size());
+    let stats = train.channel_stats();
     let loader = Loader::new(
         train,
-        config
-            .augment
-            .pipeline(size)?
-            .normalising(stats.mean, stats.std),
+        Pipeline {
+            steps: config.augment.clone(),
+            ..Pipeline::identity()
+        }
+        .normalising(stats.mean, stats.std),
         LoaderConfig::train(config.batch, config.seed),
     )?;
     let device = Device::Cpu;

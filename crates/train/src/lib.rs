@@ -13,7 +13,7 @@ mod metrics;
 mod observer;
 mod predict;
 
-pub use config::{AugmentConfig, TrainConfig};
+pub use config::TrainConfig;
 pub use engine::{evaluate, train, train_network};
 pub use error::{Error, Result};
 pub use feature_file::FeatureFile;

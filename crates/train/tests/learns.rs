@@ -4,11 +4,10 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use isqrt_datasets::ImageSet;
+use isqrt_datasets::{ImageSet, Step};
 use isqrt_models::{BackboneSpec, ModelSpec, RepresentationSpec};
 use isqrt_train::{
-    AugmentConfig, EpochMetrics, Error, Observer, Silent, TrainConfig, TrainResult, train,
-    train_network,
+    EpochMetrics, Error, Observer, Silent, TrainConfig, TrainResult, train, train_network,
 };
 
 const SIDE: usize = 16;
@@ -73,10 +72,14 @@ fn every_head_learns() {
 #[test]
 fn a_seed_fixes_every_bit_whatever_the_threads() {
     let config = TrainConfig {
-        augment: AugmentConfig {
-            flip: true,
-            pad_crop: 2,
-        },
+        augment: vec![
+            Step::RandomCrop {
+                size: SIDE,
+                padding: 2,
+                reflect: true,
+            },
+            Step::HorizontalFlip { p: 0.5 },
+        ],
         epochs: 2,
         ..config("isqrt")
     };

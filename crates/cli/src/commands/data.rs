@@ -6,8 +6,8 @@ use anyhow::Context;
 use clap::{Args, Subcommand, ValueEnum};
 use isqrt_datasets::verify::{Level, Progress, Report, verify};
 use isqrt_datasets::{
-    IndexCache, ListOptions, Listing, Sample, Spread, class_histogram, e10, list_with, miniature,
-    part_stats,
+    IndexCache, ListOptions, Listing, PRESETS, Preset, Sample, Spread, class_histogram, e10,
+    list_with, miniature, part_stats,
 };
 use std::io::Write;
 use std::path::PathBuf;
@@ -24,6 +24,7 @@ pub enum Data {
     Index(Index),
     Stats(Stats),
     Make(Make),
+    Presets(Presets),
 }
 
 impl Data {
@@ -33,6 +34,7 @@ impl Data {
             Self::Index(c) => c.run(json),
             Self::Stats(c) => c.run(json),
             Self::Make(c) => c.run(json),
+            Self::Presets(c) => c.run(json),
         }
     }
 }
@@ -418,6 +420,36 @@ impl Stats {
             ))?;
         }
         Ok(())
+    }
+}
+
+/// Transforms that have names: what each does and which recipe it is
+///
+/// With --json every step of them, as experiment files spell them out.
+#[derive(Args)]
+#[command(after_help = "Example:
+  isqrt data presets")]
+pub struct Presets {}
+
+impl Presets {
+    fn run(&self, json: bool) -> anyhow::Result<()> {
+        if json {
+            for preset in PRESETS {
+                output::json(&serde_json::json!({
+                    "name": preset.name,
+                    "about": preset.about,
+                    "source": preset.source,
+                    "pipeline": preset.pipeline(),
+                }))?;
+            }
+            return Ok(());
+        }
+        let row = |preset: &Preset| vec![preset.name.to_owned(), preset.about.to_owned()];
+        output::table(
+            &["name", "what it does"],
+            PRESETS.iter().map(row).collect(),
+            2,
+        )
     }
 }
 

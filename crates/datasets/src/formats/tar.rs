@@ -218,7 +218,7 @@ pub fn write(files: &[(String, Vec<u8>)]) -> Result<Vec<u8>, String> {
 /// The header of a file of `length` bytes, which follow it, padded to 512.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn header(name: &str, length: u64) -> Result<[u8; BLOCK as usize], String> {
     let mut header = [0; BLOCK as usize];
     let (prefix, short) = match name.len() {

@@ -33,25 +33,20 @@ impl Pipeline {
     /// Whether an image gives other inputs in another epoch.
     #[must_use]
     pub fn is_random(&self) -> bool {
-        self.steps.iter().any(|step| match *step {
-            Step::RandomResizedCrop { .. } | Step::RandomCrop { .. } => true,
-            Step::JitterCrop {
-                scale,
-                ratio,
-                centred,
-                ..
-            } => !centred || scale.0 < scale.1 || ratio.0 < ratio.1,
-            Step::HorizontalFlip { p } => p > 0.0 && p < 1.0,
-            Step::ColorJitter {
-                brightness,
-                contrast,
-                saturation,
-                hue,
-            } => brightness + contrast + saturation + hue > 0.0,
-            Step::Lighting { std } => std > 0.0,
-            Step::Brightness { deviation } => deviation.iter().any(|&d| d > 0.0),
-            _ => false,
-        })
+        self.steps.iter().any(Step::is_random)
+    }
+
+    /// The steps before the first random one, and the rest: what can be done once, and what each epoch
+    /// does anew.
+    #[must_use]
+    pub fn split_random(&self) -> (Self, Self) {
+        let first = self.steps.iter().position(Step::is_random);
+        let (once, anew) = self.steps.split_at(first.unwrap_or(self.steps.len()));
+        let with = |steps: &[Step]| Self {
+            steps: steps.to_vec(),
+            ..self.clone()
+        };
+        (with(once), with(anew))
     }
 
     /// Whether its numbers make sense.
@@ -104,6 +99,29 @@ impl Pipeline {
 }
 
 impl Step {
+    /// Whether it does something else to the same image in another epoch.
+    fn is_random(&self) -> bool {
+        match *self {
+            Self::RandomResizedCrop { .. } | Self::RandomCrop { .. } => true,
+            Self::JitterCrop {
+                scale,
+                ratio,
+                centred,
+                ..
+            } => !centred || scale.0 < scale.1 || ratio.0 < ratio.1,
+            Self::HorizontalFlip { p } => p > 0.0 && p < 1.0,
+            Self::ColorJitter {
+                brightness,
+                contrast,
+                saturation,
+                hue,
+            } => brightness + contrast + saturation + hue > 0.0,
+            Self::Lighting { std } => std > 0.0,
+            Self::Brightness { deviation } => deviation.iter().any(|&d| d > 0.0),
+            _ => false,
+        }
+    }
+
     /// Width and height after this step, where `size` is what was known before.
     fn size_after(&self, size: Option<(usize, usize)>) -> Option<(usize, usize)> {
         match *self {

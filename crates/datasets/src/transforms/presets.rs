@@ -207,17 +207,14 @@ fn matconvnet(size: usize, scale: (f64, f64), ratio: (f64, f64)) -> Vec<Step> {
 fn small(size: usize, train: bool) -> Vec<Step> {
     let mut steps = vec![Step::CenterSquare {}, both(size)];
     if train {
-        steps.extend([moved(size, 4), FLIP]);
+        let moved = Step::RandomCrop {
+            size,
+            padding: 4,
+            reflect: true,
+        };
+        steps.extend([moved, FLIP]);
     }
     steps
-}
-
-fn moved(size: usize, padding: usize) -> Step {
-    Step::RandomCrop {
-        size,
-        padding,
-        reflect: true,
-    }
 }
 
 impl Preset {
@@ -251,20 +248,6 @@ impl Pipeline {
     #[must_use]
     pub fn imagenet_train(size: usize) -> Self {
         Self::of(random_resized(size))
-    }
-
-    /// The usual augmentation of small square images: moved by up to `padding` pixels, mirrored half of
-    /// the time. For images that are squares of `side` already.
-    #[must_use]
-    pub fn moved_and_flipped(side: usize, padding: usize, flip: bool) -> Self {
-        let mut steps = Vec::new();
-        if padding > 0 {
-            steps.push(moved(side, padding));
-        }
-        if flip {
-            steps.push(FLIP);
-        }
-        Self::of(steps)
     }
 
     /// With another mean and deviation (red, green, blue; pixels scaled to 0..1).

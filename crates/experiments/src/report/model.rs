@@ -265,14 +265,15 @@ fn facts(planned: &Planned, results: &Results<'_>) -> Vec<(String, String)> {
             facts.push((
                 "training".to_owned(),
                 format!(
-                    "{}, {} epochs, batch {}, SGD momentum {}, weight decay {}, cosine schedule{}{}",
+                    "{}, {} epochs, batch {}, SGD momentum {}, weight decay {}, cosine schedule; \
+                     images {} in training, {} in evaluation",
                     r.backbone,
                     r.epochs,
                     r.batch,
                     r.momentum,
                     r.weight_decay,
-                    if r.flip { ", mirror images" } else { "" },
-                    if r.pad_crop > 0 { ", random crops" } else { "" }
+                    r.train_transforms,
+                    r.eval_transforms
                 ),
             ));
         }

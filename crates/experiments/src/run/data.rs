@@ -37,6 +37,7 @@ impl Source {
             return Ok(None);
         }
         let (recipe_name, recipe) = recipe_for(experiments, e10::IMAGE_SIDE as u32)?;
+        let (_, _, side) = pipelines(recipe)?;
         Ok(Some(DataInfo {
             name: embedded_name(),
             note: "not written yet".to_owned(),
@@ -45,7 +46,7 @@ impl Source {
             train: sizes.train * e10::CLASSES,
             val: sizes.val * e10::CLASSES,
             test: sizes.test * e10::CLASSES,
-            side: recipe.side,
+            side,
             recipe: recipe_name.to_owned(),
             skipped: Vec::new(),
         }))
@@ -75,11 +76,13 @@ fn recipe_for<'a>(experiments: &[&'a Experiment], side: u32) -> Result<(&'a str,
         })?;
         match chosen {
             None => chosen = Some((experiment, name, recipe)),
-            Some((first, its_name, its)) if (its_name, its.side) != (name, recipe.side) => {
+            Some((first, its_name, its))
+                if its_name != name || its.transforms() != recipe.transforms() =>
+            {
                 let message = format!(
-                    "recipe `{name}` takes these images at {} pixels, but `{its_name}` of `{}` \
-                     at {}: run the two one after the other",
-                    recipe.side, first.id, its.side
+                    "recipe `{name}` makes other inputs of these images than `{its_name}` of `{}`: \
+                     run the two one after the other",
+                    first.id
                 );
                 return Err(spec(experiment, message));
             }
@@ -89,6 +92,11 @@ fn recipe_for<'a>(experiments: &[&'a Experiment], side: u32) -> Result<(&'a str,
     chosen
         .map(|(_, name, recipe)| (name, recipe))
         .ok_or_else(|| crate::Error::Unsupported("no experiment trains networks".to_owned()))
+}
+
+/// Those of a recipe, which was checked when its file was read.
+fn pipelines(recipe: &Recipe) -> Result<(Pipeline, Pipeline, u32)> {
+    recipe.pipelines().map_err(crate::Error::Unsupported)
 }
 
 /// Decoded images and what is recorded about them.
@@ -133,9 +141,11 @@ impl Data {
         };
         let side = side.map_or(0, |image| image.width.min(image.height) as u32);
         let (recipe_name, recipe) = recipe_for(experiments, side)?;
-        let square = Pipeline::square(recipe.side as usize);
+        let (train, eval, side) = pipelines(recipe)?;
+        // What is random is left to the loader.
+        let (train, _) = train.split_random();
         let classes = parts.classes.len();
-        let mut set = DataSet::decode(&parts, &square, broken)?;
+        let mut set = DataSet::decode(&parts, &train, &eval, broken)?;
         if smoke {
             set.note.push_str("; a few images a class");
         }
@@ -147,7 +157,7 @@ impl Data {
             train: set.train.len(),
             val: set.val.len(),
             test: set.test.len(),
-            side: recipe.side,
+            side,
             recipe: recipe_name.to_owned(),
             skipped: set.skipped.clone(),
         };

@@ -6,7 +6,7 @@ use crate::plan::Training;
 use crate::record::{EpochRecord, Measurement};
 use crate::spec::{Head, HeadName};
 use isqrt_models::{ModelSpec, RepresentationSpec};
-use isqrt_train::{AugmentConfig, EpochMetrics, Observer, TrainConfig, train};
+use isqrt_train::{EpochMetrics, Observer, TrainConfig, train};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -66,7 +66,8 @@ pub(super) fn run(
     })
 }
 
-/// The engine's configuration; none without a learning rate.
+/// The engine's configuration; none without a learning rate. What is not random has been done to the
+/// images when they were decoded.
 fn config(training: &Training, seed: u64, classes: usize) -> Option<TrainConfig> {
     let recipe = &training.recipe;
     Some(TrainConfig {
@@ -84,10 +85,7 @@ fn config(training: &Training, seed: u64, classes: usize) -> Option<TrainConfig>
         weight_decay: recipe.weight_decay,
         decay: isqrt_nn::Decay::default(),
         label_smoothing: 0.0,
-        augment: AugmentConfig {
-            flip: recipe.flip,
-            pad_crop: recipe.pad_crop,
-        },
+        augment: recipe.pipelines().ok()?.0.split_random().1.steps,
         frozen_norm: false,
         seed,
     })

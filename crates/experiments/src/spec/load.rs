@@ -245,11 +245,14 @@ fn check(e: &Experiment, file: &str) -> Result<()> {
         return fail("rows are trained, so `recipes` and `seeds` of at least 1 are needed".into());
     }
     for (name, recipe) in &e.recipes {
-        if recipe.backbone.name.is_empty() || recipe.batch == 0 || recipe.side == 0 {
-            return fail(format!("recipe `{name}` needs `backbone`, `batch`, `side`"));
+        if recipe.backbone.name.is_empty() || recipe.batch == 0 {
+            return fail(format!("recipe `{name}` needs `backbone`, `batch`"));
         }
         if recipe.epochs == 0 {
             return fail(format!("recipe `{name}`: `epochs` must be at least 1"));
+        }
+        if let Err(error) = recipe.pipelines() {
+            return fail(format!("recipe `{name}`: {error}"));
         }
         let mut vars = Vars::new(0, DType::F32, &Device::Cpu);
         let BackboneSpec { options, .. } = &recipe.backbone;

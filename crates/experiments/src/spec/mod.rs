@@ -12,6 +12,7 @@ mod size;
 pub use load::Library;
 pub use size::{check_decomposition_size, check_size};
 
+use isqrt_datasets::{Pipeline, Step};
 use isqrt_models::BackboneSpec;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -106,8 +107,10 @@ impl Default for DecompositionSettings {
 pub struct Recipe {
     /// Used when the images' shorter side is at most this.
     pub up_to_side: u32,
-    /// Side of the square input in pixels.
-    pub side: u32,
+    /// What becomes of training images: the name of a preset (`isqrt data presets`) or a list of steps.
+    pub train_transforms: Transforms,
+    /// The same for the images that are evaluated on; nothing random, and inputs of the same size.
+    pub eval_transforms: Transforms,
     /// Name in the registry of backbones, or a table with the name and its options.
     pub backbone: BackboneSpec,
     /// Passes over the training images.
@@ -118,10 +121,6 @@ pub struct Recipe {
     pub momentum: f64,
     /// On weights only.
     pub weight_decay: f64,
-    /// Random mirror image.
-    pub flip: bool,
-    /// Reflecting border of a random crop, in pixels; 0 for none.
-    pub pad_crop: usize,
     /// Seconds for a thousand images seen in training, on a 4-core machine: the plan's first guess,
     /// replaced by measured times as soon as there are any.
     pub seconds_per_1000: f64,
@@ -131,15 +130,110 @@ impl Default for Recipe {
     fn default() -> Self {
         Self {
             up_to_side: u32::MAX,
-            side: 32,
+            train_transforms: Transforms::Preset("small32-eval".to_owned()),
+            eval_transforms: Transforms::Preset("small32-eval".to_owned()),
             backbone: BackboneSpec::new(""),
             epochs: 1,
             batch: 64,
             momentum: 0.9,
             weight_decay: 5e-4,
-            flip: false,
-            pad_crop: 0,
             seconds_per_1000: 0.2,
+        }
+    }
+}
+
+/// What becomes of images: a pipeline with a name, or one that is spelled out.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Transforms {
+    /// One of `isqrt_datasets::PRESETS`.
+    Preset(String),
+    /// Its steps.
+    Steps(Vec<Step>),
+}
+
+impl Transforms {
+    /// The pipeline, checked.
+    ///
+    /// # Errors
+    /// Of `isqrt-datasets`: an unknown name with the nearest one, a step that cannot be.
+    pub fn pipeline(&self) -> isqrt_datasets::Result<Pipeline> {
+        let pipeline = match self {
+            Self::Preset(name) => Pipeline::preset(name)?,
+            Self::Steps(steps) => Pipeline {
+                steps: steps.clone(),
+                ..Pipeline::identity()
+            },
+        };
+        pipeline.check()?;
+        Ok(pipeline)
+    }
+}
+
+impl std::fmt::Display for Transforms {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Preset(name) => f.write_str(name),
+            // As in an experiment file, on one line.
+            Self::Steps(steps) => f.write_str(&serde_json::to_string(steps).unwrap_or_default()),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Transforms {
+    /// Not derived, so that a wrong step is told as such and not as "no variant".
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
+        struct Either;
+        impl<'de> serde::de::Visitor<'de> for Either {
+            type Value = Transforms;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("the name of a preset, or a list of steps")
+            }
+
+            fn visit_str<E>(self, name: &str) -> std::result::Result<Transforms, E> {
+                Ok(Transforms::Preset(name.to_owned()))
+            }
+
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(
+                self,
+                steps: A,
+            ) -> std::result::Result<Transforms, A::Error> {
+                let steps = serde::de::value::SeqAccessDeserializer::new(steps);
+                Deserialize::deserialize(steps).map(Transforms::Steps)
+            }
+        }
+        d.deserialize_any(Either)
+    }
+}
+
+impl Recipe {
+    /// What becomes of images in training and in evaluation.
+    pub fn transforms(&self) -> [&Transforms; 2] {
+        [&self.train_transforms, &self.eval_transforms]
+    }
+
+    /// Pipelines of training and of evaluation, and the side of their square inputs.
+    ///
+    /// # Errors
+    /// A sentence where they do not fit each other.
+    pub fn pipelines(&self) -> std::result::Result<(Pipeline, Pipeline, u32), String> {
+        let get = |transforms: &Transforms| transforms.pipeline().map_err(|e| e.to_string());
+        let train = get(&self.train_transforms)?;
+        let eval = get(&self.eval_transforms)?;
+        if eval.is_random() || eval.views() != 1 || train.views() != 1 {
+            return Err(
+                "`eval_transforms` must not be random, and neither may make several views".into(),
+            );
+        }
+        match (train.output_size(), eval.output_size()) {
+            (Some((height, width)), Some(other)) if height == width && other == (height, width) => {
+                Ok((train, eval, height as u32))
+            }
+            (of_train, of_eval) => Err(format!(
+                "`train_transforms` and `eval_transforms` must give squares of one size, and they give \
+                 {of_train:?} and {of_eval:?} (rows, columns)"
+            )),
         }
     }
 }

@@ -51,7 +51,6 @@ y_label = "error (%)"
 
 pub const PART: &str = r#"
 [recipes.small]
-side = 32
 backbone = "e10net"
 epochs = 3
 batch = 8
