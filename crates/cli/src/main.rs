@@ -10,7 +10,7 @@ mod plot;
 mod progress;
 
 use clap::{Args, Parser, Subcommand};
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 /// Second-order pooling by iterative matrix square root (iSQRT-COV): reproduce, compare, time.
@@ -88,6 +88,8 @@ fn one_line(error: &anyhow::Error) -> String {
 fn run(cli: &Cli) -> anyhow::Result<()> {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
         .with_max_level(tracing::Level::WARN)
         .without_time()
         .init();

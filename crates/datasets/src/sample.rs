@@ -72,6 +72,24 @@ impl Root {
         })))
     }
 
+    /// Checks that a file may be read, for paths from somebody else's list.
+    fn holds(&self, path: &Path) -> Result<()> {
+        let Some(real_root) = &self.0.confined else {
+            return Ok(());
+        };
+        let real = path
+            .canonicalize()
+            .map_err(Error::io(path, "read the file"))?;
+        if real.starts_with(real_root) {
+            return Ok(());
+        }
+        Err(Error::layout(
+            path,
+            format!("a link leads to {}", real.display()),
+            "files below the folder of the list: put the list into the folder that the link leads to",
+        ))
+    }
+
     /// The folder.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -203,12 +221,21 @@ impl Sample {
         }
     }
 
-    /// Whether its file is there. A piece of an archive is, since the archive was read to list it.
+    /// Whether its file is there, and where it may be. A piece of an archive is, since the archive was read to list it.
     pub(crate) fn is_there(&self) -> bool {
-        match self.place {
-            Place::File { .. } => self.path().is_file(),
+        match &self.place {
+            Place::File { root, .. } => {
+                let path = self.path();
+                path.is_file() && root.holds(&path).is_ok()
+            }
             Place::Piece { .. } | Place::Memory(_) => true,
         }
+    }
+
+    /// The file that the image is, if it is one and no piece of an archive.
+    #[must_use]
+    pub fn own_file(&self) -> Option<PathBuf> {
+        matches!(self.place, Place::File { .. }).then(|| self.path())
     }
 
     /// Reads the bytes of the image into `bytes`, which is emptied first.
@@ -221,18 +248,7 @@ impl Sample {
         match &self.place {
             Place::File { root, .. } => {
                 let path = self.path();
-                if let Some(real_root) = &root.0.confined {
-                    let real = path
-                        .canonicalize()
-                        .map_err(Error::io(&path, "read the file"))?;
-                    if !real.starts_with(real_root) {
-                        return Err(Error::layout(
-                            path,
-                            format!("a link leads to {}", real.display()),
-                            "files below the folder of the list",
-                        ));
-                    }
-                }
+                root.holds(&path)?;
                 read_file(&path, bytes)
             }
             Place::Piece {
@@ -315,7 +331,10 @@ pub(crate) fn below_root(path: &str) -> Result<String, String> {
         return Err(format!("a path of {} bytes", path.len()));
     }
     if path.starts_with('/') || path.get(1..2) == Some(":") {
-        return Err(format!("the absolute path {:?}", shown()));
+        return Err(format!(
+            "the absolute path {:?} (write it relative to this folder)",
+            shown()
+        ));
     }
     if path.contains(['\\', '\0']) {
         return Err(format!("the path {:?}", shown()));

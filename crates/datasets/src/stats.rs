@@ -48,9 +48,9 @@ pub struct PartStats {
     /// Bytes on disk.
     pub bytes: Option<Spread>,
     /// Mean of each channel over all pixels as they lie on disk, scaled to 0..1.
-    pub mean: [f32; 3],
+    pub mean: Option<[f32; 3]>,
     /// Standard deviation of each channel (divisor n), scaled to 0..1.
-    pub std: [f32; 3],
+    pub std: Option<[f32; 3]>,
     /// Images that could not be decoded.
     pub broken: Vec<Skipped>,
 }
@@ -118,7 +118,7 @@ pub fn part_stats(
             Err(image) => broken.push(image),
         }
     }
-    let stats = sums.stats();
+    let stats = (!sizes.is_empty()).then(|| sums.stats());
     let spread =
         |of: fn(&(usize, usize, usize)) -> usize| Spread::of(sizes.iter().map(of).collect());
     Ok(PartStats {
@@ -127,8 +127,8 @@ pub fn part_stats(
         width: spread(|size| size.0),
         height: spread(|size| size.1),
         bytes: spread(|size| size.2),
-        mean: stats.mean,
-        std: stats.std,
+        mean: stats.map(|s| s.mean),
+        std: stats.map(|s| s.std),
         broken,
     })
 }
@@ -173,7 +173,7 @@ mod tests {
             (stats.width.unwrap().most, stats.height.unwrap().least),
             (2, 3)
         );
-        assert_eq!((stats.mean, stats.std), ([0.5; 3], [0.5; 3]));
+        assert_eq!((stats.mean, stats.std), (Some([0.5; 3]), Some([0.5; 3])));
         let few = part_stats(&samples, Some(2), 1, &|_| {}).unwrap();
         assert_eq!(few.decoded + few.broken.len(), 2);
         assert!(part_stats(&[], None, 0, &|_| {}).is_err());

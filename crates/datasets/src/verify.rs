@@ -12,6 +12,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::manifest::{Checksum, Manifest};
+use crate::miniature::MINIATURES;
 use crate::sample::Sample;
 use crate::sources::{ListOptions, Listing, SOURCES, Source};
 use crate::{Error, Result};
@@ -100,7 +101,9 @@ pub enum Kind {
     Count,
     /// Another number of images in classes of a part.
     ClassCount,
-    /// Listed files that are not there.
+    /// Images that are in two parts or listed twice.
+    Twice,
+    /// Listed files that are not there, or that lie outside of the folder of their list.
     MissingFile,
     /// Images that cannot be decoded.
     BrokenImage,
@@ -162,15 +165,16 @@ pub fn verify(
     options: &ListOptions,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<Report> {
-    let name = if name == "folder" {
-        "image-folder"
-    } else {
-        name
+    // Also what miniatures are called.
+    let name = match MINIATURES.iter().find(|miniature| miniature.name == name) {
+        Some(miniature) => miniature.source,
+        None if name == "folder" => "image-folder",
+        None => name,
     };
     let manifest = Manifest::of(name)?;
     if manifest.is_none() && SOURCES.iter().all(|source| source.name != name) {
         let names: Vec<&str> = SOURCES.iter().map(|source| source.name).collect();
-        let names = names.join(", ");
+        let names = names.join(", ").replace("image-folder", "folder");
         return Err(Error::Config(format!(
             "no data set {name:?}; known are: {names}"
         )));
@@ -215,6 +219,7 @@ pub fn verify_against(
     let listing = match list(name, dir, options) {
         Ok((layout, listing)) => {
             report.layout = Some(layout);
+            report.check_layout(manifest.is_some());
             listing
         }
         // Settings are the caller's.
@@ -238,6 +243,7 @@ pub fn verify_against(
             report.check_class_counts(&listing, classes);
         }
         report.check_counts();
+        report.check_twice(&listing);
         let there = report.check_files(&listing, progress);
         if level >= Level::Decode {
             report.check_images(&there, progress);
@@ -275,6 +281,43 @@ fn parts(listing: &Listing) -> impl Iterator<Item = (&'static str, &[Sample])> {
 }
 
 impl Report {
+    /// A known set may also lie in a layout of no particular set; what is called by its layout may not.
+    fn check_layout(&mut self, is_known: bool) {
+        let anybodys = ["image-folder", "list", "shards"];
+        let Some(layout) = self.layout else { return };
+        let fits = layout == self.name
+            || is_known && anybodys.contains(&layout)
+            || self.name == "imagenet-1k" && layout == "imagenet-archives";
+        if !fits {
+            let problem = format!("this lies here as {layout}, not as {}", self.name);
+            self.findings.push(Finding::new(Kind::Layout, problem));
+        }
+    }
+
+    /// The same file in two parts, or twice: what is trained on must not be reported on.
+    fn check_twice(&mut self, listing: &Listing) {
+        let mut all: Vec<(PathBuf, &str, u32)> = parts(listing)
+            .flat_map(|(part, samples)| samples.iter().map(move |s| (s.path(), part, s.label)))
+            .collect();
+        all.par_sort_unstable();
+        let twice = all.windows(2).filter(|pair| pair[0].0 == pair[1].0);
+        let (mut leaks, mut repeats) = (Vec::new(), Vec::new());
+        for pair in twice {
+            let ((path, part, label), (_, other, other_label)) = (&pair[0], &pair[1]);
+            match (part == other, label == other_label) {
+                (false, _) => leaks.push(format!("{} in {part} and {other}", path.display())),
+                (true, false) => repeats.push(format!("{} with two labels", path.display())),
+                (true, true) => repeats.push(path.display().to_string()),
+            }
+        }
+        let problem = format!("{} images are in more than one part", leaks.len());
+        self.findings
+            .extend(Finding::about(Kind::Twice, problem, leaks));
+        let problem = format!("{} images are listed twice", repeats.len());
+        self.findings
+            .extend(Finding::about(Kind::Twice, problem, repeats));
+    }
+
     fn check_classes(&mut self, listing: &Listing, manifest: &Manifest) {
         let expected: Vec<&String> = manifest.classes.iter().map(|(class, _)| class).collect();
         let found: Vec<&String> = listing.classes.iter().collect();

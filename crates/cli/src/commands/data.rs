@@ -6,11 +6,11 @@ use anyhow::Context;
 use clap::{Args, Subcommand, ValueEnum};
 use isqrt_datasets::verify::{Level, Progress, Report, verify};
 use isqrt_datasets::{
-    IndexCache, ListOptions, Listing, PRESETS, Preset, Sample, Spread, class_histogram, e10,
-    list_with, miniature, part_stats,
+    IndexCache, ListOptions, Listing, PRESETS, Preset, SOURCES, Sample, Spread, class_histogram,
+    e10, list_with, miniature, part_stats,
 };
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// Look at data sets: list, check, measure, make small ones
@@ -55,15 +55,19 @@ pub struct Place {
 
 impl Place {
     fn options(&self) -> ListOptions {
-        let cache = self.cache.clone();
-        ListOptions {
-            labels: self.labels.clone(),
-            cache: cache.map_or(IndexCache::Beside, IndexCache::Folder),
-        }
+        list_options(self.labels.clone(), self.cache.clone())
     }
 
     fn list(&self) -> anyhow::Result<Listing> {
         Ok(list_with(&self.root, &self.options())?)
+    }
+}
+
+/// As the flags of a command say.
+pub fn list_options(labels: Option<String>, cache: Option<PathBuf>) -> ListOptions {
+    ListOptions {
+        labels,
+        cache: cache.map_or(IndexCache::Beside, IndexCache::Folder),
     }
 }
 
@@ -193,13 +197,13 @@ pub struct Make {
     /// Decides the images [default: 1 for e10, 2018]
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
-    /// Classes of a miniature [default: 3]
+    /// Classes of a miniature, 2 to 10 [default: 3]
     #[arg(long, value_name = "K")]
     classes: Option<usize>,
-    /// Training images a class [default: 6; e10: 300]
+    /// Training images a class, 2 to 1000 [default: 6; e10: 200]
     #[arg(long, value_name = "N")]
     train: Option<usize>,
-    /// Images of each held-out part a class [default: 3; e10: 50 val, 100 test]
+    /// Images of each held-out part a class, 1 to 1000 [default: 3; e10: 50 val, 200 test]
     #[arg(long, value_name = "N")]
     held_out: Option<usize>,
 }
@@ -264,7 +268,8 @@ impl Make {
 pub struct Index {
     #[command(flatten)]
     place: Place,
-    /// Write the list: columns path, label and split; a set itself if it lies in the root of a folder
+    /// Write the list as .csv or .tsv: columns path (below DIR), label and split; a set itself where it lies
+    /// in DIR
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 }
@@ -275,26 +280,17 @@ impl Index {
         let listing = self.place.list()?;
         let seconds = start.elapsed().as_secs_f64();
         if let Some(out) = &self.out {
-            let write = || -> std::io::Result<()> {
-                let mut file = isqrt_models::WholeFile::create(out)?;
-                let mut text = std::io::BufWriter::new(file.file()?);
-                writeln!(text, "path\tlabel\tsplit")?;
-                for (part, samples) in parts(&listing) {
-                    for sample in samples {
-                        let class = &listing.classes[sample.label as usize];
-                        writeln!(text, "{}\t{class}\t{part}", sample.name)?;
-                    }
-                }
-                text.flush()?;
-                drop(text);
-                file.finish()
-            };
-            write().with_context(|| format!("cannot write {}", out.display()))?;
+            write_list(&self.place.root, &listing, out)?;
         }
+        let layout = SOURCES
+            .iter()
+            .find(|source| (source.recognises)(&self.place.root));
+        let layout = layout.map_or("?", |source| source.name);
         let counts: Vec<(&str, usize)> = parts(&listing).map(|(p, s)| (p, s.len())).collect();
         if json {
             let mut object = serde_json::json!({
                 "root": self.place.root,
+                "layout": layout,
                 "classes": listing.classes.len(),
                 "seconds": seconds,
                 "out": self.out,
@@ -306,7 +302,7 @@ impl Index {
         }
         let counts: Vec<String> = counts.iter().map(|(p, n)| format!("{n} {p}")).collect();
         output::line(&format!(
-            "{}: {} images in {} classes, listed in {} s",
+            "{}: {} images in {} classes ({layout}), listed in {} s",
             self.place.root.display(),
             counts.join(", "),
             listing.classes.len(),
@@ -317,6 +313,51 @@ impl Index {
             None => Ok(()),
         }
     }
+}
+
+/// Writes a table of what is listed, which the layout `list` reads.
+fn write_list(root: &Path, listing: &Listing, out: &Path) -> anyhow::Result<()> {
+    let ending = out.extension().and_then(|e| e.to_str()).unwrap_or_default();
+    let separator = match &*ending.to_ascii_lowercase() {
+        "csv" => ",",
+        "tsv" => "\t",
+        _ => anyhow::bail!("{}: name it .csv or .tsv", out.display()),
+    };
+    anyhow::ensure!(
+        !out.exists(),
+        "{}: there is such a file, which may belong to a data set: remove it or choose another name",
+        out.display()
+    );
+    // Quotes where the text could be taken for something else.
+    let field = |text: &str| match text.contains(['"', ',', '\t', '#', '\n', '\r']) {
+        true => format!("\"{}\"", text.replace('"', "\"\"")),
+        false => text.to_owned(),
+    };
+    let mut text = ["path", "label", "split"].join(separator) + "\n";
+    for (part, samples) in parts(listing) {
+        for sample in samples {
+            let Some(path) = sample.own_file() else {
+                anyhow::bail!(
+                    "{} lies in an archive, which a list cannot say",
+                    sample.path().display()
+                );
+            };
+            let path = path
+                .strip_prefix(root)
+                .unwrap_or(&path)
+                .to_string_lossy()
+                .into_owned();
+            let class = &listing.classes[sample.label as usize];
+            let fields = [&path, class, part].map(|text| field(text));
+            text += &(fields.join(separator) + "\n");
+        }
+    }
+    let write = || -> std::io::Result<()> {
+        let mut file = isqrt_models::WholeFile::create(out)?;
+        file.file()?.write_all(text.as_bytes())?;
+        file.finish()
+    };
+    write().with_context(|| format!("cannot write {}", out.display()))
 }
 
 /// Classes, sizes and channel statistics of each part
@@ -369,7 +410,12 @@ impl Stats {
                     format!("{} / {} / {}", s.least, s.median, s.most)
                 })
             };
-            let three = |v: [f32; 3]| format!("{:.3} {:.3} {:.3}", v[0], v[1], v[2]);
+            let three = |v: Option<[f32; 3]>| {
+                v.map_or_else(
+                    || "-".to_owned(),
+                    |v| format!("{:.3} {:.3} {:.3}", v[0], v[1], v[2]),
+                )
+            };
             rows.push(vec![
                 part.to_owned(),
                 stats.images.to_string(),

@@ -1,5 +1,6 @@
 //! `isqrt reproduce`: plan, run, record, report.
 
+use super::data::list_options;
 use crate::output;
 use crate::progress::{Display, say};
 use anyhow::bail;
@@ -32,9 +33,15 @@ pub struct Reproduce {
     /// Folder, archive or list of images in any layout of data/README.md [default: embedded textures]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
-    /// Leave out images that cannot be read, up to this many percent of each part, and list them in the
-    /// records [default: the first one is an error]
-    #[arg(long, value_name = "PERCENT")]
+    /// Labels to read, where a set has several (FGVC-Aircraft: variant, family, manufacturer)
+    #[arg(long, value_name = "NAME", requires = "data")]
+    labels: Option<String>,
+    /// Folder for the indices of archives [default: beside the archive]
+    #[arg(long, value_name = "DIR", requires = "data")]
+    cache: Option<PathBuf>,
+    /// Leave out images that are missing or cannot be read, up to this many percent of each part, and list
+    /// them in the records [default: the first one is an error]
+    #[arg(long, value_name = "PERCENT", value_parser = percent)]
     skip_broken: Option<f64>,
     /// auto, cpu or cuda:N
     #[arg(long, default_value = "auto")]
@@ -60,6 +67,13 @@ pub struct Reproduce {
     /// Read experiments from this folder instead of those compiled in
     #[arg(long, value_name = "DIR")]
     experiments: Option<PathBuf>,
+}
+
+fn percent(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(percent) if (0.0..=100.0).contains(&percent) => Ok(percent),
+        _ => Err("expected a number from 0 to 100".to_owned()),
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -166,7 +180,10 @@ impl Reproduce {
             return Ok(None);
         }
         let source = match &self.data {
-            Some(dir) => Source::Folder(dir.clone()),
+            Some(dir) => {
+                let options = list_options(self.labels.clone(), self.cache.clone());
+                Source::Folder(dir.clone(), options)
+            }
             None => Source::Embedded(out.join("data")),
         };
         if self.dry_run
@@ -192,6 +209,8 @@ impl Reproduce {
             }
         };
         flag("data", self.data.as_deref().map(quoted));
+        flag("labels", self.labels.clone());
+        flag("cache", self.cache.as_deref().map(quoted));
         flag("skip-broken", self.skip_broken.map(|p| p.to_string()));
         flag("out", Some(quoted(&self.out_dir())));
         flag("seeds", self.seeds.map(|s| s.to_string()));

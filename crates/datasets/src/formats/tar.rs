@@ -2,11 +2,12 @@
 //!
 //! POSIX ustar with its prefix, GNU's long names and large numbers, and the path and size of pax
 //! headers; old archives without a magic word too. Nothing is unpacked. Names that leave the root are
-//! errors, and so are links, since what they lead to is not in the archive or is there already.
+//! errors, and so are images that are links; what is no image is passed over.
 
 use std::io::{Read, Seek, SeekFrom};
 
 use crate::sample::below_root;
+use crate::sources::is_image_name;
 
 /// Headers and contents are padded to this many bytes.
 const BLOCK: u64 = 512;
@@ -49,6 +50,11 @@ pub(crate) fn walk<R: Read + Seek>(
         read_at(stream, at, &mut header).map_err(|e| wrong(&format!("cannot read it ({e})")))?;
         if header.iter().all(|&b| b == 0) {
             return Ok(());
+        }
+        if let Some(packer) = compressed(&header).filter(|_| place == 0) {
+            return Err(format!(
+                "it is compressed ({packer}): unpack it with {packer} first"
+            ));
         }
         if !checksum_fits(&header) {
             return Err(wrong(
@@ -111,7 +117,14 @@ pub(crate) fn walk<R: Read + Seek>(
                 each(entry)?;
             }
             b'5' => {}
-            b'1' | b'2' => return Err(wrong(&format!("{name_here:?} is a link, not a file,"))),
+            // What is no image is of no use either as a link.
+            b'1' | b'2' if !is_image_name(&name_here) => {}
+            b'1' | b'2' => {
+                return Err(wrong(&format!(
+                    "{name_here:?} is a link (pack the images themselves: tar --dereference \
+                     --hard-dereference)"
+                )));
+            }
             b'S' => {
                 return Err(wrong(&format!(
                     "{name_here:?} is stored with holes (sparse)"
@@ -125,6 +138,17 @@ pub(crate) fn walk<R: Read + Seek>(
         at = next;
     }
     Ok(())
+}
+
+/// The program that unpacks a file that begins like this.
+fn compressed(start: &[u8]) -> Option<&'static str> {
+    match start {
+        [0x1F, 0x8B, ..] => Some("gunzip"),
+        [b'B', b'Z', b'h', ..] => Some("bunzip2"),
+        [0xFD, b'7', b'z', b'X', b'Z', ..] => Some("unxz"),
+        [0x28, 0xB5, 0x2F, 0xFD, ..] => Some("unzstd"),
+        _ => None,
+    }
 }
 
 fn read_at<R: Read + Seek>(stream: &mut R, at: u64, bytes: &mut [u8]) -> std::io::Result<()> {
@@ -323,6 +347,7 @@ mod tests {
             raw(b'x', "pax", b"16 path=z/p.jpg\n20 mtime=1234567.89\n"),
             raw(b'0', "other", b"def"),
             raw(b'5', "folder/", b""),
+            raw(b'1', "hard link", b""),
             raw(b'0', "last", b"ghi"),
         ]
         .concat();
@@ -349,7 +374,7 @@ mod tests {
     #[test]
     fn what_is_refused_says_why() {
         for (archive, part) in [
-            (raw(b'2', "link", b""), "is a link"),
+            (raw(b'2', "link.jpg", b""), "is a link"),
             (raw(b'3', "device", b""), "no file"),
             (raw(b'0', "../up", b""), "leaves the root"),
             (raw(b'0', "/etc/passwd", b""), "absolute"),

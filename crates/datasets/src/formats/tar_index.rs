@@ -13,10 +13,12 @@
 //! end
 //! ```
 
+use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::fs::{File, Metadata};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::UNIX_EPOCH;
 
 use rayon::prelude::*;
@@ -31,6 +33,7 @@ const VERSION: &str = "isqrt-cov tar index 1";
 pub(crate) const ENDING: &str = ".isqrt-index";
 /// Largest index that is read: 20 million entries.
 const MAX_INDEX_BYTES: u64 = 2 << 30;
+static WARNED: AtomicBool = AtomicBool::new(false);
 
 /// The files in an archive, in its order, from its index or from the archive itself. A tar in the
 /// archive is read as a folder of its name without `.tar`; tars within that are plain files.
@@ -54,10 +57,17 @@ pub(crate) fn entries(archive: &Path, cache: &IndexCache) -> Result<Vec<Entry>> 
     if let Some(index) = index {
         match write(&index, &meta, &entries) {
             Ok(()) => tracing::debug!(index = %index.display(), "index written"),
-            Err(error) if *cache == IndexCache::Beside => tracing::warn!(
-                index = %index.display(), %error,
-                "the archive will be read through again the next time: name a folder for indices"
-            ),
+            Err(error) if *cache == IndexCache::Beside => {
+                // Once, and not for each of a thousand shards.
+                if !WARNED.swap(true, Ordering::Relaxed) {
+                    let folder = index.parent().unwrap_or(Path::new("")).display();
+                    tracing::warn!(
+                        "no index can be kept beside archives in {folder} ({}), so they will be read \
+                         through again the next time: --cache DIR keeps indices elsewhere",
+                        error.kind()
+                    );
+                }
+            }
             Err(error) => return Err(Error::io(&index, "write the index")(error)),
         }
     }
@@ -96,7 +106,7 @@ fn scan(archive: &Path, size: u64) -> Result<Vec<Entry>> {
         Error::layout(
             archive,
             problem,
-            "a whole tar archive, not compressed: fetch it again or unpack it",
+            "a whole tar archive, not compressed: fetch it or pack it again",
         )
     };
     let open = || File::open(archive).map_err(Error::io(archive, "read the archive"));
@@ -106,15 +116,17 @@ fn scan(archive: &Path, size: u64) -> Result<Vec<Entry>> {
         Ok(())
     })
     .map_err(|problem| broken(None, problem))?;
+    last_of_each_name(&mut outer);
     if !outer.iter().any(|entry| is_tar(&entry.name)) {
         return Ok(outer);
     }
     let inner: Vec<Vec<Entry>> = outer
         .into_par_iter()
         .map(|entry| {
-            let Some(folder) = entry.name.strip_suffix(".tar") else {
+            if !is_tar(&entry.name) {
                 return Ok(vec![entry]);
-            };
+            }
+            let folder = &entry.name[..entry.name.len() - 4];
             let mut found = Vec::new();
             let range = (entry.offset, entry.offset + entry.length);
             walk(&mut open()?, range, &mut |file| {
@@ -123,14 +135,29 @@ fn scan(archive: &Path, size: u64) -> Result<Vec<Entry>> {
                 Ok(())
             })
             .map_err(|problem| broken(Some(&entry.name), problem))?;
+            last_of_each_name(&mut found);
             Ok(found)
         })
         .collect::<Result<_>>()?;
     Ok(inner.into_iter().flatten().collect())
 }
 
+/// A file that was added again replaces the one before, as when an archive is unpacked.
+fn last_of_each_name(entries: &mut Vec<Entry>) {
+    let mut later = HashSet::with_capacity(entries.len());
+    let kept: Vec<bool> = entries
+        .iter()
+        .rev()
+        .map(|e| later.insert(&*e.name))
+        .collect();
+    let mut kept = kept.into_iter().rev();
+    entries.retain(|_| kept.next().unwrap_or(true));
+}
+
 pub(crate) fn is_tar(name: &str) -> bool {
-    name.ends_with(".tar")
+    name.len() > 4
+        && name.is_char_boundary(name.len() - 4)
+        && name[name.len() - 4..].eq_ignore_ascii_case(".tar")
 }
 
 /// Nanoseconds since 1970; 0 where the system does not know.

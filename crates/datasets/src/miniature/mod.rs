@@ -159,8 +159,11 @@ pub fn write(name: &str, dir: &Path, options: &Options) -> Result<Manifest> {
         && high <= 1024;
     if !makes_sense {
         return Err(Error::Config(format!(
-            "a miniature with {options:?}; expected 2 to {} classes, 2 to 1000 training and 1 to 1000 \
-             held-out images each, sides from 16 to 1024",
+            "a miniature of {} classes with {} training and {} held-out images each, sides from {low} to \
+             {high}; expected 2 to {} classes, 2 to 1000 and 1 to 1000 images, sides from 16 to 1024",
+            options.classes,
+            options.train,
+            options.held_out,
             e10::CLASSES
         )));
     }

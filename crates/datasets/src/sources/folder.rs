@@ -51,13 +51,24 @@ pub fn image_folder(root: &Path) -> Result<Listing> {
     if !meta.is_dir() {
         return Err(Error::layout(
             root,
-            "this is a file",
-            format!("a folder with {LAYOUT}"),
+            match is_compressed(root) {
+                true => "this is a compressed archive",
+                false => "this is a file",
+            },
+            format!(
+                "a folder with {LAYOUT}, a .tar archive (unpacked by gunzip), or a list (.csv, .tsv, .txt)"
+            ),
         ));
     }
     let folders = sub_folders(root)?;
-    let has = |name: &str| folders.iter().any(|f| f == name);
-    let vals: Vec<&str> = VAL_NAMES.into_iter().filter(|name| has(name)).collect();
+    // Train or TRAIN is as good, and must not be taken for a class.
+    let named = |name: &str| folders.iter().find(|f| f.eq_ignore_ascii_case(name));
+    let has = |name: &str| named(name).is_some();
+    let vals: Vec<&str> = VAL_NAMES
+        .into_iter()
+        .filter_map(named)
+        .map(String::as_str)
+        .collect();
     if vals.len() > 1 {
         return Err(Error::layout(
             root,
@@ -67,8 +78,16 @@ pub fn image_folder(root: &Path) -> Result<Listing> {
     }
     let val = vals.first().copied();
 
-    let train_root = if has("train") {
-        root.join("train")
+    let train_root = if let Some(train) = named("train") {
+        let known = ["train", "test"].into_iter().chain(VAL_NAMES);
+        let known: Vec<&String> = known.filter_map(named).collect();
+        for other in folders.iter().filter(|folder| !known.contains(folder)) {
+            tracing::warn!(
+                "{}: passed over, it is no part that is known",
+                root.join(other).display()
+            );
+        }
+        root.join(train)
     } else if val.is_some() || has("test") {
         return Err(Error::layout(
             root,
@@ -114,7 +133,7 @@ pub fn image_folder(root: &Path) -> Result<Listing> {
         same_classes(&classes, &sub_folders(&dir)?, &dir)?;
         Ok(Some(part(&files, &dir, &classes)?))
     };
-    let (val, test) = (held_out(val)?, held_out(has("test").then_some("test"))?);
+    let (val, test) = (held_out(val)?, held_out(named("test").map(String::as_str))?);
     Ok(Listing {
         root: root.to_path_buf(),
         classes,
@@ -166,7 +185,7 @@ pub(crate) fn collect(
             Kind::Folder if depth == 0 => {
                 return Err(Error::layout(
                     path,
-                    "folders are nested too deeply here",
+                    "folders are nested too deeply here, or a link leads back",
                     format!("images at most {MAX_DEPTH} folders below their class folder"),
                 ));
             }
@@ -176,6 +195,16 @@ pub(crate) fn collect(
         }
     }
     Ok(())
+}
+
+/// Whether the name is that of a compressed archive.
+pub(crate) fn is_compressed(path: &Path) -> bool {
+    let ending = path
+        .extension()
+        .and_then(|e| e.to_str())
+        .unwrap_or_default();
+    let endings = ["gz", "tgz", "bz2", "xz", "zst", "zip", "7z", "rar"];
+    endings.iter().any(|e| e.eq_ignore_ascii_case(ending))
 }
 
 pub(crate) fn is_image_name(name: &str) -> bool {
@@ -229,7 +258,14 @@ fn entries(dir: &Path) -> Result<Vec<Entry>> {
             .file_type()
             .map_err(Error::io(&path, "look at the file"))?;
         if kind.is_symlink() {
-            let meta = std::fs::metadata(&path).map_err(Error::io(&path, "look at the file"))?;
+            let meta = std::fs::metadata(&path).map_err(|e| {
+                let problem = format!("a link that leads nowhere ({e})");
+                Error::layout(
+                    &path,
+                    problem,
+                    "links to files or folders: mend or remove it",
+                )
+            })?;
             kind = meta.file_type();
         }
         let kind = if kind.is_dir() {

@@ -97,8 +97,7 @@ pub(crate) fn validation(
     let files = Root::new(base);
     let dir = base.join("val");
     if is_flat(&dir) {
-        let truth = ground_truth(base)?;
-        same_classes(&truth.wnids, classes, train)?;
+        let truth = ground_truth(base)?.of_classes(classes, train)?;
         let samples = truth.samples(&dir, |file, name, label| {
             Some(Sample::file_at(&files, &format!("val/{file}"), name, label))
         });
@@ -154,8 +153,9 @@ pub(crate) fn ground_truth(base: &Path) -> Result<GroundTruth> {
         "{DEVKIT}.tar.gz or {DEVKIT}/ or {SOLUTION} in {}, or class folders in val",
         base.display()
     );
-    let problem = "images without class folders and no ground truth that tells their classes";
-    Err(Error::layout(base.join("val"), problem, advice))
+    let problem =
+        "validation images without class folders, and no ground truth that tells their classes";
+    Err(Error::layout(base, problem, advice))
 }
 
 /// The two files of the devkit, out of its archive.
@@ -324,6 +324,24 @@ impl GroundTruth {
             })
         };
         self.val.iter().map(one).collect()
+    }
+
+    /// That of a set with some of the classes only, numbered as there (ImageNet-100).
+    ///
+    /// # Errors
+    /// [`Error::Layout`] with `place`, where the classes lie, for those that ImageNet does not have.
+    pub(crate) fn of_classes(self, classes: &[String], place: &Path) -> Result<Self> {
+        let mut labels = vec![None; self.wnids.len()];
+        for (label, class) in (0..).zip(classes) {
+            let Ok(known) = self.wnids.binary_search(class) else {
+                same_classes(&self.wnids, classes, place)?;
+                continue;
+            };
+            labels[known] = Some(label);
+        }
+        let val = self.val.into_iter();
+        let val = val.filter_map(|(file, label)| Some((file, labels[label as usize]?)));
+        Ok(Self::new(classes.to_vec(), val.collect()))
     }
 
     fn new(wnids: Vec<String>, mut val: Vec<(Box<str>, u32)>) -> Self {

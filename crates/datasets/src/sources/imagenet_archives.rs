@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::folder::{is_image_name, part, same_classes, sub_folders};
+use super::folder::{is_image_name, part, sub_folders};
 use super::imagenet::{ground_truth, validation};
 use super::{ListOptions, Listing, Source, one_kind_of_labels};
 use crate::formats::tar_index::entries;
@@ -25,10 +25,7 @@ const LAYOUT: &str = "ILSVRC2012_img_train.tar (or train/<wnid>/), beside it ILS
 pub(crate) const SOURCE: Source = Source {
     name: "imagenet-archives",
     layout: LAYOUT,
-    recognises: |root| {
-        let train = root.join(TRAIN).is_file();
-        train || root.join(VAL).is_file() && root.join("train").is_dir()
-    },
+    recognises: |root| root.join(TRAIN).is_file() || root.join(VAL).is_file(),
     list,
 };
 
@@ -41,7 +38,11 @@ fn list(root: &Path, options: &ListOptions) -> Result<Listing> {
     } else {
         let dir = root.join("train");
         if !dir.is_dir() {
-            return Err(Error::layout(root, "no training images here", LAYOUT));
+            return Err(Error::layout(
+                root,
+                format!("neither {TRAIN} nor train/ here"),
+                LAYOUT,
+            ));
         }
         let classes = sub_folders(&dir)?;
         let train = part(&Root::new(root), &dir, &classes)?;
@@ -49,8 +50,7 @@ fn list(root: &Path, options: &ListOptions) -> Result<Listing> {
     };
     let archive = root.join(VAL);
     let val = if archive.is_file() {
-        let truth = ground_truth(root)?;
-        same_classes(&truth.wnids, &classes, &train_place)?;
+        let truth = ground_truth(root)?.of_classes(&classes, &train_place)?;
         let place: Arc<Path> = archive.as_path().into();
         let entries = entries(&archive, &options.cache)?;
         // Some copies of the archive have a folder in it.

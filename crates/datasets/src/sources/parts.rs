@@ -115,6 +115,18 @@ pub(crate) fn listing(
             "at least two classes",
         ));
     }
+    let mut seen = vec![false; classes.len()];
+    for &label in &labels {
+        seen[label as usize] = true;
+    }
+    let empty = seen.iter().filter(|&&seen| !seen).count();
+    if empty > 0 {
+        tracing::warn!(
+            "{}: {empty} of {} classes have no images (labels are the numbers of classes, from 0)",
+            root.display(),
+            classes.len()
+        );
+    }
     let (mut train, mut val, mut test) = (Vec::new(), Vec::new(), Vec::new());
     for (labelled, label) in samples.into_iter().zip(labels) {
         let mut sample = labelled.sample;

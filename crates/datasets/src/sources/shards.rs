@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::folder::{is_image_name, sub_folders};
+use super::folder::{is_compressed, is_image_name, sub_folders};
 use super::parts::{Labelled, Labels, PartName, listing};
 use super::{ListOptions, Listing, Source};
 use crate::formats::tar::Entry;
@@ -31,21 +31,30 @@ const MAX_LABEL: u64 = 1024;
 pub(crate) const SOURCE: Source = Source {
     name: "shards",
     layout: LAYOUT,
-    recognises: |root| !archives(root).unwrap_or_default().is_empty(),
+    recognises: |root| archives(root).is_ok_and(|(found, _)| !found.is_empty()),
     list,
 };
 
-/// Archives below the root, with the part that their folder names, sorted by path.
-fn archives(root: &Path) -> Result<Vec<(Option<PartName>, PathBuf)>> {
+/// An archive, with the part that its folder names.
+type Archive = (Option<PartName>, PathBuf);
+
+/// Archives below the root, sorted by path, and compressed ones, which cannot be read.
+fn archives(root: &Path) -> Result<(Vec<Archive>, Vec<PathBuf>)> {
     let name = |path: &Path| path.file_name().map(|n| n.to_string_lossy().into_owned());
     if !root.is_dir() {
         let is_one = name(root).is_some_and(|n| is_tar(&n)) && root.is_file();
-        return Ok(Vec::from_iter(is_one.then(|| (None, root.to_path_buf()))));
+        let found = is_one.then(|| (None, root.to_path_buf()));
+        return Ok((Vec::from_iter(found), Vec::new()));
     }
-    let mut found = Vec::new();
+    let (mut found, mut packed) = (Vec::new(), Vec::new());
     let mut look_in = |folder: &Path, part| -> Result<()> {
         for entry in std::fs::read_dir(folder).map_err(Error::io(folder, "list the folder"))? {
             let path = entry.map_err(Error::io(folder, "list the folder"))?.path();
+            let is_packed = |name: &str| [".tar.", ".tgz"].iter().any(|e| name.contains(e));
+            if is_compressed(&path) && name(&path).is_some_and(|n| is_packed(&n)) {
+                packed.push(path);
+                continue;
+            }
             if name(&path).is_some_and(|n| is_tar(&n) && !n.starts_with('.')) && path.is_file() {
                 found.push((part, path));
             }
@@ -59,11 +68,17 @@ fn archives(root: &Path) -> Result<Vec<(Option<PartName>, PathBuf)>> {
         }
     }
     found.sort_by(|a, b| a.1.cmp(&b.1));
-    Ok(found)
+    Ok((found, packed))
 }
 
 fn list(root: &Path, options: &ListOptions) -> Result<Listing> {
-    let archives = archives(root)?;
+    let (archives, packed) = archives(root)?;
+    // Some of the data must not be missing without a word.
+    if let Some(packed) = packed.first() {
+        let expected =
+            "archives that are not: unpack it with gunzip, unxz or unzstd, or move it away";
+        return Err(Error::layout(packed, "a compressed archive", expected));
+    }
     if archives.is_empty() {
         return Err(Error::layout(root, "no tar archives here", LAYOUT));
     }

@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::record::DataInfo;
 use crate::spec::{Experiment, Recipe};
-use isqrt_datasets::{Broken, DataSet, Pipeline, Sample, e10, list, split};
+use isqrt_datasets::{Broken, DataSet, ListOptions, Pipeline, Sample, e10, list, list_with, split};
 use std::path::{Path, PathBuf};
 
 /// Seed of the embedded set and of the split of a folder without a validation part.
@@ -14,8 +14,8 @@ const SEED: u64 = 1;
 pub enum Source {
     /// The embedded set, written below this folder if it is not there yet.
     Embedded(PathBuf),
-    /// An ImageFolder tree.
-    Folder(PathBuf),
+    /// A folder, an archive or a list in any layout that is known, and how it is read.
+    Folder(PathBuf, ListOptions),
 }
 
 impl Source {
@@ -121,15 +121,15 @@ impl Data {
         smoke: bool,
         broken: Broken,
     ) -> Result<Self> {
-        let (root, name) = match source {
+        let (listing, name) = match source {
             Source::Embedded(dir) => {
                 let root = embedded_root(dir, smoke);
                 e10::generate(&root, SEED, sizes(smoke))?;
-                (root, embedded_name())
+                (list(&root)?, embedded_name())
             }
-            Source::Folder(root) => (root.clone(), folder_name(root)),
+            Source::Folder(root, options) => (list_with(root, options)?, folder_name(root)),
         };
-        let mut parts = split(list(&root)?, SEED)?;
+        let mut parts = split(listing, SEED)?;
         if smoke {
             for part in [&mut parts.train, &mut parts.val, &mut parts.test] {
                 keep_few(part, parts.classes.len());

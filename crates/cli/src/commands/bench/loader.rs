@@ -1,9 +1,10 @@
 //! `isqrt bench loader`: images a second from files to numbers.
 
 use super::peak_memory_mb;
+use crate::commands::data::list_options;
 use crate::output::{self, show};
 use clap::Args;
-use isqrt_datasets::{IndexCache, ListOptions, Loader, LoaderConfig, Pipeline, Sample, list_with};
+use isqrt_datasets::{Loader, LoaderConfig, Pipeline, Sample, list_with};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -20,6 +21,9 @@ pub struct LoaderBench {
     /// Folder, archive or list of images
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
+    /// Folder for the indices of archives [default: beside the archive]
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
     /// Threads that prepare images; 0: the caller prepares them itself [default: all cores]
     #[arg(long, value_name = "W", value_parser = clap::value_parser!(u16).range(..=1024))]
     workers: Option<u16>,
@@ -42,10 +46,7 @@ pub struct LoaderBench {
 
 impl LoaderBench {
     pub fn run(&self, json: bool) -> anyhow::Result<()> {
-        let options = ListOptions {
-            cache: IndexCache::Beside,
-            ..ListOptions::default()
-        };
+        let options = list_options(None, self.cache.clone());
         let start = Instant::now();
         let samples = list_with(&self.data, &options)?.train;
         let list_ms = 1e3 * start.elapsed().as_secs_f64();
