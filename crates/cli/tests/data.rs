@@ -123,6 +123,61 @@ fn a_listing_can_be_written_and_is_a_set_itself() {
 }
 
 #[test]
+fn lists_replace_nothing_and_name_files_only() {
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    for name in ["cub", "kaggle", "shards"] {
+        works(home, &["data", "make", name, name]);
+    }
+    let before = std::fs::read(home.join("cub/images.txt"));
+    for out in ["cub/images.txt", "cub/list.txt", "cub/list.parquet"] {
+        fails(home, &["data", "index", "cub", "--out", out]);
+    }
+    assert_eq!(std::fs::read(home.join("cub/images.txt")).ok(), before.ok());
+    let (_, error) = fails(home, &["data", "index", "shards", "--out", "x.csv"]);
+    assert!(error.contains("lies in an archive"), "{error}");
+    // Paths are those on disk, whatever the samples are called.
+    for name in ["cub", "kaggle"] {
+        let list = format!("{name}/all.csv");
+        works(home, &["data", "index", name, "--out", &list]);
+        let report = works(
+            home,
+            &["data", "verify", "list", &list, "--level", "decode"],
+        );
+        assert!(report.contains("nothing is wrong"), "{report}");
+    }
+}
+
+#[test]
+fn a_set_is_not_what_it_is_called_and_parts_overlap() {
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    works(home, &["data", "make", "cub", "cub"]);
+    let (report, _) = fails(home, &["data", "verify", "shards", "cub"]);
+    assert!(report.contains("lies here as cub-200-2011"), "{report}");
+    works(home, &["data", "make", "list", "list"]);
+    let train = std::fs::read_to_string(home.join("list/train.csv")).unwrap();
+    std::fs::write(home.join("list/test.csv"), &train).unwrap();
+    let (report, _) = fails(home, &["data", "verify", "list", "list"]);
+    assert!(
+        report.contains("18 images are in more than one part"),
+        "{report}"
+    );
+    std::fs::write(
+        home.join("list/test.csv"),
+        train.replace("path,label\n", ""),
+    )
+    .unwrap();
+    works(home, &["data", "make", "imagenet-folder", "Folder"]);
+    std::fs::rename(home.join("Folder/train"), home.join("Folder/Train")).unwrap();
+    let listed = works(home, &["data", "index", "Folder"]);
+    assert!(
+        listed.contains("18 train, 9 val images in 3 classes"),
+        "{listed}"
+    );
+}
+
+#[test]
 fn the_loader_is_timed_on_folders_and_archives() {
     let home = tempfile::tempdir().unwrap();
     let home = home.path();
