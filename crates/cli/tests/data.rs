@@ -163,11 +163,6 @@ fn a_set_is_not_what_it_is_called_and_parts_overlap() {
         report.contains("18 images are in more than one part"),
         "{report}"
     );
-    std::fs::write(
-        home.join("list/test.csv"),
-        train.replace("path,label\n", ""),
-    )
-    .unwrap();
     works(home, &["data", "make", "imagenet-folder", "Folder"]);
     std::fs::rename(home.join("Folder/train"), home.join("Folder/Train")).unwrap();
     let listed = works(home, &["data", "index", "Folder"]);
