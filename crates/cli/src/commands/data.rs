@@ -348,7 +348,7 @@ fn write_list(root: &Path, listing: &Listing, out: &Path) -> anyhow::Result<()> 
                 .to_string_lossy()
                 .into_owned();
             let class = &listing.classes[sample.label as usize];
-            let fields = [&path, class, part].map(|text| field(text));
+            let fields = [&path, class, part].map(field);
             text += &(fields.join(separator) + "\n");
         }
     }
