@@ -57,6 +57,7 @@ def torch_rate(loader):
 
 def our_row(args):
     command = [args.isqrt, "bench", "loader", "--json", "--data", args.ours or args.data]
+    command += ["--threads", str(max(args.workers, 1))]
     command += ["--workers", str(args.workers), "--batch", str(args.batch)]
     command += ["--images", str(args.images), "--size", str(args.size), "--rounds", "1"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout

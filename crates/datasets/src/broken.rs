@@ -10,7 +10,7 @@ pub enum Broken {
     /// The first one is an error.
     #[default]
     Fail,
-    /// They are left out and listed; more of them than this share of the set are an error.
+    /// They are left out and listed; more of them than this share of the set (of a rank's part of it) are an error.
     Skip {
         /// Between 0 and 1.
         most: f64,

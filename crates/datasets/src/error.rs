@@ -61,6 +61,9 @@ pub enum Error {
         /// What it said.
         problem: String,
     },
+    /// The threads of the loader are gone.
+    #[error("all threads of the loader have ended at {0}: please report this")]
+    Lost(String),
     /// More images could not be read than the settings allow.
     #[error("{count} of {all} images could not be read, more than {most} %; the last one: {last}")]
     TooManyBroken {
@@ -94,11 +97,7 @@ impl Error {
     /// Whether a single image is at fault, which may be left out, and not the set or its settings.
     #[must_use]
     pub fn is_broken_image(&self) -> bool {
-        match self {
-            Self::Decode { .. } | Self::Worker { .. } => true,
-            Self::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
-            _ => false,
-        }
+        matches!(self, Self::Decode { .. })
     }
 
     /// For `map_err`: remembers the path and what was tried.

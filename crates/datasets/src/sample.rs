@@ -248,8 +248,17 @@ impl Sample {
         match &self.place {
             Place::File { root, .. } => {
                 let path = self.path();
-                root.holds(&path)?;
-                read_file(&path, bytes)
+                match root.holds(&path).and_then(|()| read_file(&path, bytes)) {
+                    // One file that is missing, and not the whole folder.
+                    Err(Error::Io { source, .. })
+                        if source.kind() == std::io::ErrorKind::NotFound
+                            && root.path().is_dir() =>
+                    {
+                        let problem = "there is no such file".to_owned();
+                        Err(Error::Decode { path, problem })
+                    }
+                    outcome => outcome,
+                }
             }
             Place::Piece {
                 archive,
@@ -295,8 +304,15 @@ impl Sample {
 
 /// Reads a whole file of at most [`MAX_FILE_BYTES`].
 pub(crate) fn read_file(path: &Path, bytes: &mut Vec<u8>) -> Result<()> {
+    // Before it is opened, since opening a pipe would wait for somebody to write to it.
+    let meta = std::fs::metadata(path).map_err(Error::io(path, "read the file"))?;
+    if !meta.is_file() {
+        return Err(Error::Decode {
+            path: path.to_path_buf(),
+            problem: "it is no file".to_owned(),
+        });
+    }
     let file = File::open(path).map_err(Error::io(path, "read the file"))?;
-    let meta = file.metadata().map_err(Error::io(path, "read the file"))?;
     check_length(meta.len(), || path.to_path_buf())?;
     bytes.reserve(meta.len() as usize + 1);
     // Whatever the system said of its size (a pipe says 0), no more than the limit is read.

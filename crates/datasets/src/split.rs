@@ -56,7 +56,7 @@ pub fn split(listing: Listing, seed: u64) -> Result<Split> {
     let mut carve = |share: f64, which: Carve| -> Result<Vec<Sample>> {
         let (taken, rest) = stratified(&train, share, seed, which as u64).map_err(|label| {
             Error::layout(
-                class_folder(&root, &classes[label as usize], &train, label),
+                class_folder(&root, classes.get(label as usize).map_or("", |c| c), &train, label),
                 format!("too few training images to carve a {} part from", which.name()),
                 "two or more training images a class (three where test is carved too), or val and test folders",
             )

@@ -443,7 +443,7 @@ impl Report {
             let (found, expected) = match (&checksum.sha256, &checksum.md5) {
                 (Some(sha256), _) => (hash::<Sha256>(path, &step), sha256),
                 (None, Some(md5)) => (hash::<md5::Md5>(path, &step), md5),
-                (None, None) => return Ok(checksum.file.clone()),
+                (None, None) => return Err(format!("no checksum of {} is known", checksum.file)),
             };
             match found {
                 Err(error) => Err(error.to_string()),

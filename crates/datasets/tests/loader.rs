@@ -380,3 +380,47 @@ fn settings_that_make_no_sense_are_errors() {
     assert!(ImageSet::new(classes.clone(), 2, 2, vec![0; 12], vec![1]).is_err());
     assert!(ImageSet::new(classes, 2, 2, vec![], vec![]).is_err());
 }
+
+#[test]
+fn an_archive_that_is_gone_is_no_broken_image() {
+    let home = tempfile::tempdir().unwrap();
+    let archive: Arc<Path> = home.path().join("gone.tar").into();
+    let samples = vec![Sample::piece(&archive, (512, 100), "a.png", 0); 8];
+    let config = LoaderConfig {
+        broken: Broken::Skip { most: 1.0 },
+        ..CONFIG
+    };
+    let error = batches_or_error(samples, config);
+    assert!(
+        error.contains("gone.tar: cannot read the archive"),
+        "{error}"
+    );
+    // Nor are all files of a folder that is gone.
+    let folder = home.path().join("disk");
+    std::fs::create_dir(&folder).unwrap();
+    let samples = files(&folder, 8);
+    std::fs::remove_dir_all(&folder).unwrap();
+    let error = batches_or_error(samples, config);
+    assert!(error.contains("cannot read the file"), "{error}");
+}
+
+fn batches_or_error(samples: Vec<Sample>, config: LoaderConfig) -> String {
+    let ours = loader(samples, crops(), config);
+    let mut epoch = ours.epoch(0).unwrap();
+    epoch.find_map(Result::err).unwrap().to_string()
+}
+
+#[cfg(unix)]
+#[test]
+fn a_pipe_is_no_image_and_nobody_waits_for_it() {
+    let home = tempfile::tempdir().unwrap();
+    let made = std::process::Command::new("mkfifo")
+        .arg(home.path().join("000.png"))
+        .status();
+    if !made.is_ok_and(|status| status.success()) {
+        return;
+    }
+    let samples = vec![Sample::file(&Root::new(home.path()), "000.png", 0)];
+    let error = batches_or_error(samples, CONFIG);
+    assert!(error.contains("it is no file"), "{error}");
+}

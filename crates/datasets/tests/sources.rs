@@ -708,7 +708,7 @@ fn imagenet_without_its_ground_truth_or_with_a_broken_one() {
     std::fs::rename(root.join("train/n00000001"), root.join("train/n00000009")).unwrap();
     let error = complaint(root, "train");
     assert!(
-        error.contains("lacks the class folders n00000001") && error.contains("n00000009"),
+        error.contains("n00000009 is none of the ground truth"),
         "{error}"
     );
 
@@ -778,4 +778,49 @@ fn imagenet_ground_truth_is_that_of_everyone() {
         assert_eq!(f64::from(sample.label), table.number(row, "index0"));
         assert!(sample.path().ends_with(file));
     }
+}
+
+#[test]
+fn what_lies_beside_class_folders_does_not_matter() {
+    let home = tempfile::tempdir().unwrap();
+    let root = home.path();
+    put_imagenet(root, false);
+    let expected = all(root);
+    let archive = tar::write(&[("readme".to_owned(), vec![1])]).unwrap();
+    for name in [
+        "notes.tar",
+        "ILSVRC2012_img_val.tar",
+        "ILSVRC2012_img_train.tar",
+    ] {
+        put(&root.join(name), &archive);
+    }
+    puts(
+        root,
+        &[("train.csv", "id,whatever\n1,2\n"), ("all.tar.gz", "x")],
+    );
+    assert_eq!(source(root), "image-folder");
+    assert_eq!(all(root), expected);
+}
+
+#[test]
+fn a_part_of_imagenet_has_labels_of_its_own() {
+    let home = tempfile::tempdir().unwrap();
+    let root = home.path();
+    put_imagenet(root, true);
+    put_devkit(root);
+    let third = "n00000005";
+    std::fs::rename(root.join("train/n00000001"), root.join("train").join(third)).unwrap();
+    complaint(root, "train");
+    std::fs::remove_dir_all(root.join("train").join(third)).unwrap();
+    for i in 0..2 {
+        put(&root.join(format!("train/n00000002/{i}.JPEG")), b"x");
+    }
+    let found = list(root).unwrap();
+    assert_eq!(found.classes, ["n00000002"]);
+    let val = found.val.unwrap();
+    assert_eq!(val.len(), 2);
+    assert!(
+        val.iter()
+            .all(|s| s.label == 0 && s.name.contains("n00000002"))
+    );
 }

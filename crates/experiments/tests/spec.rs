@@ -274,7 +274,8 @@ fn transforms_are_named_or_spelled_out() {
         PART.replace("[recipes.small]", &line)
     };
     assert!(PART.contains("[recipes.small]"));
-    let crop = r#"train_transforms = [{ step = "random_resized_crop", size = 32 }]"#;
+    let crop = r#"train_transforms = [{ step = "resize_to", width = 32, height = 32 },
+                                       { step = "random_crop", size = 32, padding = 2 }]"#;
     let library = with(crop);
     let library = Library::from_files([("small.toml", SMALL), ("_base/part.toml", &library)]);
     let recipe = &library.load("small").unwrap().recipes["small"];
@@ -287,10 +288,8 @@ fn transforms_are_named_or_spelled_out() {
             "nearest is \"small32-train\"",
         ),
         (r#"eval_transforms = "small32-train""#, "must not be random"),
-        (
-            r#"train_transforms = "small64-train""#,
-            "squares of one size",
-        ),
+        (r#"train_transforms = "small64-train""#, "kept in memory"),
+        (r#"train_transforms = "imagenet-train""#, "kept in memory"),
         (r#"eval_transforms = "cub-eval""#, "several views"),
         (
             r#"train_transforms = [{ step = "centre_crop", size = 32 }]"#,

@@ -50,8 +50,8 @@ pub enum Error {
     /// The network's answers left the numbers.
     #[error("the network's output is not finite: its weights diverged in training")]
     Output,
-    /// A file that cannot be written.
-    #[error("{}: cannot be written: {message}", path.display())]
+    /// A file that cannot be used.
+    #[error("{}: cannot be used: {message}", path.display())]
     File {
         /// The file.
         path: PathBuf,

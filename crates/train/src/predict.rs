@@ -76,10 +76,14 @@ fn loader(preprocessing: &Preprocessing, images: &[PathBuf], batch: usize) -> Re
     }
     let pipeline = Pipeline::evaluation(resize, crop).normalising(mean, std);
     let here = Root::new(Path::new(""));
-    let samples: Vec<Sample> = images
-        .iter()
-        .map(|path| Sample::file(&here, path.to_string_lossy(), 0))
-        .collect();
+    let sample = |path: &PathBuf| match path.to_str() {
+        Some(name) => Ok(Sample::file(&here, name, 0)),
+        None => Err(Error::File {
+            path: path.clone(),
+            message: "its name is not in UTF-8".to_owned(),
+        }),
+    };
+    let samples: Vec<Sample> = images.iter().map(sample).collect::<Result<_>>()?;
     Ok(Loader::new(
         samples,
         pipeline,

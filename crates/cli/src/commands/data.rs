@@ -268,8 +268,8 @@ impl Make {
 pub struct Index {
     #[command(flatten)]
     place: Place,
-    /// Write the list as .csv or .tsv: columns path (below DIR), label and split; a set itself where it lies
-    /// in DIR
+    /// Write the list as .csv or .tsv: columns path (below DIR), label (a number where names would be sorted
+    /// otherwise) and split; a set itself where it lies in DIR
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 }
@@ -279,13 +279,13 @@ impl Index {
         let start = Instant::now();
         let listing = self.place.list()?;
         let seconds = start.elapsed().as_secs_f64();
-        if let Some(out) = &self.out {
-            write_list(&self.place.root, &listing, out)?;
-        }
         let layout = SOURCES
             .iter()
             .find(|source| (source.recognises)(&self.place.root));
         let layout = layout.map_or("?", |source| source.name);
+        if let Some(out) = &self.out {
+            write_list(&self.place.root, &listing, out)?;
+        }
         let counts: Vec<(&str, usize)> = parts(&listing).map(|(p, s)| (p, s.len())).collect();
         if json {
             let mut object = serde_json::json!({
@@ -328,6 +328,26 @@ fn write_list(root: &Path, listing: &Listing, out: &Path) -> anyhow::Result<()> 
         "{}: there is such a file, which may belong to a data set: remove it or choose another name",
         out.display()
     );
+    let root = match root.is_dir() {
+        true => root,
+        false => root.parent().unwrap_or(root),
+    };
+    let stem = out.file_stem().and_then(|s| s.to_str()).unwrap_or_default();
+    anyhow::ensure!(
+        !["train", "val", "valid", "validation", "test"].contains(&stem),
+        "{}: a list of this name would be taken for a part of the set: choose another",
+        out.display()
+    );
+    // Names are sorted when a list is read, and numbers are classes themselves: where either would change
+    // labels, the labels are written.
+    let numbers = listing
+        .classes
+        .iter()
+        .all(|class| class.parse::<u32>().is_ok());
+    let by_name = !numbers && listing.classes.is_sorted();
+    if !by_name {
+        tracing::warn!("classes are written as numbers, to keep their order");
+    }
     // Quotes where the text could be taken for something else.
     let field = |text: &str| match text.contains(['"', ',', '\t', '#', '\n', '\r']) {
         true => format!("\"{}\"", text.replace('"', "\"\"")),
@@ -347,7 +367,11 @@ fn write_list(root: &Path, listing: &Listing, out: &Path) -> anyhow::Result<()> 
                 .unwrap_or(&path)
                 .to_string_lossy()
                 .into_owned();
-            let class = &listing.classes[sample.label as usize];
+            let number = sample.label.to_string();
+            let class = match by_name {
+                true => &listing.classes[sample.label as usize],
+                false => &number,
+            };
             let fields = [&path, class, part].map(field);
             text += &(fields.join(separator) + "\n");
         }

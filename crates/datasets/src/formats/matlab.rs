@@ -505,7 +505,7 @@ fn elements(bytes: &mut Bytes, count: u64, depth: usize) -> Result<Vec<Value>, S
     if count > room as u64 {
         return Err(format!("{count} elements in {} bytes", bytes.bytes.len()));
     }
-    let mut values = Vec::with_capacity(count as usize);
+    let mut values = Vec::with_capacity((count as usize).min(1024));
     for _ in 0..count {
         let content = bytes.expect(code::MATRIX, "an array")?;
         values.push(array(content, depth + 1)?.1);

@@ -13,6 +13,8 @@ use crate::sources::is_image_name;
 const BLOCK: u64 = 512;
 /// Most bytes of a long name or of a pax header: far more than any has, and all that is allocated.
 const MAX_EXTRA: u64 = 1 << 16;
+/// Most bytes after the last entry: programs fill archives up to some KB.
+const MAX_TAIL: u64 = 4 << 20;
 
 /// A file in an archive.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,7 +51,7 @@ pub(crate) fn walk<R: Read + Seek>(
         }
         read_at(stream, at, &mut header).map_err(|e| wrong(&format!("cannot read it ({e})")))?;
         if header.iter().all(|&b| b == 0) {
-            return Ok(());
+            return check_end(stream, (start, at, end));
         }
         if let Some(packer) = compressed(&header).filter(|_| place == 0) {
             return Err(format!(
@@ -65,6 +67,8 @@ pub(crate) fn walk<R: Read + Seek>(
         let describes_next = matches!(kind, b'L' | b'K' | b'x' | b'g' | b'V');
         let stated = number(&header[124..136]).ok_or_else(|| wrong("a size that is no number"))?;
         let length = match size {
+            // Folders and links have no content, whatever their headers say.
+            _ if matches!(kind, b'1' | b'2' | b'5') => 0,
             Some(size) if !describes_next => size,
             _ => stated,
         };
@@ -136,6 +140,36 @@ pub(crate) fn walk<R: Read + Seek>(
             }
         }
         at = next;
+    }
+    Ok(())
+}
+
+/// What follows the first block of zeros: another one, and nothing that is an archive. A download that was
+/// given its full size and stopped half way ends in far more zeros than any archive.
+fn check_end<R: Read + Seek>(
+    stream: &mut R,
+    (start, at, end): (u64, u64, u64),
+) -> Result<(), String> {
+    let place = at - start;
+    if end - at > MAX_TAIL {
+        return Err(format!(
+            "its entries end at byte {place} of {}: half a download, or damaged",
+            end - start
+        ));
+    }
+    let mut block = [0; BLOCK as usize];
+    for (number, at) in (at..end).step_by(BLOCK as usize).enumerate() {
+        if end - at < BLOCK {
+            break;
+        }
+        read_at(stream, at, &mut block)
+            .map_err(|e| format!("cannot read it ({e}) at byte {}", at - start))?;
+        let is_empty = block.iter().all(|&b| b == 0);
+        if !is_empty && (number == 1 || checksum_fits(&block)) {
+            return Err(format!(
+                "its end is marked at byte {place}, and more follows: damaged, or several archives in one"
+            ));
+        }
     }
     Ok(())
 }
@@ -369,6 +403,33 @@ mod tests {
         assert_eq!(number(b"00000001234\0"), Some(0o1234));
         assert_eq!(number(b"  12 \0\0\0\0\0\0\0"), Some(0o12));
         assert_eq!(number(b"00000009\0\0\0\0"), None);
+    }
+
+    #[test]
+    fn an_end_that_is_none() {
+        let files = [
+            ("a.jpg".to_owned(), vec![1; 700]),
+            ("b.jpg".to_owned(), vec![2; 9]),
+        ];
+        let archive = write(&files).unwrap();
+        // Some garbage after the end is passed over, as tar does; half a record too.
+        assert_eq!(
+            entries(&[&archive[..], &[7; 300]].concat()).unwrap().len(),
+            2
+        );
+        let half = [&archive[..1536], &vec![0; 8 << 20]].concat();
+        assert!(entries(&half).unwrap_err().contains("half a download"));
+        let one_zero = [&archive[..1536], &[0; 512], &archive[1536..]].concat();
+        assert!(entries(&one_zero).unwrap_err().contains("more follows"));
+        let two = [&archive[..], &archive].concat();
+        assert!(entries(&two).unwrap_err().contains("several archives"));
+        // A folder that claims a size, as some programs write it.
+        let mut folder = header("folder/", 4096).unwrap();
+        folder[156] = b'5';
+        folder[148..156].copy_from_slice(b"        ");
+        let sum: u32 = folder.iter().map(|&b| u32::from(b)).sum();
+        folder[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        assert_eq!(entries(&[&folder[..], &archive].concat()).unwrap().len(), 2);
     }
 
     #[test]

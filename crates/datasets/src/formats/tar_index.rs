@@ -130,12 +130,15 @@ fn scan(archive: &Path, size: u64) -> Result<Vec<Entry>> {
             let mut found = Vec::new();
             let range = (entry.offset, entry.offset + entry.length);
             walk(&mut open()?, range, &mut |file| {
-                let name = format!("{folder}/{}", file.name);
+                let name = below_root(&format!("{folder}/{}", file.name))?;
                 found.push(Entry { name, ..file });
                 Ok(())
             })
             .map_err(|problem| broken(Some(&entry.name), problem))?;
             last_of_each_name(&mut found);
+            if found.is_empty() {
+                return Err(broken(Some(&entry.name), "no files".to_owned()));
+            }
             Ok(found)
         })
         .collect::<Result<_>>()?;

@@ -93,10 +93,11 @@ pub struct LoaderConfig {
     pub remainder: Remainder,
     /// Decides order and random transforms.
     pub seed: u64,
-    /// Threads that prepare images. 0: none, the caller prepares them itself. None: one for each core
-    /// (one in all for images in memory, which cost little).
+    /// Threads that prepare images. 0: none, the caller prepares them itself. None: as many as rayon has,
+    /// one for each core unless it was told otherwise (one in all for images in memory, which cost little).
     pub workers: Option<usize>,
-    /// Batches that may be ready or in the making beside the one that the caller has, at least 1.
+    /// Batches that may be ready or in the making beside the one that the caller has, at least 1; more where
+    /// batches are so small that two images a worker need more.
     pub prefetch: usize,
     /// Which of several processes this is.
     pub shard: Shard,
@@ -161,6 +162,16 @@ impl LoaderConfig {
         }
         if u32::try_from(images).is_err() {
             return config(format!("{images} images, and the limit is {}", u32::MAX));
+        }
+        for (what, value, most) in [
+            ("batch", batch, 1 << 24),
+            ("prefetch", self.prefetch, 1 << 12),
+            ("workers", self.workers.unwrap_or(0), 1 << 12),
+            ("ranks", shard.ranks, 1 << 20),
+        ] {
+            if value > most {
+                return config(format!("{what} = {value}, and the limit is {most}"));
+            }
         }
         if batch == 0 {
             return config("a batch needs at least 1 image".to_owned());
@@ -351,7 +362,22 @@ impl Loader {
     /// [`Error::Config`] where the position is of another set, batch size, seed or number of ranks.
     pub fn resume(&self, position: &Position) -> Result<Epoch> {
         let here = self.position(position.epoch, position.batch);
-        if *position != here || position.batch > self.batches() {
+        let differ = |what: &str| {
+            Err(Error::Config(format!(
+                "the run cannot go on from this position of its data: {what} differs; resume with the \
+                 settings of the run, or start it anew"
+            )))
+        };
+        if position.shuffle != here.shuffle {
+            return differ("shuffle");
+        }
+        if position.remainder != here.remainder {
+            return differ("remainder");
+        }
+        if position.batch > self.batches() {
+            return differ("the number of batches in an epoch");
+        }
+        if *position != here {
             return Err(Error::Config(format!(
                 "the run cannot go on from this position of its data: it was at batch {} of an epoch of \
                  {} images, batches of {} on {} ranks, seed {}; now there are {} images, batches of {} on \
@@ -379,10 +405,9 @@ impl Loader {
             order: Arc::clone(&order),
             epoch,
         };
-        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         let workers = config.workers.unwrap_or_else(|| match self.inner.images {
             Images::Memory(_) => 1,
-            Images::Stored(_) => cores(),
+            Images::Stored(_) => rayon::current_num_threads(),
         });
         let images = if workers == 0 {
             Ahead::No(Box::new(task), Box::default())
@@ -416,10 +441,9 @@ impl Inner {
         let new = !skipped.contains_key(&index);
         let count = skipped.len() + usize::from(new);
         let name = self.images.name(index as usize);
-        let problem = self
-            .config
-            .broken
-            .leave_out(name, error, count, self.images.len())?;
+        // Each rank sees its own share only.
+        let all = self.images.len().div_ceil(self.config.shard.ranks);
+        let problem = self.config.broken.leave_out(name, error, count, all)?;
         skipped.entry(index).or_insert(problem);
         Ok(())
     }
@@ -534,8 +558,13 @@ impl Epoch {
                 .map(|position| pool::prepare(&**task, position, desk))
                 .collect(),
             // Only a rank without images in the last step has none.
+            Ahead::Yes(_) if indices.is_empty() => Vec::new(),
             Ahead::Yes(pool) => pool.next().unwrap_or_default(),
         };
+        if images.is_empty() && !indices.is_empty() {
+            let name = self.inner.images.name(indices[0] as usize);
+            return Err(Error::Lost(name.to_owned()));
+        }
         self.next = end;
         let mut batch = Batch::new(self.inner.pipeline.views());
         for (&index, image) in indices.iter().zip(images) {

@@ -154,10 +154,7 @@ impl<P: Prepare> Pool<P> {
             if state.workers == 0 {
                 // They end only when all is done or after a panic outside of `prepare`.
                 state.batches.clear();
-                let lost = Error::Worker {
-                    name: self.shared.task.name(state.start),
-                    problem: "all threads of the loader have ended".to_owned(),
-                };
+                let lost = Error::Lost(self.shared.task.name(state.start));
                 return Some(vec![Err(lost)]);
             }
             state = self

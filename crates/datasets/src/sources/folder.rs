@@ -8,7 +8,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Listing, Source};
+use super::{Listing, Source, one_kind_of_labels};
 use crate::sample::{Root, Sample};
 use crate::{Error, Result};
 
@@ -28,7 +28,10 @@ pub(crate) const SOURCE: Source = Source {
     name: "image-folder",
     layout: LAYOUT,
     recognises: |_| true,
-    list: |root, _| image_folder(root),
+    list: |root, options| {
+        one_kind_of_labels(options, "a folder")?;
+        image_folder(root)
+    },
 };
 
 /// Lists an ImageFolder tree; no image is opened.
@@ -62,7 +65,10 @@ pub fn image_folder(root: &Path) -> Result<Listing> {
     }
     let folders = sub_folders(root)?;
     // Train or TRAIN is as good, and must not be taken for a class.
-    let named = |name: &str| folders.iter().find(|f| f.eq_ignore_ascii_case(name));
+    let named = |name: &str| {
+        let exactly = folders.iter().find(|f| *f == name);
+        exactly.or_else(|| folders.iter().find(|f| f.eq_ignore_ascii_case(name)))
+    };
     let has = |name: &str| named(name).is_some();
     let vals: Vec<&str> = VAL_NAMES
         .into_iter()
@@ -195,6 +201,11 @@ pub(crate) fn collect(
         }
     }
     Ok(())
+}
+
+/// Whether class folders lie in a part of the folder: what else lies there is beside the point.
+pub(crate) fn has_class_folders(root: &Path, part: &str) -> bool {
+    sub_folders(&root.join(part)).is_ok_and(|folders| !folders.is_empty())
 }
 
 /// Whether the name is that of a compressed archive.

@@ -274,7 +274,10 @@ fn from_kaggle(folder: &Path) -> Result<GroundTruth> {
 
     let path = folder.join(SOLUTION);
     let mut val: Vec<(Box<str>, u32)> = Vec::new();
-    for (number, line) in lines(&read_list(&path)?).skip(1) {
+    for (number, line) in lines(&read_list(&path)?) {
+        if line.starts_with("ImageId,") {
+            continue;
+        }
         let bad = |expected: &str| bad_line(&path, number, &shown(line), expected);
         let (image, objects) = line.split_once(',').unwrap_or((line, ""));
         let plain = image
@@ -333,11 +336,23 @@ impl GroundTruth {
     pub(crate) fn of_classes(self, classes: &[String], place: &Path) -> Result<Self> {
         let mut labels = vec![None; self.wnids.len()];
         for (label, class) in (0..).zip(classes) {
-            let Ok(known) = self.wnids.binary_search(class) else {
-                same_classes(&self.wnids, classes, place)?;
-                continue;
-            };
+            let known = self.wnids.binary_search(class).map_err(|_| {
+                let problem = format!("the class {class} is none of the ground truth");
+                Error::layout(
+                    place,
+                    problem,
+                    format!("classes of its {}", self.wnids.len()),
+                )
+            })?;
             labels[known] = Some(label);
+        }
+        if classes.len() < self.wnids.len() {
+            tracing::warn!(
+                "{}: {} of {} classes, numbered from 0 among themselves: not as in weights for all",
+                place.display(),
+                classes.len(),
+                self.wnids.len()
+            );
         }
         let val = self.val.into_iter();
         let val = val.filter_map(|(file, label)| Some((file, labels[label as usize]?)));

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::folder::{is_image_name, part, sub_folders};
+use super::folder::{has_class_folders, is_image_name, part, sub_folders};
 use super::imagenet::{ground_truth, validation};
 use super::{ListOptions, Listing, Source, one_kind_of_labels};
 use crate::formats::tar_index::entries;
@@ -25,7 +25,11 @@ const LAYOUT: &str = "ILSVRC2012_img_train.tar (or train/<wnid>/), beside it ILS
 pub(crate) const SOURCE: Source = Source {
     name: "imagenet-archives",
     layout: LAYOUT,
-    recognises: |root| root.join(TRAIN).is_file() || root.join(VAL).is_file(),
+    recognises: |root| {
+        let archive = root.join(TRAIN).is_file() || root.join(VAL).is_file();
+        // Archives that were unpacked are only lying about.
+        archive && !(has_class_folders(root, "train") && has_class_folders(root, "val"))
+    },
     list,
 };
 
@@ -79,7 +83,7 @@ fn list(root: &Path, options: &ListOptions) -> Result<Listing> {
 fn training(archive: &Path, options: &ListOptions) -> Result<(Vec<String>, Vec<Sample>)> {
     let mut entries = entries(archive, &options.cache)?;
     entries.retain(|entry| is_image_name(&entry.name));
-    entries.sort_by(|a, b| a.name.cmp(&b.name));
+    entries.sort_by(|a, b| a.name.split_once('/').cmp(&b.name.split_once('/')));
     let place: Arc<Path> = archive.into();
     let mut classes: Vec<String> = Vec::new();
     let mut samples = Vec::with_capacity(entries.len());

@@ -8,8 +8,9 @@
 
 use std::path::{Path, PathBuf};
 
+use super::folder::has_class_folders;
 use super::parts::{Labelled, Labels, PartName, listing};
-use super::{ListOptions, Listing, Source};
+use super::{ListOptions, Listing, Source, one_kind_of_labels};
 use crate::lines::{bad_line, lines as lines_of, read_list, shown};
 use crate::sample::{Root, Sample, below_root};
 use crate::{Error, Result};
@@ -22,7 +23,9 @@ pub(crate) const SOURCE: Source = Source {
     name: "list",
     layout: LAYOUT,
     recognises: |root| match root.is_dir() {
-        true => in_folder(root, "train").is_some(),
+        true => {
+            !has_class_folders(root, "train") && in_folder(root, "train").is_ok_and(|p| p.is_some())
+        }
         false => is_list(root) && root.is_file(),
     },
     list,
@@ -33,18 +36,31 @@ fn is_list(path: &Path) -> bool {
     ending.is_some_and(|ending| ENDINGS.iter().any(|e| e.eq_ignore_ascii_case(ending)))
 }
 
-fn in_folder(root: &Path, stem: &str) -> Option<PathBuf> {
+/// The list of a part. Two of them would leave open which one counts.
+fn in_folder(root: &Path, stem: &str) -> Result<Option<PathBuf>> {
     let paths = ENDINGS
         .iter()
         .map(|ending| root.join(format!("{stem}.{ending}")));
-    paths.into_iter().find(|path| path.is_file())
+    let found: Vec<PathBuf> = paths.filter(|path| path.is_file()).collect();
+    match &found[..] {
+        [_, second, ..] => {
+            let problem = format!("beside it lies {stem} with another ending");
+            Err(Error::layout(
+                second,
+                problem,
+                "one list a part: remove the others",
+            ))
+        }
+        _ => Ok(found.into_iter().next()),
+    }
 }
 
-fn list(root: &Path, _: &ListOptions) -> Result<Listing> {
+fn list(root: &Path, options: &ListOptions) -> Result<Listing> {
+    one_kind_of_labels(options, SOURCE.name)?;
     if !root.is_dir() {
         return listing(root, read(root, PartName::Train)?, None);
     }
-    let Some(train) = in_folder(root, "train") else {
+    let Some(train) = in_folder(root, "train")? else {
         return Err(Error::layout(
             root,
             "no train.csv, train.tsv or train.txt here",
@@ -52,15 +68,26 @@ fn list(root: &Path, _: &ListOptions) -> Result<Listing> {
         ));
     };
     let mut samples = read(&train, PartName::Train)?;
-    for (stem, part) in [
-        ("val", PartName::Val),
-        ("valid", PartName::Val),
-        ("validation", PartName::Val),
-        ("test", PartName::Test),
-    ] {
-        if let Some(path) = in_folder(root, stem) {
-            samples.extend(read(&path, part)?);
+    let mut val = None;
+    for stem in ["val", "valid", "validation"] {
+        let Some(path) = in_folder(root, stem)? else {
+            continue;
+        };
+        if val.is_some() {
+            let problem = "a second list of validation images";
+            return Err(Error::layout(
+                path,
+                problem,
+                "one list a part: remove the others",
+            ));
         }
+        val = Some(path);
+    }
+    if let Some(path) = val {
+        samples.extend(read(&path, PartName::Val)?);
+    }
+    if let Some(path) = in_folder(root, "test")? {
+        samples.extend(read(&path, PartName::Test)?);
     }
     listing(root, samples, None)
 }
@@ -148,7 +175,11 @@ fn read(path: &Path, part: PartName) -> Result<Vec<Labelled>> {
             if !more.map_err(|e| Error::layout(path, e.to_string(), LAYOUT))? {
                 break;
             }
-            let number = record.position().map_or(0, csv::Position::line) as usize;
+            // Where the reader stands now is the next line, unless the last one has no end; where the record
+            // began may be a blank line before it.
+            let after = reader.position();
+            let unended = after.byte() as usize == text.len() && !text.ends_with('\n');
+            let number = after.line() as usize - usize::from(!unended);
             let fields: Vec<&str> = record.iter().collect();
             lines.take(number, &fields)?;
         }
@@ -271,6 +302,12 @@ mod tests {
                 "line 2: the path \"../b.jpg\", which leaves",
             ),
             ("x.csv", "/etc/passwd,1\n", "line 1: the absolute path"),
+            ("x.csv", "# c\n\na.jpg,1\n\n../b.jpg,0", "line 5: the path"),
+            (
+                "x.csv",
+                "# c\n\na.jpg,1\n\n../b.jpg,0\nc.jpg,1\n",
+                "line 5: the path",
+            ),
             ("x.csv", "path,label\na.jpg\n", "line 2: 1 columns"),
             (
                 "x.csv",

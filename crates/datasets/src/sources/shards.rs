@@ -4,7 +4,8 @@
 //! name (`imagenet-val-0000.tar`), or by the first folder in it (`train/<class>/<image>`); without
 //! any of these it is train. The class of an image is in a file beside it (`0001.jpg` and `0001.cls`,
 //! as WebDataset writes them; numbers, or names), or it is the folder that the image lies in. A file
-//! `classes.txt` beside the archives, one name a line, says what numbers mean.
+//! `classes.txt` in the folder that is given (or beside the one archive), one name a line, says what
+//! numbers mean.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -14,12 +15,12 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::folder::{is_compressed, is_image_name, sub_folders};
+use super::folder::{has_class_folders, is_compressed, is_image_name, sub_folders};
 use super::parts::{Labelled, Labels, PartName, listing};
-use super::{ListOptions, Listing, Source};
+use super::{ListOptions, Listing, Source, one_kind_of_labels};
 use crate::formats::tar::Entry;
 use crate::formats::tar_index::{entries, is_tar};
-use crate::lines::read_list;
+use crate::lines::{lines, read_list};
 use crate::sample::Sample;
 use crate::{Error, Result};
 
@@ -31,7 +32,10 @@ const MAX_LABEL: u64 = 1024;
 pub(crate) const SOURCE: Source = Source {
     name: "shards",
     layout: LAYOUT,
-    recognises: |root| archives(root).is_ok_and(|(found, _)| !found.is_empty()),
+    recognises: |root| {
+        !has_class_folders(root, "train")
+            && archives(root).is_ok_and(|(found, _)| !found.is_empty())
+    },
     list,
 };
 
@@ -72,6 +76,7 @@ fn archives(root: &Path) -> Result<(Vec<Archive>, Vec<PathBuf>)> {
 }
 
 fn list(root: &Path, options: &ListOptions) -> Result<Listing> {
+    one_kind_of_labels(options, SOURCE.name)?;
     let (archives, packed) = archives(root)?;
     // Some of the data must not be missing without a word.
     if let Some(packed) = packed.first() {
@@ -104,7 +109,7 @@ fn class_names(root: &Path) -> Result<Option<Vec<String>>> {
     }
     let text = read_list(&path)?;
     Ok(Some(
-        text.lines().map(|line| line.trim().to_owned()).collect(),
+        lines(&text).map(|(_, line)| line.to_owned()).collect(),
     ))
 }
 
@@ -147,7 +152,10 @@ fn read(path: &Path, part: Option<PartName>, entries: Vec<Entry>) -> Result<Vec<
         });
     }
     if by_stem.is_empty() {
-        samples.sort_by(|a, b| (a.part, &a.sample.name).cmp(&(b.part, &b.sample.name)));
+        samples.sort_by(|a, b| {
+            let key = |s: &Labelled| (s.part, Arc::clone(&s.label));
+            (key(a), &a.sample.name).cmp(&(key(b), &b.sample.name))
+        });
     }
     Ok(samples)
 }

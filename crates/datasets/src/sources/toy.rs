@@ -65,7 +65,8 @@ fn list(root: &Path, _: &ListOptions) -> Result<Listing> {
 }
 
 #[cfg(feature = "toy")]
-fn list(root: &Path, _: &ListOptions) -> Result<Listing> {
+fn list(root: &Path, options: &ListOptions) -> Result<Listing> {
+    super::one_kind_of_labels(options, SOURCE.name)?;
     read::list(root)
 }
 
@@ -102,12 +103,12 @@ mod read {
                     check_idx(&folder.join(format!("{part}-labels-idx1-ubyte")), 1)?;
                 }
                 let set = mnist::load_dir(&folder).map_err(|e| broken(&folder, e))?;
-                let classes = (0..10).map(|digit| digit.to_string()).collect();
+                let classes: Vec<String> = (0..10).map(|digit| digit.to_string()).collect();
                 let (train, test) = both(&set, 1).map_err(|e| broken(&folder, e))?;
                 Ok(listing(
                     classes,
-                    samples("train", train, 1)?,
-                    samples("test", test, 1)?,
+                    samples("train", train, 1, 10)?,
+                    samples("test", test, 1, 10)?,
                 ))
             }
             Found::Cifar10(folder) => {
@@ -120,8 +121,8 @@ mod read {
                 let (train, test) = both(&set, 3).map_err(|e| broken(&folder, e))?;
                 Ok(listing(
                     classes,
-                    samples("train", train, 3)?,
-                    samples("test", test, 3)?,
+                    samples("train", train, 3, 10)?,
+                    samples("test", test, 3, 10)?,
                 ))
             }
             Found::Cifar100(folder) => {
@@ -133,7 +134,7 @@ mod read {
                     let bytes = std::fs::read(&path).map_err(Error::io(&path, "read the file"))?;
                     let pictures = bytes.chunks_exact(CIFAR + 2);
                     let pictures = pictures.map(|p| (p[2..].to_vec(), u32::from(p[1]), (32, 32)));
-                    samples(name, pictures.collect(), 3)
+                    samples(name, pictures.collect(), 3, 100)
                 };
                 Ok(listing(
                     classes,
@@ -173,8 +174,18 @@ mod read {
         ))
     }
 
-    fn samples(part: &str, pictures: Vec<Picture>, channels: usize) -> Result<Vec<Sample>> {
+    fn samples(
+        part: &str,
+        pictures: Vec<Picture>,
+        channels: usize,
+        classes: u32,
+    ) -> Result<Vec<Sample>> {
         let one = |(i, (planes, label, (height, width))): (usize, Picture)| {
+            if label >= classes {
+                return Err(Error::Config(format!(
+                    "{part} image {i}: label {label} of {classes} classes"
+                )));
+            }
             let name = format!("{part}/{label:03}/{i:05}.png");
             let png = png_of(&planes, channels, height, width)
                 .map_err(|problem| Error::Config(format!("{name}: {problem}")))?;
@@ -216,13 +227,12 @@ mod read {
     }
 
     fn names(path: &Path, count: usize) -> Result<Vec<String>> {
-        let text = match std::fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
-            Err(e) => return Err(Error::io(path, "read the file")(e)),
+        let text = match path.is_file() {
+            true => crate::lines::read_list(path)?,
+            false => String::new(),
         };
-        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-        let lines: Vec<String> = lines.map(str::to_owned).collect();
+        let lines = crate::lines::lines(&text);
+        let lines: Vec<String> = lines.map(|(_, line)| line.to_owned()).collect();
         Ok(match lines.len() == count {
             true => lines,
             false => (0..count).map(|class| class.to_string()).collect(),

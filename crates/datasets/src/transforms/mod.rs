@@ -3,7 +3,7 @@
 //! A [`Pipeline`] is data: a list of [`Step`]s, which experiment files can spell out, and the numbers
 //! for normalisation, which the loader applies. What happens to an image depends on its [`Key`] and on
 //! nothing else, on every machine. Steps follow torchvision on Pillow images, whose pixels they match
-//! within 2 of 255 where they resize, and exactly where not; the random numbers are our own.
+//! within 1 of 255 where they resize, and exactly where not; the random numbers are our own.
 //!
 //! Crops before the first resizing decide which part of a file is decoded at all; flips cost nothing,
 //! since they are made while pixels are written.

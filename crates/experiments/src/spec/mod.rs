@@ -226,6 +226,12 @@ impl Recipe {
                 "`eval_transforms` must not be random, and neither may make several views".into(),
             );
         }
+        // Images are kept in memory as they are before the first random step.
+        if train.split_random().0.output_size() != eval.output_size() {
+            return Err("the steps of `train_transforms` before the first random one must bring images to \
+                        the size that `eval_transforms` gives, since they are kept in memory like that"
+                .into());
+        }
         match (train.output_size(), eval.output_size()) {
             (Some((height, width)), Some(other)) if height == width && other == (height, width) => {
                 Ok((train, eval, height as u32))
