@@ -39,7 +39,7 @@ pub use manifest::{Checksum, Manifest};
 pub use sample::{Annotation, BoundingBox, Part, Root, Sample};
 pub use set::{ChannelStats, DataSet, ImageSet, MAX_SET_BYTES, decode_all};
 pub use sources::{
-    IndexCache, ListOptions, Listing, SOURCES, Source, image_folder, list, list_with,
+    IndexCache, ListOptions, Listing, SOURCES, Source, image_folder, list, list_with, recognise,
 };
 pub use split::{Split, TEST_SHARE, VAL_SHARE, split};
 pub use stats::{PartStats, Spread, class_histogram, part_stats};

@@ -52,3 +52,12 @@ pub(crate) fn bad_line(path: &Path, number: usize, problem: &str, expected: &str
 pub(crate) fn shown(line: &str) -> String {
     format!("{:?}", line.chars().take(100).collect::<String>())
 }
+
+/// Exactly `N` finite numbers.
+pub(crate) fn numbers<const N: usize>(text: &str) -> Option<[f32; N]> {
+    let numbers: Option<Vec<f32>> = text
+        .split_whitespace()
+        .map(|word| word.parse().ok().filter(|n: &f32| n.is_finite()))
+        .collect();
+    numbers?.try_into().ok()
+}

@@ -119,6 +119,27 @@ pub struct BoundingBox {
     pub height: f32,
 }
 
+impl BoundingBox {
+    /// From the columns and rows of two corners, which count from 1 and are both in the box.
+    pub(crate) fn of_corners([left, right]: [f32; 2], [top, bottom]: [f32; 2]) -> Self {
+        Self {
+            left: left - 1.0,
+            top: top - 1.0,
+            width: right - left + 1.0,
+            height: bottom - top + 1.0,
+        }
+    }
+}
+
+impl From<BoundingBox> for Annotation {
+    fn from(found: BoundingBox) -> Self {
+        Self {
+            bounding_box: Some(found),
+            parts: Vec::new(),
+        }
+    }
+}
+
 /// A named point of an object.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Part {

@@ -163,6 +163,14 @@ pub fn decode_all(
         target.copy_from_slice(&image);
         Ok(())
     });
+    if broken == Broken::Fail {
+        // Stops at the first error, and leaves nothing to move.
+        if let Some(error) = work.find_map_first(Result::err) {
+            return Err(error);
+        }
+        let set = ImageSet::of(rest.iter(), classes, (width, height), pixels)?;
+        return Ok((set, skipped));
+    }
     let outcomes: Vec<Result<()>> = work.collect();
     let mut kept: Vec<&Sample> = Vec::with_capacity(rest.len());
     for (at, (sample, outcome)) in rest.iter().zip(outcomes).enumerate() {
@@ -175,13 +183,24 @@ pub fn decode_all(
         }
     }
     pixels.truncate(kept.len() * size);
-    let labels = kept.iter().map(|s| s.label).collect();
-    let mut set = ImageSet::new(classes.to_vec(), width, height, pixels, labels)?;
-    set.names = kept.iter().map(|s| s.name.to_string()).collect();
+    let set = ImageSet::of(kept.into_iter(), classes, (width, height), pixels)?;
     Ok((set, skipped))
 }
 
 impl ImageSet {
+    /// Pixels of these samples, in their order.
+    fn of<'a>(
+        samples: impl Iterator<Item = &'a Sample> + Clone,
+        classes: &[String],
+        (width, height): (usize, usize),
+        pixels: Vec<u8>,
+    ) -> Result<Self> {
+        let labels = samples.clone().map(|s| s.label).collect();
+        let mut set = Self::new(classes.to_vec(), width, height, pixels, labels)?;
+        set.names = samples.map(|s| s.name.to_string()).collect();
+        Ok(set)
+    }
+
     /// A set from pixels in memory: image after image, HWC, RGB.
     ///
     /// # Errors
@@ -310,8 +329,13 @@ impl ImageSet {
         for image in &images {
             hash.update(image);
         }
-        hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+        hex(&hash.finalize())
     }
+}
+
+/// Hexadecimal digits of a hash.
+pub(crate) fn hex(hash: &[u8]) -> String {
+    hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Length first, so that two different lists of texts never hash alike.
@@ -397,6 +421,6 @@ impl DataSet {
         for part in [&self.train, &self.val, &self.test] {
             text(&mut hash, &part.fingerprint());
         }
-        hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+        hex(&hash.finalize())
     }
 }

@@ -14,7 +14,8 @@ use sha2::{Digest, Sha256};
 use crate::manifest::{Checksum, Manifest};
 use crate::miniature::MINIATURES;
 use crate::sample::Sample;
-use crate::sources::{ListOptions, Listing, SOURCES, Source};
+use crate::set::hex;
+use crate::sources::{ListOptions, Listing, SOURCES, recognise};
 use crate::{Error, Result};
 
 /// So many examples of each finding are named.
@@ -152,7 +153,7 @@ impl Display for Finding {
 }
 
 /// Looks whether the folder `dir` holds the whole data set `name`: one with a [`Manifest`], or any
-/// [`Source`] (also `folder`), of which numbers are reported and every listed image is looked for.
+/// [`crate::Source`] (also `folder`), of which numbers are reported and every listed image is looked for.
 /// `progress` is called from many threads and for every image, so it should be quick.
 ///
 /// # Errors
@@ -232,7 +233,8 @@ pub fn verify_against(
         }
     };
     report.classes = listing.classes.len();
-    report.found = parts(&listing)
+    report.found = listing
+        .parts()
         .map(|(part, samples)| (part.to_owned(), samples.len()))
         .collect();
     if let Some(classes) = classes {
@@ -255,11 +257,10 @@ pub fn verify_against(
 /// Name of the layout, and what is listed. The layout that the name stands for goes before others,
 /// in which the same set may lie as well.
 fn list(name: &str, dir: &Path, options: &ListOptions) -> Result<(&'static str, Listing)> {
-    let recognises = |source: &&Source| (source.recognises)(dir);
     let named = SOURCES.iter().find(|source| source.name == name);
     let source = named
-        .filter(recognises)
-        .or_else(|| SOURCES.iter().find(recognises));
+        .filter(|source| (source.recognises)(dir))
+        .or_else(|| recognise(dir));
     let layout = named.map_or("a known layout", |source| source.layout);
     let source = source.ok_or_else(|| Error::layout(dir, format!("no {name} here"), layout))?;
     match (source.list)(dir, options) {
@@ -270,14 +271,6 @@ fn list(name: &str, dir: &Path, options: &ListOptions) -> Result<(&'static str, 
         }
         Err(error) => Err(error),
     }
-}
-
-fn parts(listing: &Listing) -> impl Iterator<Item = (&'static str, &[Sample])> {
-    let held_out = |part: &'static str, samples| Option::map(samples, |s: &Vec<_>| (part, &s[..]));
-    [("train", &listing.train[..])]
-        .into_iter()
-        .chain(held_out("val", listing.val.as_ref()))
-        .chain(held_out("test", listing.test.as_ref()))
 }
 
 impl Report {
@@ -296,7 +289,8 @@ impl Report {
 
     /// The same file in two parts, or twice: what is trained on must not be reported on.
     fn check_twice(&mut self, listing: &Listing) {
-        let mut all: Vec<(PathBuf, &str, u32)> = parts(listing)
+        let mut all: Vec<(PathBuf, &str, u32)> = listing
+            .parts()
             .flat_map(|(part, samples)| samples.iter().map(move |s| (s.path(), part, s.label)))
             .collect();
         all.par_sort_unstable();
@@ -364,7 +358,7 @@ impl Report {
             .iter()
             .map(|(class, counts)| (class.as_str(), counts))
             .collect();
-        for (part, samples) in parts(listing) {
+        for (part, samples) in listing.parts() {
             let mut found = vec![0; listing.classes.len()];
             for sample in samples {
                 if let Some(count) = found.get_mut(sample.label as usize) {
@@ -396,7 +390,7 @@ impl Report {
         listing: &'a Listing,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Vec<&'a Sample> {
-        let all: Vec<&Sample> = parts(listing).flat_map(|(_, samples)| samples).collect();
+        let all: Vec<&Sample> = listing.parts().flat_map(|(_, samples)| samples).collect();
         let step = Step::new("looking for files", all.len() as u64, progress);
         let look = |sample: &&'a Sample| {
             let is_there = sample.is_there();
@@ -501,7 +495,7 @@ fn hash<D: Digest>(path: &Path, step: &Step) -> Result<String> {
     loop {
         let read = file.read(&mut buffer).map_err(failed())?;
         if read == 0 {
-            return Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect());
+            return Ok(hex(&hash.finalize()));
         }
         hash.update(&buffer[..read]);
         step.advance(read as u64);

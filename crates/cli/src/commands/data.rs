@@ -6,8 +6,8 @@ use anyhow::Context;
 use clap::{Args, Subcommand, ValueEnum};
 use isqrt_datasets::verify::{Level, Progress, Report, verify};
 use isqrt_datasets::{
-    IndexCache, ListOptions, Listing, PRESETS, Preset, SOURCES, Sample, Spread, class_histogram,
-    e10, list_with, miniature, part_stats,
+    IndexCache, ListOptions, Listing, PRESETS, Preset, Spread, class_histogram, e10, list_with,
+    miniature, part_stats, recognise,
 };
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -69,17 +69,6 @@ pub fn list_options(labels: Option<String>, cache: Option<PathBuf>) -> ListOptio
         labels,
         cache: cache.map_or(IndexCache::Beside, IndexCache::Folder),
     }
-}
-
-/// The parts that a set has, with their names.
-fn parts(listing: &Listing) -> impl Iterator<Item = (&'static str, &[Sample])> {
-    [
-        Some(("train", listing.train.as_slice())),
-        listing.val.as_deref().map(|s| ("val", s)),
-        listing.test.as_deref().map(|s| ("test", s)),
-    ]
-    .into_iter()
-    .flatten()
 }
 
 /// Check that a set is whole: layout, counts, images, checksums
@@ -239,8 +228,13 @@ impl Make {
             };
             miniature::write(&self.name, &self.out, &options)?;
         }
-        let listing = list_with(&self.out, &ListOptions::default())?;
-        let counts: Vec<(&str, usize)> = parts(&listing).map(|(p, s)| (p, s.len())).collect();
+        // Nothing but the set is left there.
+        let options = ListOptions {
+            cache: IndexCache::Off,
+            ..ListOptions::default()
+        };
+        let listing = list_with(&self.out, &options)?;
+        let counts: Vec<(&str, usize)> = listing.parts().map(|(p, s)| (p, s.len())).collect();
         if json {
             let mut object = serde_json::json!({"out": self.out, "classes": listing.classes.len()});
             for (part, count) in counts {
@@ -276,17 +270,15 @@ pub struct Index {
 
 impl Index {
     fn run(&self, json: bool) -> anyhow::Result<()> {
+        // Before the list is written, which may lie there afterwards.
+        let layout = recognise(&self.place.root).map_or("?", |source| source.name);
         let start = Instant::now();
         let listing = self.place.list()?;
         let seconds = start.elapsed().as_secs_f64();
-        let layout = SOURCES
-            .iter()
-            .find(|source| (source.recognises)(&self.place.root));
-        let layout = layout.map_or("?", |source| source.name);
         if let Some(out) = &self.out {
             write_list(&self.place.root, &listing, out)?;
         }
-        let counts: Vec<(&str, usize)> = parts(&listing).map(|(p, s)| (p, s.len())).collect();
+        let counts: Vec<(&str, usize)> = listing.parts().map(|(p, s)| (p, s.len())).collect();
         if json {
             let mut object = serde_json::json!({
                 "root": self.place.root,
@@ -354,7 +346,7 @@ fn write_list(root: &Path, listing: &Listing, out: &Path) -> anyhow::Result<()> 
         false => text.to_owned(),
     };
     let mut text = ["path", "label", "split"].join(separator) + "\n";
-    for (part, samples) in parts(listing) {
+    for (part, samples) in listing.parts() {
         for sample in samples {
             let Some(path) = sample.own_file() else {
                 anyhow::bail!(
@@ -408,7 +400,7 @@ impl Stats {
         let mut rows = Vec::new();
         let mut broken = Vec::new();
         let mut all = Vec::new();
-        for (part, samples) in parts(&listing) {
+        for (part, samples) in listing.parts() {
             let limit = self.sample.map(|n| n as usize);
             let total = limit.unwrap_or(usize::MAX).min(samples.len());
             let counter = Counter::default();

@@ -25,6 +25,7 @@ use rayon::prelude::*;
 
 use super::tar::{Entry, walk};
 use crate::sample::below_root;
+use crate::set::hex;
 use crate::sources::IndexCache;
 use crate::{Error, Result};
 
@@ -88,10 +89,7 @@ fn in_folder(folder: &Path, archive: &Path) -> Result<PathBuf> {
         .map_err(Error::io(archive, "look at the archive"))?;
     let hash = Sha256::digest(real.as_os_str().as_encoded_bytes());
     let mut name = real.file_name().unwrap_or_default().to_owned();
-    name.push(format!(
-        "-{:02x}{:02x}{:02x}{:02x}",
-        hash[0], hash[1], hash[2], hash[3]
-    ));
+    name.push(format!("-{}", hex(&hash[..4])));
     name.push(ENDING);
     Ok(folder.join(name))
 }
@@ -158,9 +156,8 @@ fn last_of_each_name(entries: &mut Vec<Entry>) {
 }
 
 pub(crate) fn is_tar(name: &str) -> bool {
-    name.len() > 4
-        && name.is_char_boundary(name.len() - 4)
-        && name[name.len() - 4..].eq_ignore_ascii_case(".tar")
+    let ending = Path::new(name).extension();
+    ending.is_some_and(|ending| ending.eq_ignore_ascii_case("tar"))
 }
 
 /// Nanoseconds since 1970; 0 where the system does not know.

@@ -362,35 +362,37 @@ impl Loader {
     /// [`Error::Config`] where the position is of another set, batch size, seed or number of ranks.
     pub fn resume(&self, position: &Position) -> Result<Epoch> {
         let here = self.position(position.epoch, position.batch);
-        let differ = |what: &str| {
-            Err(Error::Config(format!(
-                "the run cannot go on from this position of its data: {what} differs; resume with the \
-                 settings of the run, or start it anew"
-            )))
-        };
-        if position.shuffle != here.shuffle {
-            return differ("shuffle");
-        }
-        if position.remainder != here.remainder {
-            return differ("remainder");
+        let (was, is) = (position, &here);
+        let settings = [
+            ("images", was.images, is.images),
+            ("batch size", was.batch_size, is.batch_size),
+            ("ranks", was.ranks, is.ranks),
+        ];
+        let settings = settings.map(|(what, was, is)| (what, was.to_string(), is.to_string()));
+        let others = [
+            ("seed", was.seed.to_string(), is.seed.to_string()),
+            ("shuffle", was.shuffle.to_string(), is.shuffle.to_string()),
+            (
+                "remainder",
+                format!("{:?}", was.remainder),
+                format!("{:?}", is.remainder),
+            ),
+        ];
+        let differs = settings
+            .into_iter()
+            .chain(others)
+            .find(|(_, was, is)| was != is);
+        if let Some((what, was, is)) = differs {
+            return Err(Error::Config(format!(
+                "the run cannot go on from this position of its data, where {what} was {was} and now is \
+                 {is}: resume with the settings of the run, or start it anew"
+            )));
         }
         if position.batch > self.batches() {
-            return differ("the number of batches in an epoch");
-        }
-        if *position != here {
             return Err(Error::Config(format!(
-                "the run cannot go on from this position of its data: it was at batch {} of an epoch of \
-                 {} images, batches of {} on {} ranks, seed {}; now there are {} images, batches of {} on \
-                 {} ranks, seed {}",
+                "the run cannot go on from batch {} of an epoch of {}",
                 position.batch,
-                position.images,
-                position.batch_size,
-                position.ranks,
-                position.seed,
-                here.images,
-                here.batch_size,
-                here.ranks,
-                here.seed
+                self.batches()
             )));
         }
         self.epoch_from(position.epoch, position.batch)

@@ -6,10 +6,9 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use super::cub::numbers;
 use super::{ListOptions, Listing, Source, folder_with};
-use crate::lines::{bad_line, lines, read_list, shown};
-use crate::sample::{Annotation, BoundingBox, Root, Sample, below_root};
+use crate::lines::{bad_line, lines, numbers, read_list, shown};
+use crate::sample::{BoundingBox, Root, Sample, below_root};
 use crate::{Error, Result};
 
 const LAYOUT: &str = "fgvc-aircraft-2013b/data/ with images/ and images_variant_trainval.txt, images_variant_test.txt";
@@ -44,30 +43,27 @@ fn list(root: &Path, options: &ListOptions) -> Result<Listing> {
     };
     let list = |part: &str| base.join(format!("images_{labels}_{part}.txt"));
     let train = match list("trainval") {
-        both if both.is_file() => Labelled::read(both)?,
+        both if both.is_file() => Line::read(both)?,
         _ => {
-            let mut train = Labelled::read(list("train"))?;
-            train.extend(Labelled::read(list("val"))?);
+            let mut train = Line::read(list("train"))?;
+            train.extend(Line::read(list("val"))?);
             train
         }
     };
-    let test = Labelled::read(list("test"))?;
+    let test = Line::read(list("test"))?;
     let classes = classes(&base.join(names), &train, &test)?;
     let label: HashMap<&str, u32> = classes.iter().map(String::as_str).zip(0..).collect();
     let boxes = boxes(&base.join("images_box.txt"))?;
     let files = Root::new(&base);
-    let samples = |part: &[Labelled]| -> Result<Vec<Sample>> {
-        let sample = |image: &Labelled| {
+    let samples = |part: &[Line]| -> Result<Vec<Sample>> {
+        let sample = |image: &Line| {
             let label = label.get(&*image.class).ok_or_else(|| {
                 let problem = format!("the class {} is not in {names}", shown(&image.class));
                 bad_line(&image.list, image.line, &problem, "classes of that file")
             })?;
             let sample = Sample::file(&files, format!("images/{}.jpg", image.id), *label);
             Ok(match boxes.get(&image.id) {
-                Some(found) => sample.annotated(Annotation {
-                    bounding_box: Some(*found),
-                    parts: Vec::new(),
-                }),
+                Some(found) => sample.annotated((*found).into()),
                 None => sample,
             })
         };
@@ -84,14 +80,14 @@ fn list(root: &Path, options: &ListOptions) -> Result<Listing> {
 }
 
 /// A line of a list.
-struct Labelled {
+struct Line {
     list: std::rc::Rc<Path>,
     line: usize,
     id: String,
     class: String,
 }
 
-impl Labelled {
+impl Line {
     fn read(path: PathBuf) -> Result<Vec<Self>> {
         let expected = "<image> <class>, the class may hold blanks and slashes";
         let list: std::rc::Rc<Path> = path.into();
@@ -117,7 +113,7 @@ impl Labelled {
 }
 
 /// The order of the file of names where there is one; without it, of the names that occur.
-fn classes(path: &Path, train: &[Labelled], test: &[Labelled]) -> Result<Vec<String>> {
+fn classes(path: &Path, train: &[Line], test: &[Line]) -> Result<Vec<String>> {
     let mut sorted: Vec<String>;
     if path.is_file() {
         let text = read_list(path)?;
@@ -140,7 +136,7 @@ fn classes(path: &Path, train: &[Labelled], test: &[Labelled]) -> Result<Vec<Str
     Ok(sorted)
 }
 
-/// Boxes by image, none where there is no such file. Corners count from 1, and both are in the box.
+/// Boxes by image, none where there is no such file.
 fn boxes(path: &Path) -> Result<HashMap<String, BoundingBox>> {
     let mut boxes = HashMap::new();
     if !path.is_file() {
@@ -149,12 +145,7 @@ fn boxes(path: &Path) -> Result<HashMap<String, BoundingBox>> {
     for (number, line) in lines(&read_list(path)?) {
         let parsed = line.split_once(' ').and_then(|(id, rest)| {
             let [left, top, right, bottom] = numbers(rest)?;
-            let found = BoundingBox {
-                left: left - 1.0,
-                top: top - 1.0,
-                width: right - left + 1.0,
-                height: bottom - top + 1.0,
-            };
+            let found = BoundingBox::of_corners([left, right], [top, bottom]);
             Some((id.to_owned(), found))
         });
         let expected = "<image> <xmin> <ymin> <xmax> <ymax>";

@@ -144,22 +144,10 @@ fn path_in(row: &Row, field: &str) -> Result<String> {
     below_root(row.text(field)?).map_err(|problem| row.wrong(field, problem, expected))
 }
 
-/// Corners count from 1, and both are in the box.
 fn bounding_box(row: &Row) -> Result<Annotation> {
-    let side = |low: &str, high: &str| -> Result<(f32, f32)> {
-        let (low, high) = (row.number(low)?, row.number(high)?);
-        Ok((low as f32 - 1.0, (high - low) as f32 + 1.0))
+    let side = |low: &str, high: &str| -> Result<[f32; 2]> {
+        Ok([row.number(low)? as f32, row.number(high)? as f32])
     };
-    let (left, width) = side("bbox_x1", "bbox_x2")?;
-    let (top, height) = side("bbox_y1", "bbox_y2")?;
-    let bounding_box = Some(BoundingBox {
-        left,
-        top,
-        width,
-        height,
-    });
-    Ok(Annotation {
-        bounding_box,
-        parts: Vec::new(),
-    })
+    let (columns, rows) = (side("bbox_x1", "bbox_x2")?, side("bbox_y1", "bbox_y2")?);
+    Ok(BoundingBox::of_corners(columns, rows).into())
 }

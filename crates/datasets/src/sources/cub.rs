@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use super::{ListOptions, Listing, Source, folder_with, one_kind_of_labels};
-use crate::lines::{bad_line, lines, read_list, shown};
+use crate::lines::{bad_line, lines, numbers, read_list, shown};
 use crate::sample::{Annotation, BoundingBox, Part, Root, Sample, below_root};
 use crate::{Error, Result};
 
@@ -211,13 +211,4 @@ impl Images {
         }
         Ok(annotations)
     }
-}
-
-/// Exactly `N` finite numbers.
-pub(super) fn numbers<const N: usize>(text: &str) -> Option<[f32; N]> {
-    let numbers: Option<Vec<f32>> = text
-        .split_whitespace()
-        .map(|word| word.parse().ok().filter(|n: &f32| n.is_finite()))
-        .collect();
-    numbers?.try_into().ok()
 }

@@ -72,6 +72,19 @@ pub struct Listing {
     pub test: Option<Vec<Sample>>,
 }
 
+impl Listing {
+    /// The parts that the set has, with their names: train, then val and test where there are any.
+    pub fn parts(&self) -> impl Iterator<Item = (&'static str, &[Sample])> {
+        [
+            Some(("train", self.train.as_slice())),
+            self.val.as_deref().map(|samples| ("val", samples)),
+            self.test.as_deref().map(|samples| ("test", samples)),
+        ]
+        .into_iter()
+        .flatten()
+    }
+}
+
 /// All layouts, the particular ones first. The last takes whatever no other recognises.
 pub const SOURCES: &[Source] = &[
     cub::SOURCE,
@@ -93,14 +106,18 @@ pub fn list(root: &Path) -> Result<Listing> {
     list_with(root, &ListOptions::default())
 }
 
+/// The layout that a folder or file looks like: the first in the table that recognises it.
+#[must_use]
+pub fn recognise(root: &Path) -> Option<&'static Source> {
+    SOURCES.iter().find(|source| (source.recognises)(root))
+}
+
 /// Lists a data set of any known layout.
 ///
 /// # Errors
 /// As [`list`].
 pub fn list_with(root: &Path, options: &ListOptions) -> Result<Listing> {
-    let source = SOURCES
-        .iter()
-        .find(|source| (source.recognises)(root))
+    let source = recognise(root)
         .ok_or_else(|| Error::layout(root, "no known layout", folder::SOURCE.layout))?;
     tracing::debug!(root = %root.display(), layout = source.name, "listing");
     (source.list)(root, options)
