@@ -5,10 +5,14 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// A file in the making, beside its place.
+///
+/// A pipe or a device (`/dev/null`, `/dev/stdout`) is written straight into: a new file under its
+/// name would put it out of the world for everyone else.
 #[derive(Debug)]
 pub struct WholeFile {
     path: PathBuf,
-    partial: PathBuf,
+    /// Nothing for a pipe or a device.
+    partial: Option<PathBuf>,
     file: Option<File>,
 }
 
@@ -19,6 +23,16 @@ impl WholeFile {
     /// Those of the system.
     pub fn create(path: &Path) -> std::io::Result<Self> {
         let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        if let Ok(meta) = std::fs::metadata(&path)
+            && !meta.is_file()
+            && !meta.is_dir()
+        {
+            return Ok(Self {
+                file: Some(File::options().write(true).open(&path)?),
+                partial: None,
+                path,
+            });
+        }
         let mut partial = path.as_os_str().to_owned();
         partial.push(format!(".{}.partial", std::process::id()));
         let partial = PathBuf::from(partial);
@@ -26,7 +40,7 @@ impl WholeFile {
         let file = Some(File::create(&partial)?);
         Ok(Self {
             path,
-            partial,
+            partial: Some(partial),
             file,
         })
     }
@@ -47,8 +61,13 @@ impl WholeFile {
     /// Those of the system.
     pub fn finish(mut self) -> std::io::Result<()> {
         self.file()?.flush()?;
-        self.file()?.sync_all()?;
-        std::fs::rename(&self.partial, &self.path)?;
+        let Some(partial) = &self.partial else {
+            return Ok(());
+        };
+        if let Some(file) = &self.file {
+            file.sync_all()?;
+        }
+        std::fs::rename(partial, &self.path)?;
         self.file = None;
         // So that the name lasts too, where folders can be synced.
         if let Some(folder) = self.path.parent()
@@ -62,9 +81,29 @@ impl WholeFile {
 
 impl Drop for WholeFile {
     fn drop(&mut self) {
-        if self.file.take().is_some() {
-            // An error came before: half a file is of no use.
-            let _ = std::fs::remove_file(&self.partial);
+        // An error came before: half a file is of no use.
+        if self.file.take().is_some()
+            && let Some(partial) = &self.partial
+        {
+            let _ = std::fs::remove_file(partial);
         }
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileTypeExt;
+
+    #[test]
+    fn a_device_stays_a_device() {
+        let null = Path::new("/dev/null");
+        let before = std::fs::metadata(null).unwrap().file_type();
+        assert!(before.is_char_device());
+        let mut file = WholeFile::create(null).unwrap();
+        file.file().unwrap().write_all(b"gone").unwrap();
+        file.finish().unwrap();
+        drop(WholeFile::create(null).unwrap());
+        assert!(std::fs::metadata(null).unwrap().file_type().is_char_device());
     }
 }
