@@ -138,8 +138,10 @@ fn is_norm(records: &[LayerRecord], name: &str) -> bool {
     own.next().is_some_and(|r| r.op == "batch_norm")
 }
 
-/// The first two components of a layer's name, three in a list of modules called `features`.
-fn stage_of(path: &str) -> &str {
+/// The first two components of a layer's name, three in a list of modules called `features`; of
+/// parameters too: `backbone.layer1` of `backbone.layer1.0.conv1.weight`.
+#[must_use]
+pub fn stage_of(path: &str) -> &str {
     let mut dots = path.match_indices('.').map(|(at, _)| at);
     let second = dots.next().map_or(path.len(), |at| at + 1);
     let end = dots.next();

@@ -20,7 +20,7 @@ mod whole_file;
 pub use backbones::{BACKBONES, Backbone, BackboneEntry, BackboneSpec};
 pub use checkpoint::Layout;
 pub use classifier::ClassifierSpec;
-pub use describe::{Description, Stage};
+pub use describe::{Description, Stage, stage_of};
 pub use error::{Error, Result};
 pub use names::{hint, nearest};
 pub use network::{ModelSpec, Network};

@@ -174,8 +174,20 @@ impl Network {
         self.pool(&self.features(x, mode)?, mode)
     }
 
-    /// Representation of feature maps.
-    pub(crate) fn pool(&self, features: &Tensor, mode: Mode) -> Result<Tensor> {
+    /// Logits of feature maps.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn head(&self, features: &Tensor, mode: Mode) -> Result<Tensor> {
+        self.classify(&self.pool(features, mode)?, mode)
+    }
+
+    /// Representation of feature maps `(batch, channels, height, width)`, as
+    /// [`features`](Self::features) gives them.
+    ///
+    /// # Errors
+    /// Where they are not finite or of another shape.
+    pub fn pool(&self, features: &Tensor, mode: Mode) -> Result<Tensor> {
         self.representation.forward(features, mode)
     }
 
@@ -238,8 +250,16 @@ impl Network {
         self.representation.multiply_adds(positions)
     }
 
-    /// Side of the matrix whose upper triangle the representation is, if it is one.
-    pub(crate) fn triangle(&self) -> Option<usize> {
+    /// Whether the representation approximates the square root of the covariance: see
+    /// [`Representation::approximates_root`].
+    #[must_use]
+    pub fn approximates_root(&self) -> bool {
+        self.representation.approximates_root()
+    }
+
+    /// Side of the matrix whose upper triangle the representation is, row by row, if it is one.
+    #[must_use]
+    pub fn triangle(&self) -> Option<usize> {
         self.representation.triangle()
     }
 

@@ -92,6 +92,7 @@ impl Drop for WholeFile {
 
 #[cfg(all(test, unix))]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
     use std::os::unix::fs::FileTypeExt;
 
@@ -104,6 +105,11 @@ mod tests {
         file.file().unwrap().write_all(b"gone").unwrap();
         file.finish().unwrap();
         drop(WholeFile::create(null).unwrap());
-        assert!(std::fs::metadata(null).unwrap().file_type().is_char_device());
+        assert!(
+            std::fs::metadata(null)
+                .unwrap()
+                .file_type()
+                .is_char_device()
+        );
     }
 }

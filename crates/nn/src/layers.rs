@@ -9,7 +9,7 @@ use crate::blocked::conv_norm_of;
 use crate::checkpoint::Aside;
 use crate::error::shape_error;
 use crate::ops::{self, BatchNorm as Norm, Conv, MaskKey};
-use crate::record::{note, note_op};
+use crate::record::{note, note_op, wants_values};
 use crate::vars::Source;
 use crate::{Error, Init, Mode, Result, Scope};
 
@@ -243,7 +243,7 @@ impl ConvNorm {
     /// # Errors
     /// [`crate::Error::Shape`] where the input does not fit.
     pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        if ops::is_blocked(x) {
+        if ops::is_blocked(x) && !wants_values() {
             let (conv, norm) = (&self.conv, &self.norm);
             let affine = (&norm.weight, &norm.bias);
             let (norm, aside) = ((&norm.norm, mode), Some(&conv.aside));

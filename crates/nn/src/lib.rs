@@ -26,8 +26,8 @@ pub use init::Init;
 pub use mode::Mode;
 pub use optim::{
     AdamW, AdamWConfig, Decay, Ema, Optimizer, ParamGroup, Sgd, SgdConfig, clip_grad_norm,
-    clip_grad_value,
+    clip_grad_value, grad_norm, grad_squares,
 };
-pub use record::{LayerRecord, record};
+pub use record::{LayerRecord, LayerValues, largest_magnitude, record, record_values};
 pub use schedule::Schedule;
 pub use vars::{Buffer, Scope, Vars};

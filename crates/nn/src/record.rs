@@ -6,7 +6,11 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{Tensor, WithDType};
+use rayon::prelude::*;
+
+use crate::Result;
+use crate::element::{dispatch, read};
 
 /// What one layer or op did in a forward pass.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,25 +33,88 @@ pub struct LayerRecord {
     pub elements: usize,
 }
 
-thread_local!(static RECORDER: RefCell<Option<Vec<LayerRecord>>> = const { RefCell::new(None) });
+/// What one layer or op did, and how large the values of its output are.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerValues {
+    /// The layer.
+    pub layer: LayerRecord,
+    /// [`largest_magnitude`] of its output.
+    pub largest: f64,
+}
+
+/// What the layers of a pass report.
+#[derive(Default)]
+struct Recorder {
+    records: Vec<LayerRecord>,
+    /// Of each record, where they are asked for.
+    largest: Option<Vec<f64>>,
+}
+
+thread_local!(static RECORDER: RefCell<Option<Recorder>> = const { RefCell::new(None) });
 
 /// Runs a forward pass and tells what its layers did, in the order in which they ran. Results are
 /// those of a pass without it.
 ///
 /// Only what runs on the calling thread; a call within another keeps its records to itself.
 pub fn record<R>(forward: impl FnOnce() -> R) -> (R, Vec<LayerRecord>) {
+    let (result, recorder) = run(Recorder::default(), forward);
+    (result, recorder.records)
+}
+
+/// As [`record`], with the largest magnitude of each output: where values stop being finite.
+///
+/// A convolution and its normalisation run one after the other in this pass, also where they are one node
+/// otherwise, so that each has its own values; results may differ from those of another pass by
+/// rounding.
+pub fn record_values<R>(forward: impl FnOnce() -> R) -> (R, Vec<LayerValues>) {
+    let recorder = Recorder {
+        largest: Some(Vec::new()),
+        ..Recorder::default()
+    };
+    let (result, recorder) = run(recorder, forward);
+    let largest = recorder.largest.unwrap_or_default();
+    let layers = recorder.records.into_iter().zip(largest);
+    let layers = layers.map(|(layer, largest)| LayerValues { layer, largest });
+    (result, layers.collect())
+}
+
+/// The largest magnitude of the values of a tensor: infinite or NaN where one of them is, 0 without values.
+///
+/// # Errors
+/// For element types other than f32 and f64.
+pub fn largest_magnitude(x: &Tensor) -> Result<f64> {
+    let x = x.contiguous()?;
+    let held = read(&x);
+    // NaN stays.
+    let larger = |a: f64, b: f64| if b > a || b.is_nan() { b } else { a };
+    let largest = dispatch!("largest_magnitude", x.dtype(), T => {
+        let blocks = held.values::<T>()?.par_chunks(1 << 14);
+        let largest = blocks.map(|block| {
+            block.iter().fold(0.0, |most, &v| larger(most, v.to_f64().abs()))
+        });
+        Ok::<f64, candle_core::Error>(largest.reduce(|| 0.0, larger))
+    })?;
+    Ok(largest)
+}
+
+/// Whether a pass runs whose values are recorded.
+pub(crate) fn wants_values() -> bool {
+    RECORDER.with_borrow(|r| r.as_ref().is_some_and(|r| r.largest.is_some()))
+}
+
+fn run<R>(recorder: Recorder, forward: impl FnOnce() -> R) -> (R, Recorder) {
     /// Puts the outer recorder back even where the pass panics.
-    struct Restore(Option<Vec<LayerRecord>>);
+    struct Restore(Option<Recorder>);
     impl Drop for Restore {
         fn drop(&mut self) {
             RECORDER.set(self.0.take());
         }
     }
-    let restore = Restore(RECORDER.replace(Some(Vec::new())));
+    let restore = Restore(RECORDER.replace(Some(recorder)));
     let result = forward();
-    let records = RECORDER.take().unwrap_or_default();
+    let recorder = RECORDER.take().unwrap_or_default();
     drop(restore);
-    (result, records)
+    (result, recorder)
 }
 
 /// Notes a layer whose output has the shape of `y`: its path, learnt values and multiply-adds.
@@ -68,10 +135,20 @@ fn push(
     y: &Tensor,
     layer: impl FnOnce(&[LayerRecord]) -> (Arc<str>, usize, u64),
 ) {
+    // Not while the recorder is borrowed: other work may run on this thread meanwhile. Layers compute in f32
+    // and f64 alone, so there is no error.
+    let largest = wants_values().then(|| largest_magnitude(y).unwrap_or(f64::NAN));
     RECORDER.with_borrow_mut(|recorder| {
-        let Some(records) = recorder else {
+        let Some(Recorder {
+            records,
+            largest: all,
+        }) = recorder
+        else {
             return;
         };
+        if let (Some(all), Some(largest)) = (all, largest) {
+            all.push(largest);
+        }
         let (path, parameters, multiply_adds) = layer(records);
         let shape = match *y.dims() {
             [batch, panels, height, width, lanes] => vec![batch, panels * lanes, height, width],

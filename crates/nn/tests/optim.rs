@@ -8,7 +8,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
 use isqrt_nn::{
     AdamW, AdamWConfig, Decay, Ema, Init, Optimizer, ParamGroup, Schedule, Sgd, SgdConfig, Vars,
-    clip_grad_norm, clip_grad_value,
+    clip_grad_norm, clip_grad_value, grad_norm, grad_squares,
 };
 use isqrt_testkit::{assert_close, randn};
 
@@ -211,6 +211,34 @@ fn small_gradients_are_not_clipped() {
     clip_grad_norm(&vars, &mut clipped, 1e6).unwrap();
     clip_grad_value(&vars, &mut clipped, 1e6).unwrap();
     assert_close!(*clipped.get(a.as_tensor()).unwrap(), before, atol = 0.0);
+}
+
+#[test]
+fn norms_without_clipping_leave_gradients_alone() {
+    let vars = vars(&["a.w", "b.w", "c.w"], DType::F32);
+    let mut gradients = gradients(&vars, 1);
+    let named = |name: &str| vars.parameters().find(|(n, _)| *n == name).unwrap().1;
+    gradients.remove(named("b.w").as_tensor());
+    let before = gradients.get(named("a.w").as_tensor()).unwrap().clone();
+    let norm = grad_norm(&vars, &gradients).unwrap();
+    assert_close!(
+        *gradients.get(named("a.w").as_tensor()).unwrap(),
+        before,
+        atol = 0.0
+    );
+    let squares = grad_squares(&vars, &gradients).unwrap();
+    let names: Vec<&str> = squares.iter().map(|(name, _)| *name).collect();
+    assert_eq!(names, ["a.w", "c.w"]);
+    let a = before.to_dtype(DType::F64).unwrap().sqr().unwrap();
+    let a = a.sum_all().unwrap().to_scalar::<f64>().unwrap();
+    assert_close!(squares[0].1, a, rtol = 1e-12);
+    assert_close!(norm, (squares[0].1 + squares[1].1).sqrt(), rtol = 1e-15);
+    assert_eq!(norm, clip_grad_norm(&vars, &mut gradients, 1.0).unwrap());
+
+    let bad = Tensor::full(f32::INFINITY, (4, 5), &Device::Cpu).unwrap();
+    gradients.insert(named("c.w").as_tensor(), bad);
+    let message = grad_norm(&vars, &gradients).unwrap_err().to_string();
+    assert_eq!(message, "grad_norm: the gradient of \"c.w\" is not finite");
 }
 
 #[test]

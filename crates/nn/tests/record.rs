@@ -6,7 +6,7 @@ use isqrt_nn::layers::{Conv2d, ConvNorm, Linear};
 use isqrt_nn::ops::{
     Conv, Window, add_relu, block, global_avg_pool, is_blocked, max_pool2d, unblock,
 };
-use isqrt_nn::{LayerRecord, Mode, Vars, record};
+use isqrt_nn::{LayerRecord, Mode, Vars, largest_magnitude, record, record_values};
 use isqrt_testkit::{assert_close, randn};
 
 struct Net {
@@ -104,4 +104,50 @@ fn records_end_with_their_pass() {
     assert!(panicked.is_err());
     pool();
     assert!(record(|| ()).1.is_empty());
+}
+
+#[test]
+fn values_of_a_pass_come_with_its_layers_in_any_layout() {
+    let net = Net::new();
+    let x = randn((2, 32, 8, 12), 1, DType::F32).unwrap();
+    for x in [block(&x).unwrap(), x] {
+        for mode in [Mode::Replay, Mode::Eval] {
+            let (known, records) = record(|| net.forward(&x, mode));
+            let (found, values) = record_values(|| net.forward(&x, mode));
+            assert_close!(found, known, rtol = 1e-4, atol = 1e-5);
+            let layers: Vec<LayerRecord> = values.iter().map(|v| v.layer.clone()).collect();
+            assert_eq!(layers, records);
+            let of = |y: &Tensor| largest_magnitude(y).unwrap();
+            let first = net.grouped.forward(&x).unwrap();
+            assert_eq!(values[0].largest, of(&first));
+            assert_eq!(values[6].largest, of(&found));
+            // Of the convolution alone, though its norm follows in one node elsewhere.
+            let normed = net.brick.forward(&first, mode).unwrap();
+            assert_close!(values[2].largest, of(&normed), rtol = 1e-4);
+            assert!(values[1].largest != values[2].largest);
+        }
+    }
+}
+
+#[test]
+fn magnitudes_keep_what_is_not_finite() {
+    let of = |values: &[f64]| {
+        let x = Tensor::new(values, &Device::Cpu).unwrap();
+        let single = largest_magnitude(&x.to_dtype(DType::F32).unwrap()).unwrap();
+        let double = largest_magnitude(&x).unwrap();
+        assert!(single == double || single.is_nan() && double.is_nan());
+        double
+    };
+    assert_eq!(of(&[]), 0.0);
+    assert_eq!(of(&[1.0, -3.0, 2.0]), 3.0);
+    assert_eq!(of(&[1.0, f64::NEG_INFINITY]), f64::INFINITY);
+    let mut many = vec![1.0; 100_000];
+    for place in [0, 16_384, 99_999] {
+        many[place] = f64::NAN;
+        assert!(of(&many).is_nan(), "{place}");
+        many[place] = 1.0;
+    }
+    assert!(of(&[f64::NAN, f64::INFINITY]).is_nan());
+    let whole = Tensor::new(&[1_u32], &Device::Cpu).unwrap();
+    assert!(largest_magnitude(&whole).is_err());
 }

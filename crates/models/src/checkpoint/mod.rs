@@ -76,6 +76,9 @@ const FORMAT: (&str, &str) = ("format", "pt");
 const MODEL: &str = "isqrt.model";
 const PREPROCESSING: &str = "isqrt.preprocessing";
 const TRAINING: &str = "isqrt.training";
+/// State of the run that a file of ours is of, and the beginning of the names of its tensors.
+const RUN: &str = "isqrt.run";
+const RUN_TENSORS: &str = "run.";
 /// The order of triangles in a file under other names.
 const TRIANGLE: &str = "isqrt.triangle";
 
@@ -263,8 +266,11 @@ pub fn load_from(
         report.taken += 1;
     }
     for (clean, name) in &names.0 {
+        let of_run = clean.starts_with(RUN_TENSORS) && file.metadata().contains_key(RUN);
         if clean.ends_with("num_batches_tracked") {
             report.counters += 1;
+        } else if of_run {
+            // For whoever goes on with the run.
         } else if !used.contains(clean.as_str()) {
             report.unused.push(name.clone());
         }
@@ -348,6 +354,71 @@ pub fn save(network: &Network, path: &Path, record: &Record) -> Result<()> {
     }
     export(network, path, Layout::OWN.name, Triangle::Upper, record)?;
     Ok(())
+}
+
+/// [`save`] with other values than the network's under some of its names.
+///
+/// # Errors
+/// As [`save`].
+pub fn save_averaged(
+    network: &Network,
+    path: &Path,
+    record: &Record,
+    averages: Option<&BTreeMap<String, Tensor>>,
+) -> Result<()> {
+    let mut metadata = tell(path, record)?;
+    metadata.insert(MODEL.to_owned(), json(path, network.spec())?);
+    let tensors = network.values().map(|(name, value)| {
+        let average = averages.and_then(|averages| averages.get(&name));
+        let value = average.cloned().unwrap_or(value);
+        (name, value)
+    });
+    write(tensors.collect(), metadata, path)
+}
+
+/// [`save`] with the state of a training run beside the weights: tensors, and what else there is to know.
+/// Whoever reads the file for its weights passes the state by.
+///
+/// # Errors
+/// As [`save`].
+pub fn save_run(
+    network: &Network,
+    path: &Path,
+    record: &Record,
+    tensors: Vec<(String, Tensor)>,
+    state: &serde_json::Value,
+) -> Result<()> {
+    let mut metadata = tell(path, record)?;
+    metadata.insert(MODEL.to_owned(), json(path, network.spec())?);
+    metadata.insert(RUN.to_owned(), json(path, state)?);
+    let tensors = tensors
+        .into_iter()
+        .map(|(name, tensor)| (format!("{RUN_TENSORS}{name}"), tensor));
+    write(network.values().chain(tensors).collect(), metadata, path)
+}
+
+/// The state of a run that a file tells, see [`save_run`]; none where it has weights alone.
+///
+/// # Errors
+/// As [`model`].
+pub fn run(file: &Checkpoint) -> Result<Option<serde_json::Value>> {
+    told(file, RUN)
+}
+
+/// The tensors that [`save_run`] was given.
+///
+/// # Errors
+/// [`Error::Checkpoint`] where one cannot be read.
+pub fn run_tensors(file: &Checkpoint) -> Result<Vec<(String, Tensor)>> {
+    let names = file.tensors().filter_map(|(name, ..)| {
+        let own = name.strip_prefix(RUN_TENSORS)?;
+        Some((own.to_owned(), name.to_owned()))
+    });
+    let names: Vec<_> = names.collect();
+    names
+        .into_iter()
+        .map(|(own, name)| Ok((own, file.read(&name)?)))
+        .collect()
 }
 
 fn tell(path: &Path, record: &Record) -> Result<HashMap<String, String>> {

@@ -8,7 +8,7 @@ use isqrt_linalg::approximant::{Approximant, Form};
 use isqrt_nn::Scope;
 use serde::Deserialize;
 
-use super::{Options, Representation, RepresentationEntry, symmetric};
+use super::{Options, Representation, RepresentationEntry, symmetric_root};
 use crate::Result;
 
 pub(super) const MTP: Entry = Entry(Form::Taylor);
@@ -53,7 +53,9 @@ impl RepresentationEntry for Entry {
         pool.degree = degree.unwrap_or(pool.degree);
         pool.iterations = iterations.unwrap_or(pool.iterations);
         pool.validate()?;
-        Ok(symmetric(pool.output, channels, move |x| pool.forward(x)))
+        Ok(symmetric_root(true, pool.output, channels, move |x| {
+            pool.forward(x)
+        }))
     }
 }
 

@@ -14,7 +14,7 @@
 //! Large eigenvalues rule it, which is what the root is for. Mathematics and kernels: [`CovPool`].
 
 use candle_core::Tensor;
-use isqrt_linalg::{CovPool, Output};
+use isqrt_linalg::{CovPool, Output, PreNormalization};
 use isqrt_nn::{Mode, Scope};
 
 use super::{NoOptions, Options, Representation, RepresentationEntry};
@@ -71,5 +71,12 @@ impl Representation for Covariance {
 
     fn triangle(&self) -> Option<usize> {
         matches!(self.pool.output, Output::Triangle).then_some(self.channels)
+    }
+
+    /// Without post-compensation the output is the root of the covariance over its norm.
+    fn approximates_root(&self) -> bool {
+        self.pool.root.as_ref().is_some_and(|root| {
+            root.post_compensation || root.pre_normalization == PreNormalization::None
+        })
     }
 }

@@ -67,6 +67,14 @@ pub trait Representation: Send + Sync {
     fn triangle(&self) -> Option<usize> {
         None
     }
+
+    /// Whether the vector approximates the square root of the covariance itself (divisor: the number
+    /// of positions), its upper triangle or the whole matrix row by row: what can be held against
+    /// the exact root. False for roots of something else (a moment about zero, a normalised covariance)
+    /// and for those that are normalised afterwards.
+    fn approximates_root(&self) -> bool {
+        false
+    }
 }
 
 /// A representation that can be asked for by name.
@@ -127,9 +135,24 @@ fn symmetric<F>(output: Output, side: usize, forward: F) -> Box<dyn Representati
 where
     F: Fn(&Tensor) -> isqrt_linalg::Result<Tensor> + Send + Sync + 'static,
 {
+    symmetric_root(false, output, side, forward)
+}
+
+/// The same, which says whether it [approximates the root](Representation::approximates_root) of the
+/// covariance.
+fn symmetric_root<F>(
+    is_root: bool,
+    output: Output,
+    side: usize,
+    forward: F,
+) -> Box<dyn Representation>
+where
+    F: Fn(&Tensor) -> isqrt_linalg::Result<Tensor> + Send + Sync + 'static,
+{
     Box::new(Symmetric {
         output,
         side,
+        is_root,
         forward,
     })
 }
@@ -137,6 +160,7 @@ where
 struct Symmetric<F> {
     output: Output,
     side: usize,
+    is_root: bool,
     forward: F,
 }
 
@@ -154,6 +178,10 @@ where
 
     fn triangle(&self) -> Option<usize> {
         matches!(self.output, Output::Triangle).then_some(self.side)
+    }
+
+    fn approximates_root(&self) -> bool {
+        self.is_root
     }
 }
 

@@ -7,7 +7,7 @@ use isqrt_linalg::eig::MpnCov;
 use isqrt_nn::Scope;
 use serde::Deserialize;
 
-use super::{Options, Representation, RepresentationEntry, symmetric};
+use super::{Options, Representation, RepresentationEntry, symmetric_root};
 use crate::Result;
 
 pub(super) const MPN: Entry = Entry;
@@ -39,7 +39,10 @@ impl RepresentationEntry for Entry {
             ..MpnCov::default()
         };
         pool.validate()?;
-        Ok(symmetric(pool.output, channels, move |x| pool.forward(x)))
+        let is_root = power == 0.5;
+        Ok(symmetric_root(is_root, pool.output, channels, move |x| {
+            pool.forward(x)
+        }))
     }
 }
 

@@ -20,27 +20,55 @@ const BLOCK: usize = 1 << 14;
 /// parameter whose gradient is not finite, and then nothing changes.
 pub fn clip_grad_norm(vars: &Vars, gradients: &mut GradStore, max_norm: f64) -> Result<f64> {
     check(max_norm > 0.0, "max_norm", max_norm, "above 0")?;
-    let mut total = 0.0;
-    for (name, parameter) in vars.parameters() {
-        let Some(gradient) = gradients.get(parameter.as_tensor()) else {
-            continue;
-        };
-        let squares = sum_of_squares(gradient)?;
-        if !squares.is_finite() {
-            return Err(Error::NonFinite {
-                op: "clip_grad_norm",
-                name: name.to_owned(),
-            });
-        }
-        total += squares;
-    }
-    let norm = total.sqrt();
+    let norm = norm_of("clip_grad_norm", vars, gradients)?;
     // PyTorch's, whose 1e-6 keeps a norm of 0 harmless.
     let factor = max_norm / (norm + 1e-6);
     if factor < 1.0 {
         replace(vars, gradients, |v| v * factor)?;
     }
     Ok(norm)
+}
+
+/// Norm of the gradients of all parameters together, which stay as they are: in f64, the same for any
+/// number of threads.
+///
+/// # Errors
+/// [`Error::NonFinite`] with the first parameter whose gradient is not finite.
+pub fn grad_norm(vars: &Vars, gradients: &GradStore) -> Result<f64> {
+    norm_of("grad_norm", vars, gradients)
+}
+
+/// Sum of the squares of each parameter's gradient, sorted by name, of those parameters that have one.
+///
+/// # Errors
+/// As [`grad_norm`].
+pub fn grad_squares<'a>(vars: &'a Vars, gradients: &GradStore) -> Result<Vec<(&'a str, f64)>> {
+    squares_of("grad_squares", vars, gradients)
+}
+
+fn norm_of(op: &'static str, vars: &Vars, gradients: &GradStore) -> Result<f64> {
+    let squares = squares_of(op, vars, gradients)?;
+    Ok(squares.iter().map(|(_, sum)| sum).sum::<f64>().sqrt())
+}
+
+fn squares_of<'a>(
+    op: &'static str,
+    vars: &'a Vars,
+    gradients: &GradStore,
+) -> Result<Vec<(&'a str, f64)>> {
+    let mut squares = Vec::new();
+    for (name, parameter) in vars.parameters() {
+        let Some(gradient) = gradients.get(parameter.as_tensor()) else {
+            continue;
+        };
+        let sum = sum_of_squares(gradient)?;
+        if !sum.is_finite() {
+            let name = name.to_owned();
+            return Err(Error::NonFinite { op, name });
+        }
+        squares.push((name, sum));
+    }
+    Ok(squares)
 }
 
 /// Limits each value of the gradients to `[−value, value]` (PyTorch's `clip_grad_value_`). NaN

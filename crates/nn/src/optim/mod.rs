@@ -17,7 +17,7 @@ use candle_core::backprop::GradStore;
 use serde::{Deserialize, Serialize};
 
 pub use adamw::{AdamW, AdamWConfig};
-pub use clip::{clip_grad_norm, clip_grad_value};
+pub use clip::{clip_grad_norm, clip_grad_value, grad_norm, grad_squares};
 pub use ema::Ema;
 pub use group::ParamGroup;
 pub use sgd::{Sgd, SgdConfig};
