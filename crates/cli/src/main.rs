@@ -9,9 +9,12 @@ mod output;
 mod plot;
 mod progress;
 
+use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::prelude::*;
 
 /// Second-order pooling by iterative matrix square root (iSQRT-COV): reproduce, compare, time.
 #[derive(Parser)]
@@ -43,6 +46,8 @@ struct Common {
 #[derive(Subcommand)]
 enum Command {
     Reproduce(commands::reproduce::Reproduce),
+    Train(commands::train::Train),
+    Eval(commands::eval::Eval),
     Iterations(commands::iterations::Iterations),
     /// Time the layer, what it replaces, networks, and the loading of images
     #[command(subcommand)]
@@ -61,7 +66,8 @@ fn main() -> ExitCode {
     allocator::keep_memory();
     let cli = Cli::parse();
     match run(&cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(Ended::Done) => ExitCode::SUCCESS,
+        Ok(Ended::Stopped) => ExitCode::from(130),
         // The reader of our output has gone, as `head` does: nothing is wrong.
         Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
@@ -85,13 +91,39 @@ fn one_line(error: &anyhow::Error) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-fn run(cli: &Cli) -> anyhow::Result<()> {
-    tracing_subscriber::fmt()
+/// How a command ended.
+enum Ended {
+    Done,
+    /// By Ctrl-C or a signal, in good order.
+    Stopped,
+}
+
+fn run(cli: &Cli) -> anyhow::Result<Ended> {
+    let trace = match &cli.command {
+        Command::Train(train) => train.trace.as_deref(),
+        _ => None,
+    };
+    let (chrome, _written_when_dropped) = match trace {
+        Some(path) => {
+            // The layer itself panics where there is no such folder.
+            let file = std::fs::File::create(path)
+                .with_context(|| format!("cannot write {}", path.display()))?;
+            let (layer, guard) = tracing_chrome::ChromeLayerBuilder::new()
+                .writer(file)
+                .build();
+            (Some(layer), Some(guard))
+        }
+        None => (None, None),
+    };
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
-        .with_max_level(tracing::Level::WARN)
         .without_time()
+        .with_filter(LevelFilter::WARN);
+    tracing_subscriber::registry()
+        .with(lines)
+        .with(chrome.map(|layer| layer.with_filter(LevelFilter::INFO)))
         .init();
     if let Some(threads) = cli.common.threads {
         // candle has a pool of its own for elementwise work, which only this variable sizes.
@@ -102,7 +134,14 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
             .build_global()?;
     }
     let json = cli.common.json;
-    match &cli.command {
+    let done = match &cli.command {
+        Command::Train(c) => {
+            return Ok(match c.run(json)? {
+                true => Ended::Stopped,
+                false => Ended::Done,
+            });
+        }
+        Command::Eval(c) => c.run(json),
         Command::Reproduce(c) => c.run(json, cli.common.threads),
         Command::Iterations(c) => c.run(json),
         Command::Bench(c) => c.run(json),
@@ -112,5 +151,6 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Features(c) => c.run(json),
         Command::Classify(c) => c.run(json),
         Command::Data(c) => c.run(json),
-    }
+    };
+    done.map(|()| Ended::Done)
 }

@@ -4,8 +4,13 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use isqrt_experiments::record::Record;
 use isqrt_experiments::run::{Progress, Step};
 use isqrt_experiments::stats::{duration, show};
+use isqrt_train::data::DataInfo;
+use isqrt_train::run::Console;
+use isqrt_train::{EpochMetrics, Spec, StepInfo};
 use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 /// Bars or lines.
 pub struct Display {
@@ -147,6 +152,151 @@ impl Counter {
     pub fn end(&self) {
         if let Some(bar) = &self.0 {
             bar.finish_and_clear();
+        }
+    }
+}
+
+/// Whether somebody wants the program to stop, by Ctrl-C or a signal of the system.
+static STOP: AtomicBool = AtomicBool::new(false);
+
+/// A training run: a bar in a terminal, a line now and then elsewhere. Ctrl-C ends it after the step that
+/// is under way; a second one at once.
+pub struct Training {
+    bar: Option<ProgressBar>,
+    error: Option<f64>,
+    /// Since the bar's text or the last line, and what has happened since.
+    shown: Instant,
+    images: u64,
+    seconds: f64,
+    waited: f64,
+    loss: f64,
+    began: Option<(Instant, u64)>,
+}
+
+impl Training {
+    /// Says what is going to run.
+    pub fn start(spec: &Spec, data: &DataInfo) -> anyhow::Result<Self> {
+        // Only one handler a process; there is one training run in it.
+        ctrlc::set_handler(|| {
+            if STOP.swap(true, Ordering::SeqCst) {
+                #[allow(clippy::exit)]
+                // The step under way may take long, and it was asked for twice.
+                std::process::exit(130);
+            }
+            say("stopping after this step; once more to stop at once");
+        })?;
+        say(&format!(
+            "{} on {}: {} images to train on, {} to evaluate on, {} classes; {} epochs",
+            spec.config(data.classes).model.short_name(),
+            data.name,
+            data.train,
+            data.eval,
+            data.classes,
+            spec.epochs
+        ));
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("  {bar:24.cyan/dim} {msg}")
+                .unwrap_or_else(|_| ProgressStyle::default_bar())
+                .progress_chars("━╸─");
+            ProgressBar::new(1).with_style(style)
+        });
+        Ok(Self {
+            bar,
+            error: None,
+            shown: Instant::now(),
+            images: 0,
+            seconds: 0.0,
+            waited: 0.0,
+            loss: 0.0,
+            began: None,
+        })
+    }
+
+    /// Removes the bar.
+    pub fn end(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+impl Console for Training {
+    fn say(&mut self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| say(text)),
+            None => say(text),
+        }
+    }
+
+    fn step(&mut self, step: &StepInfo) -> ControlFlow<()> {
+        self.images += step.images;
+        self.seconds += step.seconds;
+        self.waited += step.waited;
+        self.loss += step.loss * step.images as f64;
+        let (began, first) = *self.began.get_or_insert((Instant::now(), step.step));
+        let every = match &self.bar {
+            Some(_) => Duration::from_millis(200),
+            None => Duration::from_secs(10),
+        };
+        if self.shown.elapsed() >= every {
+            let done = step.step - first;
+            let left = match done {
+                0 => String::new(),
+                done => {
+                    let each = began.elapsed().as_secs_f64() / done as f64;
+                    format!(
+                        ", {} left",
+                        duration(each * (step.steps - step.step) as f64)
+                    )
+                }
+            };
+            let error = self
+                .error
+                .map_or_else(String::new, |error| format!(", error {error:.2} %"));
+            let text = format!(
+                "epoch {}/{}, step {}/{}: loss {:.3}{error}, {:.1} images/s, {:.0} % waiting for data{left}",
+                step.epoch,
+                step.epochs,
+                step.step,
+                step.steps,
+                self.loss / self.images.max(1) as f64,
+                self.images as f64 / self.seconds.max(1e-9),
+                100.0 * self.waited / self.seconds.max(1e-9),
+            );
+            match &self.bar {
+                Some(bar) => {
+                    bar.set_length(step.steps);
+                    bar.set_position(step.step);
+                    bar.set_message(text);
+                }
+                None => say(&text),
+            }
+            self.shown = Instant::now();
+            (self.images, self.seconds, self.waited, self.loss) = (0, 0.0, 0.0, 0.0);
+        }
+        match STOP.load(Ordering::SeqCst) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    }
+
+    fn epoch(&mut self, metrics: &EpochMetrics) -> ControlFlow<()> {
+        self.error = metrics.eval_error.or(self.error);
+        let error = metrics
+            .eval_error
+            .map_or_else(String::new, |error| format!(", error {error:.2} %"));
+        let text = format!(
+            "epoch {}: loss {:.4}, training error {:.2} %{error}, {:.1} images/s, {}",
+            metrics.epoch,
+            metrics.train_loss,
+            metrics.train_error,
+            metrics.images_per_second,
+            duration(metrics.seconds)
+        );
+        self.say(&text);
+        match STOP.load(Ordering::SeqCst) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
         }
     }
 }

@@ -14,7 +14,7 @@
 pub mod claims;
 mod error;
 pub mod files;
-pub mod machine;
+pub use isqrt_train::machine;
 pub mod plan;
 pub mod record;
 pub mod report;

@@ -1,13 +1,15 @@
 //! How a network is trained, as data.
 
-use isqrt_datasets::Step;
 use isqrt_models::ModelSpec;
-use isqrt_nn::{Decay, Mode, Schedule, SgdConfig};
+use isqrt_nn::{
+    AdamW, AdamWConfig, Decay, Mode, Optimizer, ParamGroup, Schedule, Sgd, SgdConfig, Vars,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
-/// A training run. Unknown keys are errors; keys with a default may be left out.
+/// What the engine needs to know beside the images. Unknown keys are errors; keys with a default may be
+/// left out.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
@@ -15,42 +17,194 @@ pub struct TrainConfig {
     pub model: ModelSpec,
     /// Passes over the training images.
     pub epochs: usize,
-    /// Images a step; an incomplete last batch of an epoch is left out.
+    /// Images an update, of all ranks together; an incomplete last batch of an epoch is left out.
     pub batch: usize,
-    /// Learning rate at the start of the schedule.
-    pub lr: f64,
+    /// Passes that each rank makes of its share of a batch, one after the other, where the whole does
+    /// not fit into memory. The gradients are those of the whole; batch norm sees the parts. 1 by
+    /// default.
+    #[serde(default = "one")]
+    pub accumulate: usize,
+    /// What moves the parameters.
+    pub optimiser: OptimiserSpec,
     /// Learning rate over time; cosine to 0 by default.
     #[serde(default)]
     pub schedule: Schedule,
-    /// Momentum of SGD; 0.9 by default.
-    #[serde(default = "default_momentum")]
-    pub momentum: f64,
-    /// Nesterov's form of it; off by default.
+    /// Parameters that learn or decay at their own pace.
     #[serde(default)]
-    pub nesterov: bool,
-    /// Weight decay; 0 by default.
+    pub groups: Vec<ParamGroup>,
+    /// Patterns of parameters that stay as they are, like `backbone.*`. A backbone that stays whole is
+    /// not differentiated.
     #[serde(default)]
-    pub weight_decay: f64,
-    /// What decays; weights only by default.
-    #[serde(default)]
-    pub decay: Decay,
-    /// Label smoothing; 0 by default.
-    #[serde(default)]
-    pub label_smoothing: f64,
-    /// What is done to the training images anew each epoch; nothing by default. Inputs keep the size of
-    /// the images.
-    #[serde(default)]
-    pub augment: Vec<Step>,
+    pub frozen: Vec<String>,
     /// Batch norm trains with its running statistics as constants, see [`Mode::Frozen`]; for
     /// networks that are trained already. Off by default.
     #[serde(default)]
     pub frozen_norm: bool,
+    /// Label smoothing; 0 by default.
+    #[serde(default)]
+    pub label_smoothing: f64,
+    /// Largest norm of all gradients together; not limited by default.
+    #[serde(default)]
+    pub clip_norm: Option<f64>,
+    /// Evaluate an average of the weights that keeps this share of itself at each update; off by default.
+    #[serde(default)]
+    pub ema: Option<f64>,
+    /// Element type of weights and features.
+    #[serde(default)]
+    pub precision: Precision,
+    /// What becomes of an update whose loss or gradient is not finite.
+    #[serde(default)]
+    pub non_finite: NonFinite,
     /// Fixes weights, order and augmentation.
     pub seed: u64,
 }
 
-fn default_momentum() -> f64 {
+fn one() -> usize {
+    1
+}
+
+/// Element types that networks train in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Single.
+    #[default]
+    F32,
+    /// Double, for studies of precision.
+    F64,
+}
+
+/// What becomes of an update whose loss or gradient is not finite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum NonFinite {
+    /// The run ends with an error that says which layer went first.
+    #[default]
+    Stop,
+    /// It is left out, up to so many times in the run: in TOML `non_finite = { skip = 10 }`.
+    Skip(u64),
+}
+
+/// An optimiser with its base rate.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum OptimiserSpec {
+    /// Stochastic gradient descent with momentum.
+    Sgd {
+        /// Learning rate at the start of the schedule.
+        lr: f64,
+        /// 0.9 by default.
+        #[serde(default = "momentum")]
+        momentum: f64,
+        /// Nesterov's form of it; off by default.
+        #[serde(default)]
+        nesterov: bool,
+        /// 0 by default.
+        #[serde(default)]
+        weight_decay: f64,
+        /// What decays; weights only by default, `all` as in the authors' code.
+        #[serde(default)]
+        decay: Decay,
+    },
+    /// Adam with decoupled weight decay.
+    AdamW {
+        /// Learning rate at the start of the schedule.
+        lr: f64,
+        /// (0.9, 0.999) by default.
+        #[serde(default = "betas")]
+        betas: (f64, f64),
+        /// 1e-8 by default.
+        #[serde(default = "epsilon")]
+        epsilon: f64,
+        /// 0.01 by default.
+        #[serde(default = "adamw_decay")]
+        weight_decay: f64,
+        /// What decays; weights only by default.
+        #[serde(default)]
+        decay: Decay,
+    },
+}
+
+fn momentum() -> f64 {
     0.9
+}
+
+fn betas() -> (f64, f64) {
+    AdamWConfig::default().betas
+}
+
+fn epsilon() -> f64 {
+    AdamWConfig::default().epsilon
+}
+
+fn adamw_decay() -> f64 {
+    AdamWConfig::default().weight_decay
+}
+
+impl OptimiserSpec {
+    /// SGD with momentum 0.9 and without decay.
+    #[must_use]
+    pub fn sgd(lr: f64) -> Self {
+        Self::Sgd {
+            lr,
+            momentum: momentum(),
+            nesterov: false,
+            weight_decay: 0.0,
+            decay: Decay::default(),
+        }
+    }
+
+    /// Learning rate at the start of the schedule.
+    #[must_use]
+    pub fn lr(&self) -> f64 {
+        match self {
+            Self::Sgd { lr, .. } | Self::AdamW { lr, .. } => *lr,
+        }
+    }
+
+    /// Values that it keeps for each one that learns.
+    #[must_use]
+    pub fn slots(&self) -> usize {
+        match self {
+            Self::Sgd { .. } => 1,
+            Self::AdamW { .. } => 2,
+        }
+    }
+
+    fn build(&self, vars: &Vars, groups: &[ParamGroup]) -> Result<Box<dyn Optimizer>> {
+        Ok(match *self {
+            Self::Sgd {
+                momentum,
+                nesterov,
+                weight_decay,
+                decay,
+                ..
+            } => {
+                let config = SgdConfig {
+                    momentum,
+                    nesterov,
+                    weight_decay,
+                    decay,
+                };
+                Box::new(Sgd::with_groups(vars, config, groups)?)
+            }
+            Self::AdamW {
+                betas,
+                epsilon,
+                weight_decay,
+                decay,
+                ..
+            } => {
+                let config = AdamWConfig {
+                    betas,
+                    epsilon,
+                    weight_decay,
+                    decay,
+                };
+                Box::new(AdamW::with_groups(vars, config, groups)?)
+            }
+        })
+    }
 }
 
 impl TrainConfig {
@@ -59,25 +213,56 @@ impl TrainConfig {
     /// # Errors
     /// [`Error::Config`] or [`Error::Nn`] that names the setting.
     pub fn check(&self) -> Result<()> {
-        let bad = |what, value: String, expected: &str| {
-            Err(Error::Config {
+        let check = |good: bool, what, value: String, expected: &str| match good {
+            true => Ok(()),
+            false => Err(Error::Config {
                 what,
                 value,
                 expected: expected.to_owned(),
-            })
+            }),
         };
-        if self.epochs == 0 {
-            return bad("epochs", "0".to_owned(), "at least 1");
+        let count = |what, value: usize| {
+            let good = (1..=1 << 24).contains(&value);
+            check(
+                good,
+                what,
+                value.to_string(),
+                "at least 1, at most 16777216",
+            )
+        };
+        count("epochs", self.epochs)?;
+        count("batch", self.batch)?;
+        count("accumulate", self.accumulate)?;
+        check(
+            self.batch.is_multiple_of(self.accumulate),
+            "accumulate",
+            self.accumulate.to_string(),
+            &format!("a divisor of the batch, {}", self.batch),
+        )?;
+        let lr = self.optimiser.lr();
+        let good = lr > 0.0 && lr.is_finite();
+        check(good, "optimiser.lr", lr.to_string(), "a positive number")?;
+        check(
+            (0.0..1.0).contains(&self.label_smoothing),
+            "label_smoothing",
+            self.label_smoothing.to_string(),
+            "at least 0 and less than 1 (a share, not percent)",
+        )?;
+        if let Some(norm) = self.clip_norm {
+            check(
+                norm > 0.0,
+                "clip_norm",
+                norm.to_string(),
+                "a positive number",
+            )?;
         }
-        if self.batch == 0 {
-            return bad("batch", "0".to_owned(), "at least 1");
-        }
-        if !(self.lr > 0.0 && self.lr.is_finite()) {
-            return bad("lr", self.lr.to_string(), "a positive number");
-        }
-        if !(0.0..1.0).contains(&self.label_smoothing) {
-            let value = self.label_smoothing.to_string();
-            return bad("label_smoothing", value, "at least 0 and less than 1");
+        if let Some(share) = self.ema {
+            check(
+                (0.0..1.0).contains(&share),
+                "ema",
+                share.to_string(),
+                "at least 0 and less than 1",
+            )?;
         }
         Ok(self.schedule.check()?)
     }
@@ -90,12 +275,23 @@ impl TrainConfig {
         }
     }
 
-    pub(crate) fn sgd(&self) -> SgdConfig {
-        SgdConfig {
-            momentum: self.momentum,
-            nesterov: self.nesterov,
-            weight_decay: self.weight_decay,
-            decay: self.decay,
-        }
+    /// The optimiser for these parameters.
+    pub(crate) fn optimiser(&self, vars: &Vars) -> Result<Box<dyn Optimizer>> {
+        // Those that stay come first: of several groups the first has a parameter.
+        let frozen = self.frozen.iter().map(|pattern| ParamGroup {
+            lr_factor: 0.0,
+            decay_factor: 0.0,
+            ..ParamGroup::new(pattern)
+        });
+        let groups: Vec<ParamGroup> = frozen.chain(self.groups.iter().cloned()).collect();
+        self.optimiser.build(vars, &groups)
+    }
+
+    /// Whether no parameter of the backbone learns.
+    pub(crate) fn stays(&self, vars: &Vars) -> bool {
+        let patterns: Vec<ParamGroup> = self.frozen.iter().map(ParamGroup::new).collect();
+        vars.parameters()
+            .filter(|(name, _)| name.starts_with("backbone."))
+            .all(|(name, _)| patterns.iter().any(|pattern| pattern.matches(name)))
     }
 }

@@ -1,230 +1,801 @@
-//! The training loop.
+//! The training loop: the only one, for `isqrt train` and for the experiments alike.
 
 use std::sync::Arc;
 use std::time::Instant;
 
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
-use isqrt_datasets::{Batch, ChannelStats, ImageSet, Loader, LoaderConfig, Pipeline};
+use isqrt_datasets::{
+    Batch, Broken, Epoch, ImageSet, Images, Loader, LoaderConfig, Pipeline, Position, Shard, Step,
+};
 use isqrt_models::Network;
 use isqrt_nn::ops::cross_entropy;
-use isqrt_nn::{Mode, Optimizer, Sgd};
+use isqrt_nn::{Ema, Mode, Optimizer, clip_grad_norm};
 
-use crate::{EpochMetrics, Error, Evaluation, Observer, Result, TrainConfig, TrainResult};
+use crate::collective::{self, Collective, Single};
+use crate::diagnostics;
+use crate::evaluate::{evaluate, images};
+use crate::machine::cpu_seconds;
+use crate::observer::{Moment, Observer, StepInfo};
+use crate::spec::DiagnosticsSpec;
+use crate::state::{Progress, Saved, Snapshot, Sums};
+use crate::trouble;
+use crate::{
+    Diagnostics, EpochMetrics, Error, Evaluation, Line, NonFinite, Precision, Result, StepLine,
+    TrainConfig, TrainResult,
+};
 
-/// Trains a new network on `train` and evaluates it on `eval` after each epoch.
+/// Images and what becomes of them.
+#[derive(Debug, Clone)]
+pub struct Feed {
+    /// In memory or stored.
+    pub images: Images,
+    /// From an image to an input of the network.
+    pub pipeline: Pipeline,
+}
+
+/// What is trained, on what, and what is noted meanwhile.
+#[derive(Debug, Clone)]
+pub struct Job<'a> {
+    /// How.
+    pub config: &'a TrainConfig,
+    /// Images to train on.
+    pub train: Feed,
+    /// Images to evaluate on.
+    pub eval: Feed,
+    /// Threads that prepare images, see [`LoaderConfig::workers`].
+    pub workers: Option<usize>,
+    /// Batches that are prepared ahead.
+    pub prefetch: usize,
+    /// What becomes of images that cannot be read.
+    pub broken: Broken,
+    /// Epochs from one evaluation to the next; the last epoch always has one.
+    pub eval_every: usize,
+    /// Images a pass of an evaluation, of one rank.
+    pub eval_batch: usize,
+    /// Updates a line of the log.
+    pub log_every: u64,
+    /// Looks into the network.
+    pub diagnostics: Option<DiagnosticsSpec>,
+    /// The other ranks.
+    pub collective: &'a dyn Collective,
+}
+
+impl<'a> Job<'a> {
+    /// A job of one process on images in memory, normalised by the statistics of the training images;
+    /// `augment` is done to these anew each epoch.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where the images have not as many classes as the network.
+    pub fn in_memory(
+        config: &'a TrainConfig,
+        augment: &[Step],
+        train: Arc<ImageSet>,
+        eval: Arc<ImageSet>,
+    ) -> Result<Self> {
+        for set in [&train, &eval] {
+            if set.class_count() != config.model.classes {
+                return Err(Error::Config {
+                    what: "model.classes",
+                    value: config.model.classes.to_string(),
+                    expected: format!("the data have {} classes", set.class_count()),
+                });
+            }
+        }
+        let stats = train.channel_stats();
+        let feed = |set: Arc<ImageSet>, steps: &[Step]| Feed {
+            images: set.into(),
+            pipeline: Pipeline {
+                steps: steps.to_vec(),
+                ..Pipeline::identity()
+            }
+            .normalising(stats.mean, stats.std),
+        };
+        Ok(Self {
+            train: feed(train, augment),
+            eval: feed(eval, &[]),
+            workers: None,
+            prefetch: 2,
+            broken: Broken::Fail,
+            eval_every: 1,
+            eval_batch: config.batch,
+            log_every: 50,
+            diagnostics: None,
+            collective: &Single,
+            config,
+        })
+    }
+
+    /// Makes the batches of an evaluation.
+    pub(crate) fn eval_loader(&self, feed: &Feed) -> Result<Loader> {
+        self.loader(feed, LoaderConfig::eval(self.eval_batch))
+    }
+
+    fn loader(&self, feed: &Feed, config: LoaderConfig) -> Result<Loader> {
+        let shard = Shard {
+            rank: self.collective.rank(),
+            ranks: self.collective.size(),
+        };
+        let config = LoaderConfig {
+            workers: self.workers,
+            prefetch: self.prefetch,
+            broken: self.broken,
+            shard,
+            ..config
+        };
+        Ok(Loader::new(
+            feed.images.clone(),
+            feed.pipeline.clone(),
+            config,
+        )?)
+    }
+}
+
+/// Trains a new network and evaluates it after each epoch.
 ///
 /// # Errors
 /// [`Error::Config`] and [`Error::Model`] before anything runs; [`Error::NonFinite`] and
 /// [`Error::Step`] with epoch and step, [`Error::Evaluation`] with the epoch.
 /// [`Error::is_divergence`] tells runs whose numbers ran away from broken ones.
-pub fn train(
-    config: &TrainConfig,
-    train: Arc<ImageSet>,
-    eval: Arc<ImageSet>,
-    observer: &mut dyn Observer,
-) -> Result<TrainResult> {
-    Ok(train_network(config, train, eval, observer)?.1)
+pub fn train(job: Job<'_>, observer: &mut dyn Observer) -> Result<TrainResult> {
+    Trainer::new(job)?.run(observer)
 }
 
-/// As [`train`], and gives the trained network too.
-///
-/// # Errors
-/// As [`train`].
-pub fn train_network(
-    config: &TrainConfig,
-    train: Arc<ImageSet>,
-    eval: Arc<ImageSet>,
-    observer: &mut dyn Observer,
-) -> Result<(Network, TrainResult)> {
-    let start = Instant::now();
-    config.check()?;
-    for set in [&train, &eval] {
-        if set.class_count() != config.model.classes {
+/// A run under way.
+pub struct Trainer<'a> {
+    job: Job<'a>,
+    network: Network,
+    optimiser: Box<dyn Optimizer>,
+    ema: Option<Ema>,
+    loader: Loader,
+    eval_loader: Loader,
+    progress: Progress,
+    /// Where the run was taken up again, until that epoch goes on.
+    resumed: Option<Position>,
+    /// No parameter of the backbone learns.
+    backbone_stays: bool,
+    began: Began,
+    /// The last evaluation.
+    evaluation: Option<Evaluation>,
+}
+
+/// When this process began, and what the run had taken before.
+#[derive(Debug)]
+struct Began {
+    at: Instant,
+    cpu: f64,
+    seconds: f64,
+    cpu_seconds: f64,
+}
+
+/// What an update came to.
+struct Update {
+    sums: Sums,
+    /// The last pass of it, for a look into the network.
+    images: Option<Tensor>,
+    outcome: Outcome,
+}
+
+enum Outcome {
+    /// Gradients, those of all ranks, and their norm.
+    Gradients(GradStore, f64),
+    /// Something is not finite.
+    Bad(String),
+    /// No rank had an image that could be read.
+    Nothing,
+}
+
+impl<'a> Trainer<'a> {
+    /// A network with initial weights, before its first step.
+    ///
+    /// # Errors
+    /// [`Error::Config`], [`Error::Model`] and [`Error::Data`] for what does not fit together.
+    pub fn new(job: Job<'a>) -> Result<Self> {
+        let config = job.config;
+        config.check()?;
+        let ranks = job.collective.size();
+        let passes = ranks.saturating_mul(config.accumulate);
+        if !config.batch.is_multiple_of(passes) {
             return Err(Error::Config {
-                what: "model.classes",
-                value: config.model.classes.to_string(),
-                expected: format!("the data have {} classes", set.class_count()),
+                what: "batch",
+                value: config.batch.to_string(),
+                expected: format!(
+                    "a multiple of {passes}, the ranks ({ranks}) times the parts (accumulate = {})",
+                    config.accumulate
+                ),
             });
         }
-    }
-    let stats = train.channel_stats();
-    let loader = Loader::new(
-        train,
-        Pipeline {
-            steps: config.augment.clone(),
-            ..Pipeline::identity()
+        let loading = LoaderConfig::train(config.batch / passes, config.seed);
+        let loader = job.loader(&job.train, loading)?;
+        if loader.batches() < config.accumulate {
+            return Err(Error::Config {
+                what: "batch",
+                value: config.batch.to_string(),
+                expected: format!("at most the {} training images", job.train.images.len()),
+            });
         }
-        .normalising(stats.mean, stats.std),
-        LoaderConfig::train(config.batch, config.seed),
-    )?;
-    let device = Device::Cpu;
-    let network = Network::new(&config.model, config.seed, DType::F32, &device)?;
-    let mut run = Run {
-        config,
-        optimiser: Sgd::new(network.vars(), config.sgd())?,
-        network,
-        loader,
-        device,
-    };
-    let mut result = TrainResult {
-        epochs: Vec::with_capacity(config.epochs),
-        top1_error: 100.0,
-        correct: 0,
-        total: 0,
-        parameters: run.network.vars().parameter_count(),
-        seconds: 0.0,
-        stopped: false,
-    };
-    for epoch in 0..config.epochs {
-        let began = Instant::now();
-        let trained = run.epoch(epoch, observer)?;
-        // The last step of an epoch may have spoilt the weights; no loss has shown it yet.
-        let evaluation = evaluate(&run.network, &eval, stats, config.batch).map_err(|source| {
-            Error::Evaluation {
-                epoch: epoch + 1,
-                source: Box::new(source),
-            }
-        })?;
-        let metrics = EpochMetrics {
-            epoch: epoch + 1,
-            train_loss: trained.loss,
-            train_error: trained.evaluation.error(),
-            eval_error: evaluation.error(),
-            seconds: began.elapsed().as_secs_f64(),
+        let eval_loader = job.eval_loader(&job.eval)?;
+        let dtype = match config.precision {
+            Precision::F32 => DType::F32,
+            Precision::F64 => DType::F64,
         };
-        result.epochs.push(metrics);
-        result.top1_error = evaluation.error();
-        (result.correct, result.total) = (evaluation.correct, evaluation.total);
-        let stop = observer.epoch(&metrics).is_break() || trained.stopped;
-        if stop {
-            result.stopped = epoch + 1 < config.epochs || trained.stopped;
-            break;
-        }
+        let network = Network::new(&config.model, config.seed, dtype, &Device::Cpu)?;
+        let optimiser = config.optimiser(network.vars())?;
+        let ema = config.ema.map(|share| Ema::new(network.vars(), share));
+        Ok(Self {
+            backbone_stays: config.stays(network.vars()),
+            ema: ema.transpose()?,
+            progress: Progress::new(),
+            resumed: None,
+            began: Began {
+                at: Instant::now(),
+                cpu: cpu_seconds(),
+                seconds: 0.0,
+                cpu_seconds: 0.0,
+            },
+            evaluation: None,
+            job,
+            network,
+            optimiser,
+            loader,
+            eval_loader,
+        })
     }
-    result.seconds = start.elapsed().as_secs_f64();
-    Ok((run.network, result))
-}
 
-/// Counts the images of `set` that the network gets right, in evaluation mode.
-///
-/// `stats` are those of the set that it was trained on.
-///
-/// # Errors
-/// Where the images do not fit the network or its features are not finite; [`Error::Output`]
-/// where its answers are not.
-pub fn evaluate(
-    network: &Network,
-    set: &Arc<ImageSet>,
-    stats: ChannelStats,
-    batch: usize,
-) -> Result<Evaluation> {
-    let pipeline = Pipeline::identity().normalising(stats.mean, stats.std);
-    let loader = Loader::new(Arc::clone(set), pipeline, LoaderConfig::eval(batch))?;
-    let mut evaluation = Evaluation {
-        correct: 0,
-        total: 0,
-    };
-    for batch in loader.epoch(0)? {
-        let (images, labels) = tensors(batch?, &loader, network.vars().device())?;
-        let logits = network.forward(&images, Mode::Eval)?;
-        if logits
-            .flatten_all()?
-            .to_vec1::<f32>()?
-            .iter()
-            .any(|x| !x.is_finite())
-        {
-            return Err(Error::Output);
+    /// Begins with other weights than initial ones, which `load` gives the network.
+    ///
+    /// # Errors
+    /// Those of `load`.
+    pub fn start_from<T>(&mut self, load: impl FnOnce(&mut Network) -> Result<T>) -> Result<T> {
+        let loaded = load(&mut self.network)?;
+        if let Some(share) = self.job.config.ema {
+            self.ema = Some(Ema::new(self.network.vars(), share)?);
         }
-        evaluation.correct += correct(&logits, &labels)?;
-        evaluation.total += labels.len();
+        Ok(loaded)
     }
-    Ok(evaluation)
-}
 
-struct Run<'a> {
-    config: &'a TrainConfig,
-    network: Network,
-    optimiser: Sgd,
-    loader: Loader,
-    device: Device,
-}
+    /// Goes on from a state of this run.
+    ///
+    /// # Errors
+    /// [`Error::Model`], [`Error::Nn`] and [`Error::Data`] where it does not fit.
+    pub fn resume(&mut self, saved: &Saved) -> Result<()> {
+        let (progress, position) = saved.restore(
+            &mut self.network,
+            self.optimiser.as_mut(),
+            self.ema.as_mut(),
+        )?;
+        // Refuses a position of other data now, not in the middle.
+        drop(self.loader.resume(&position)?);
+        self.began.seconds = progress.seconds;
+        self.began.cpu_seconds = progress.cpu_seconds;
+        self.progress = progress;
+        self.resumed = Some(position);
+        Ok(())
+    }
 
-struct TrainedEpoch {
-    loss: f64,
-    evaluation: Evaluation,
-    stopped: bool,
-}
+    /// The network.
+    #[must_use]
+    pub fn network(&self) -> &Network {
+        &self.network
+    }
 
-impl Run<'_> {
-    fn epoch(&mut self, epoch: usize, observer: &mut dyn Observer) -> Result<TrainedEpoch> {
-        let per_epoch = self.loader.batches();
-        let total = per_epoch * self.config.epochs;
-        let mut losses = 0.0;
-        let mut steps = 0;
-        let mut evaluation = Evaluation {
-            correct: 0,
-            total: 0,
-        };
+    /// The network when the run is over, with averaged weights where there are such.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn into_averaged(mut self) -> Result<Network> {
+        if let Some(ema) = &mut self.ema {
+            ema.swap(self.network.vars())?;
+        }
+        Ok(self.network)
+    }
+
+    /// Training images that were left out in this process.
+    #[must_use]
+    pub fn skipped(&self) -> Vec<isqrt_datasets::Skipped> {
+        let mut skipped = self.loader.skipped();
+        skipped.extend(self.eval_loader.skipped());
+        skipped
+    }
+
+    /// Updates an epoch.
+    #[must_use]
+    pub fn updates(&self) -> usize {
+        self.loader.batches() / self.job.config.accumulate
+    }
+
+    /// Trains to the end, or until the observer stops it.
+    ///
+    /// # Errors
+    /// As [`train`].
+    pub fn run(&mut self, observer: &mut dyn Observer) -> Result<TrainResult> {
+        collective::share_weights(self.network.vars(), self.job.collective)?;
+        let epochs = self.job.config.epochs;
         let mut stopped = false;
-        for (i, batch) in self.loader.epoch(epoch)?.enumerate() {
-            let step = epoch * per_epoch + i;
-            let rate = self.config.lr * self.config.schedule.factor(step, total, per_epoch);
-            let at = |source| Error::Step {
-                epoch: epoch + 1,
-                step: i + 1,
-                source: Box::new(source),
-            };
-            let (images, labels) = tensors(batch?, &self.loader, &self.device)?;
-            // Masks of dropout follow the step.
-            self.network.vars().set_step(step as u64);
-            let (loss, right) = self.step(&images, &labels, rate).map_err(at)?;
-            if !loss.is_finite() {
-                return Err(Error::NonFinite {
-                    epoch: epoch + 1,
-                    step: i + 1,
-                    loss,
-                });
+        while self.progress.epoch < epochs {
+            if self.train_epoch(observer)? {
+                self.snapshot(observer, Moment::Stop)?;
+                stopped = true;
+                break;
             }
-            losses += f64::from(loss);
-            steps += 1;
-            evaluation.correct += right;
-            evaluation.total += labels.len();
-            if observer.step(step + 1, total, loss).is_break() {
+            let metrics = self.finish_epoch(observer)?;
+            if observer.epoch(&metrics).is_break() && self.progress.epoch < epochs {
                 stopped = true;
                 break;
             }
         }
-        Ok(TrainedEpoch {
-            loss: losses / f64::from(steps.max(1)),
-            evaluation,
+        let last = self.progress.epochs.last();
+        Ok(TrainResult {
+            epochs: self.progress.epochs.clone(),
+            top1_error: last.and_then(|e| e.eval_error).unwrap_or(100.0),
+            evaluation: self.evaluation.clone(),
+            best: self.progress.best,
+            steps: self.progress.step,
+            skipped_steps: self.progress.skipped,
+            parameters: self.network.vars().parameter_count(),
+            seconds: self.seconds(),
+            cpu_seconds: self.cpu_seconds(),
             stopped,
         })
     }
 
-    /// Forward, backward, update. The loss and the number of right answers are from before it.
-    fn step(&mut self, images: &Tensor, labels: &[u32], rate: f64) -> Result<(f32, usize)> {
-        let logits = self.network.forward(images, self.config.mode())?;
-        let loss = cross_entropy(&logits, labels, self.config.label_smoothing)?;
-        let value = loss.to_scalar::<f32>()?;
-        if value.is_finite() {
-            let gradients = self.network.vars().backward(&loss)?;
-            self.optimiser.step(&gradients, rate)?;
+    fn seconds(&self) -> f64 {
+        self.began.seconds + self.began.at.elapsed().as_secs_f64()
+    }
+
+    fn cpu_seconds(&self) -> f64 {
+        self.began.cpu_seconds + cpu_seconds() - self.began.cpu
+    }
+
+    /// The rest of an epoch. True where the observer of any rank stopped it.
+    fn train_epoch(&mut self, observer: &mut dyn Observer) -> Result<bool> {
+        let position = self.resumed.take();
+        let position = position.unwrap_or_else(|| self.position());
+        let mut batches = self.loader.resume(&position)?;
+        let updates = self.updates();
+        let epoch = self.progress.epoch;
+        while self.progress.batch < updates * self.job.config.accumulate {
+            let began = Instant::now();
+            let at = self.progress.batch / self.job.config.accumulate;
+            let place = |source: Error| match source {
+                // Says the file; a step means nothing to whoever looks after it.
+                Error::Data(_) => source,
+                source => Error::Step {
+                    epoch: epoch + 1,
+                    step: at + 1,
+                    source: Box::new(source),
+                },
+            };
+            let rate = self.rate(epoch * updates + at);
+            let mut update = self.gradients(&mut batches).map_err(place)?;
+            self.progress.batch += self.job.config.accumulate;
+            self.progress.step += 1;
+            let mut norm = None;
+            match update.outcome {
+                Outcome::Gradients(ref gradients, n) => {
+                    norm = Some(n);
+                    let _span = tracing::info_span!("update").entered();
+                    self.optimiser.step(gradients, rate)?;
+                    if let Some(ema) = &mut self.ema {
+                        ema.update(self.network.vars())?;
+                    }
+                }
+                Outcome::Bad(ref problem) => self.bad(problem, at, observer)?,
+                Outcome::Nothing => {}
+            }
+            update.sums.seconds = began.elapsed().as_secs_f64();
+            self.progress.sums.add(&update.sums);
+            self.progress.line.add(&update.sums);
+            let info = StepInfo {
+                step: self.progress.step,
+                steps: (updates * self.job.config.epochs) as u64,
+                epoch: epoch + 1,
+                epochs: self.job.config.epochs,
+                loss: update.sums.mean_loss(),
+                learning_rate: rate,
+                images: update.sums.images as u64,
+                seconds: update.sums.seconds,
+                waited: update.sums.waited,
+            };
+            self.note(&info, norm, &update, observer)?;
+            let stop = observer.step(&info).is_break();
+            let mut stops = [f64::from(u8::from(stop))];
+            self.job.collective.all_reduce_sums(&mut stops)?;
+            if stops[0] > 0.0 {
+                return Ok(true);
+            }
+            self.snapshot(observer, Moment::Step)?;
         }
-        Ok((value, correct(&logits, labels)?))
+        Ok(false)
+    }
+
+    fn rate(&self, update: usize) -> f64 {
+        let config = self.job.config;
+        let updates = self.updates();
+        let factor = config
+            .schedule
+            .factor(update, updates * config.epochs, updates);
+        config.optimiser.lr() * factor
+    }
+
+    /// Forward and backward passes of one update, of all ranks.
+    fn gradients(&self, batches: &mut Epoch) -> Result<Update> {
+        let config = self.job.config;
+        let collective = self.job.collective;
+        let vars = self.network.vars();
+        let (rank, ranks) = (collective.rank(), collective.size());
+        // Running statistics as they were: a pass that goes wrong would spoil them for good.
+        let statistics: Vec<Tensor> = match config.non_finite {
+            NonFinite::Skip(_) => vars.buffers().map(|(_, buffer)| buffer.get()).collect(),
+            NonFinite::Stop => Vec::new(),
+        };
+        let mut total: Option<GradStore> = None;
+        let mut sums = Sums::default();
+        let mut last = None;
+        let (mut problem, mut problem_seen) = (None, None);
+        for part in 0..config.accumulate {
+            let began = Instant::now();
+            let batch = {
+                let _span = tracing::info_span!("load").entered();
+                batches.next()
+            };
+            sums.waited += began.elapsed().as_secs_f64();
+            let Some(batch) = batch.transpose()? else {
+                break;
+            };
+            if batch.is_empty() || problem.is_some() {
+                continue;
+            }
+            // Masks of dropout follow the pass.
+            let updates = self.progress.epoch * self.updates();
+            let pass = updates * config.accumulate + self.progress.batch + part;
+            vars.set_step((pass * ranks + rank) as u64);
+            let images = images(&batch, &self.loader, vars.dtype(), vars.device())?;
+            match self.pass(&images, &batch, &mut sums, &mut total) {
+                Ok(()) => {}
+                Err(error) if error.is_divergence() => {
+                    problem = Some(error.to_string());
+                    problem_seen = Some(images.clone());
+                }
+                Err(error) => return Err(error),
+            }
+            last = Some(images);
+        }
+        let mut shared = [
+            sums.loss,
+            sums.images,
+            sums.correct,
+            f64::from(u8::from(problem.is_some())),
+        ];
+        collective.all_reduce_sums(&mut shared)?;
+        [sums.loss, sums.images, sums.correct, _] = shared;
+        let outcome = match (shared[3] > 0.0, total) {
+            (true, _) => {
+                let elsewhere = "a value of another rank is not finite";
+                Outcome::Bad(problem.unwrap_or_else(|| elsewhere.to_owned()))
+            }
+            (false, _) if sums.images == 0.0 => Outcome::Nothing,
+            (false, total) => self.combine(total, sums.images, last.as_ref())?,
+        };
+        let outcome = match outcome {
+            Outcome::Bad(problem) => {
+                let told = problem_seen
+                    .as_ref()
+                    .map(|images| trouble::first_non_finite(&self.network, images, config.mode()));
+                for ((_, buffer), value) in vars.buffers().zip(statistics) {
+                    buffer.set(value);
+                }
+                match told {
+                    Some(Ok(place)) => Outcome::Bad(format!("{problem}; {place}")),
+                    _ => Outcome::Bad(problem),
+                }
+            }
+            outcome => outcome,
+        };
+        Ok(Update {
+            sums,
+            images: last,
+            outcome,
+        })
+    }
+
+    /// One pass of this rank: adds to the sums and to the gradients of the update.
+    fn pass(
+        &self,
+        images: &Tensor,
+        batch: &Batch,
+        sums: &mut Sums,
+        total: &mut Option<GradStore>,
+    ) -> Result<()> {
+        let config = self.job.config;
+        let logits = {
+            let _span = tracing::info_span!("forward").entered();
+            self.forward(images, config.mode())?
+        };
+        let loss = cross_entropy(&logits, &batch.labels, config.label_smoothing)?;
+        let value = loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        if !value.is_finite() {
+            return Err(Error::Loss(value));
+        }
+        let count = batch.len() as f64;
+        sums.loss += value * count;
+        sums.images += count;
+        sums.correct += correct(&logits, &batch.labels)? as f64;
+        // The mean over the images of the update, whatever share of them this pass has.
+        let share = count / config.batch as f64;
+        let loss = if share == 1.0 { loss } else { (loss * share)? };
+        let gradients = {
+            let _span = tracing::info_span!("backward").entered();
+            self.network.vars().backward(&loss)?
+        };
+        match total {
+            None => *total = Some(gradients),
+            Some(total) => {
+                for (_, var) in self.network.vars().parameters() {
+                    let Some(more) = gradients.get(var.as_tensor()) else {
+                        continue;
+                    };
+                    let sum = match total.get(var.as_tensor()) {
+                        Some(sum) => (sum + more)?,
+                        None => more.clone(),
+                    };
+                    total.insert(var.as_tensor(), sum);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn forward(&self, images: &Tensor, mode: Mode) -> Result<Tensor> {
+        if !self.backbone_stays {
+            return Ok(self.network.forward(images, mode)?);
+        }
+        // Nothing below the head learns, so nothing of it has to be kept.
+        let features = self.network.features(images, mode)?.detach();
+        Ok(self.network.head(&features, mode)?)
+    }
+
+    /// Adds the gradients of all ranks up, limits them and looks whether they are numbers.
+    fn combine(
+        &self,
+        total: Option<GradStore>,
+        images: f64,
+        seen: Option<&Tensor>,
+    ) -> Result<Outcome> {
+        let config = self.job.config;
+        let vars = self.network.vars();
+        let collective = self.job.collective;
+        let mut total = match total {
+            Some(total) => total,
+            // This rank had no image; others had.
+            None => empty_gradients(vars.device())?,
+        };
+        if collective.size() > 1 {
+            let _span = tracing::info_span!("all_reduce").entered();
+            // Gradients of the last layers are there first.
+            let named: Vec<_> = vars.parameters().collect();
+            let gradients = named.iter().rev().map(|(name, var)| {
+                let gradient = match total.get(var.as_tensor()) {
+                    Some(gradient) => gradient.contiguous()?,
+                    None => collective::zeros_like(var.as_tensor(), vars.dtype())?,
+                };
+                Ok(((*name).to_owned(), gradient))
+            });
+            let mut reduced = Vec::with_capacity(named.len());
+            collective::in_buckets(gradients, |bucket| {
+                collective.all_reduce(bucket)?;
+                reduced.append(bucket);
+                Ok(())
+            })?;
+            for ((_, var), (_, gradient)) in named.iter().rev().zip(reduced) {
+                total.insert(var.as_tensor(), gradient);
+            }
+        }
+        // Images that could not be read are missing from the mean.
+        let missing = config.batch as f64 / images;
+        if missing != 1.0 {
+            for (_, var) in vars.parameters() {
+                if let Some(gradient) = total.get(var.as_tensor()) {
+                    let scaled = (gradient * missing)?;
+                    total.insert(var.as_tensor(), scaled);
+                }
+            }
+        }
+        let limit = config.clip_norm.unwrap_or(f64::INFINITY);
+        match clip_grad_norm(vars, &mut total, limit) {
+            Ok(norm) => Ok(Outcome::Gradients(total, norm)),
+            Err(isqrt_nn::Error::NonFinite { name, .. }) => {
+                let found = seen
+                    .map(|images| {
+                        trouble::first_bad_gradient(&self.network, images, config.mode(), &total)
+                    })
+                    .transpose();
+                Ok(Outcome::Bad(match found {
+                    Ok(Some(trouble)) => trouble.to_string(),
+                    _ => format!("the gradient of {name} is not finite"),
+                }))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Decides about an update that was not finite.
+    fn bad(&mut self, problem: &str, at: usize, observer: &mut dyn Observer) -> Result<()> {
+        let epoch = self.progress.epoch + 1;
+        let NonFinite::Skip(most) = self.job.config.non_finite else {
+            return Err(Error::NonFinite {
+                epoch,
+                step: at + 1,
+                problem: problem.to_owned(),
+            });
+        };
+        self.progress.skipped += 1;
+        if self.progress.skipped > most {
+            return Err(Error::NonFinite {
+                epoch,
+                step: at + 1,
+                problem: format!("{problem} (and {most} updates before were left out already)"),
+            });
+        }
+        let step = self.progress.step;
+        let problem = problem.to_owned();
+        self.line(
+            &Line::Skipped {
+                step,
+                epoch,
+                problem,
+            },
+            observer,
+        )
+    }
+
+    fn line(&mut self, line: &Line, observer: &mut dyn Observer) -> Result<()> {
+        self.progress.lines += 1;
+        observer.line(line)
+    }
+
+    /// Lines of the log that are due.
+    fn note(
+        &mut self,
+        info: &StepInfo,
+        norm: Option<f64>,
+        update: &Update,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
+        if let (Some(look), Some(images), Outcome::Gradients(gradients, _)) =
+            (&self.job.diagnostics, &update.images, &update.outcome)
+            && info.step.is_multiple_of(look.every_steps)
+        {
+            let seen = self.look(look.images, images, gradients)?;
+            let seen = Diagnostics {
+                step: info.step,
+                epoch: info.epoch,
+                seconds: self.seconds(),
+                ..seen
+            };
+            self.line(&Line::Diagnostics(seen), observer)?;
+        }
+        if !info.step.is_multiple_of(self.job.log_every) {
+            return Ok(());
+        }
+        let line = std::mem::take(&mut self.progress.line);
+        let line = StepLine {
+            step: info.step,
+            epoch: info.epoch,
+            loss: line.mean_loss(),
+            learning_rate: info.learning_rate,
+            gradient_norm: norm,
+            images_per_second: line.images_per_second(),
+            wait_share: line.wait_share(),
+            seconds: self.seconds(),
+        };
+        self.line(&Line::Step(line), observer)
+    }
+
+    /// A look at the first images of a pass.
+    fn look(&self, count: usize, images: &Tensor, gradients: &GradStore) -> Result<Diagnostics> {
+        let _span = tracing::info_span!("diagnostics").entered();
+        let count = count.min(images.dim(0)?);
+        let features = self
+            .network
+            .features(&images.narrow(0, 0, count)?, Mode::Eval)?
+            .detach();
+        Ok(Diagnostics {
+            spectrum: diagnostics::spectrum(&features)?,
+            root_distance: diagnostics::root_distance(&self.network, &features)?,
+            gradient_norms: diagnostics::stage_norms(self.network.vars(), gradients)?,
+            ..Diagnostics::default()
+        })
+    }
+
+    /// Evaluates, notes, keeps.
+    fn finish_epoch(&mut self, observer: &mut dyn Observer) -> Result<EpochMetrics> {
+        let began = Instant::now();
+        let config = self.job.config;
+        let epoch = self.progress.epoch + 1;
+        let sums = std::mem::take(&mut self.progress.sums);
+        let due = epoch == config.epochs || epoch.is_multiple_of(self.job.eval_every);
+        let vars = self.network.vars();
+        collective::share_statistics(vars, self.job.collective)?;
+        if let Some(ema) = &mut self.ema {
+            ema.swap(vars)?;
+        }
+        let mut evaluation = None;
+        if due {
+            // The last step of an epoch may have spoilt the weights; no loss has shown it yet.
+            let counted = evaluate(
+                &self.network,
+                &self.eval_loader,
+                self.job.collective,
+                |_| (),
+            );
+            let tally = counted.map_err(|source| Error::Evaluation {
+                epoch,
+                source: Box::new(source),
+            })?;
+            evaluation = Some(tally.evaluation());
+        }
+        let of = |value: fn(&Evaluation) -> f64| evaluation.as_ref().map(value);
+        let metrics = EpochMetrics {
+            epoch,
+            step: self.progress.step,
+            train_loss: sums.mean_loss(),
+            train_error: 100.0 * (sums.images - sums.correct) / sums.images.max(1.0),
+            eval_loss: of(|e| e.loss),
+            eval_error: of(Evaluation::error),
+            eval_error5: of(Evaluation::error5),
+            seconds: sums.seconds + began.elapsed().as_secs_f64(),
+            run_seconds: self.seconds(),
+            cpu_seconds: self.cpu_seconds(),
+            images_per_second: sums.images_per_second(),
+            wait_share: sums.wait_share(),
+        };
+        if let Some(error) = metrics.eval_error
+            && self.progress.best.is_none_or(|(_, best)| error < best)
+        {
+            self.progress.best = Some((epoch, error));
+            observer.best(&self.network, &metrics)?;
+        }
+        if let Some(ema) = &mut self.ema {
+            ema.swap(self.network.vars())?;
+        }
+        self.evaluation = evaluation;
+        self.progress.epoch = epoch;
+        self.progress.batch = 0;
+        self.progress.epochs.push(metrics);
+        self.line(&Line::Epoch(metrics), observer)?;
+        self.snapshot(observer, Moment::Epoch)?;
+        Ok(metrics)
+    }
+
+    fn position(&self) -> Position {
+        self.loader
+            .position(self.progress.epoch, self.progress.batch)
+    }
+
+    fn snapshot(&mut self, observer: &mut dyn Observer, moment: Moment) -> Result<()> {
+        self.progress.seconds = self.seconds();
+        self.progress.cpu_seconds = self.cpu_seconds();
+        let snapshot = Snapshot {
+            network: &self.network,
+            optimiser: self.optimiser.as_ref(),
+            ema: self.ema.as_ref(),
+            progress: &self.progress,
+            position: self.position(),
+        };
+        observer.snapshot(&snapshot, moment)
     }
 }
 
-fn tensors(batch: Batch, loader: &Loader, device: &Device) -> Result<(Tensor, Vec<u32>)> {
-    let shape = (batch.len(), 3, batch.height, batch.width);
-    let images = Tensor::from_vec(batch.normalised(loader.levels()), shape, device)?;
-    Ok((images, batch.labels))
+/// No gradient of anything: candle makes a store only by a backward pass.
+fn empty_gradients(device: &Device) -> Result<GradStore> {
+    Ok(Tensor::zeros((), DType::F32, device)?.backward()?)
 }
 
+/// Images whose largest logit is that of their label, the first of equals.
 fn correct(logits: &Tensor, labels: &[u32]) -> Result<usize> {
-    let rows = logits.to_vec2::<f32>()?;
-    let right = |(row, label): &(&Vec<f32>, &u32)| {
-        let best = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
-        best.is_some_and(|(k, _)| k == **label as usize)
-    };
+    let rows = logits.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+    let right =
+        |(row, label): &(&Vec<f32>, &u32)| crate::metrics::first_largest(row) == **label as usize;
     Ok(rows.iter().zip(labels).filter(right).count())
 }

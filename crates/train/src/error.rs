@@ -16,19 +16,44 @@ pub enum Error {
         /// What it has to be.
         expected: String,
     },
+    /// A mistake in an experiment file.
+    #[error("{}", spec_message(file, *line, key, message))]
+    Spec {
+        /// The file, or the setting of the command line.
+        file: String,
+        /// From 1.
+        line: Option<usize>,
+        /// The key, with those of the tables around it; empty where it is about the file.
+        key: String,
+        /// What is wrong with it.
+        message: String,
+    },
     /// The loss left the numbers.
+    #[error("the loss is {0}")]
+    Loss(f64),
+    /// A run left the numbers.
     #[error(
-        "the loss is {loss} at step {step} of epoch {epoch}: training diverged; a smaller learning \
-         rate may help"
+        "step {step} of epoch {epoch}: {problem}: training diverged; a smaller learning rate may help"
     )]
     NonFinite {
         /// From 1.
         epoch: usize,
         /// Step within the epoch, from 1.
         step: usize,
-        /// NaN or infinite.
-        loss: f32,
+        /// What is not finite, and where first.
+        problem: String,
     },
+    /// A run folder that cannot be used.
+    #[error("{}: {message}", path.display())]
+    Run {
+        /// The folder.
+        path: PathBuf,
+        /// What is wrong with it, and what to do.
+        message: String,
+    },
+    /// Ranks that do not hear of each other.
+    #[error("the ranks of the run do not go together: {0}")]
+    Collective(String),
     /// An error within a step.
     #[error("step {step} of epoch {epoch}: {source}")]
     Step {
@@ -72,6 +97,16 @@ pub enum Error {
     Candle(#[from] candle_core::Error),
 }
 
+/// `experiments/x.toml, line 3: `epoch` is not known; did you mean `epochs`?`
+fn spec_message(file: &str, line: Option<usize>, key: &str, message: &str) -> String {
+    let line = line.map_or_else(String::new, |line| format!(", line {line}"));
+    let file = if file.is_empty() { "the spec" } else { file };
+    match key {
+        "" => format!("{file}{line}: {message}"),
+        key => format!("{file}{line}: `{key}` {message}"),
+    }
+}
+
 impl Error {
     /// Whether numbers ran away: the loss, the network's output, or features that a covariance
     /// head refuses or whose eigendecomposition does not converge.
@@ -79,7 +114,7 @@ impl Error {
     pub fn is_divergence(&self) -> bool {
         use isqrt_models::Error as Model;
         match self {
-            Self::NonFinite { .. } | Self::Output => true,
+            Self::NonFinite { .. } | Self::Output | Self::Loss(_) => true,
             Self::Step { source, .. } | Self::Evaluation { source, .. } => source.is_divergence(),
             Self::Model(Model::Linalg(e)) => linalg_diverged(e),
             Self::Model(Model::Candle(e) | Model::Nn(isqrt_nn::Error::Candle(e)))

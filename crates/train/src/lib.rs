@@ -1,22 +1,53 @@
-//! The training engine: from a [`TrainConfig`] and two image sets to a trained network and its
-//! error, epoch by epoch.
+//! The training engine: from an experiment file to a finished run.
+//!
+//! - [`spec`]: what an experiment file for `isqrt train` may say; [`layers`]: files laid over each other
+//! - [`train`], [`Trainer`]: the loop, from a [`Job`] (a [`TrainConfig`] and images) to a trained network,
+//!   which the experiments use too; an [`Observer`] hears of every step and epoch and can stop it
+//! - [`Collective`]: what the ranks of a run say to each other
+//! - [`Snapshot`], [`Saved`]: the state of a run, from which it goes on bit for bit
+//! - [`run`](mod@run): a run folder with its lock, checkpoints, metrics and result
 //!
 //! One seed fixes weights, order and augmentation; results are the same bits for any number of
-//! threads. The engine prints nothing: an [`Observer`] hears of every step and epoch, and can stop
-//! the run.
+//! threads. Nothing here prints.
 
+mod collective;
 mod config;
+pub mod data;
+mod diagnostics;
 mod engine;
 mod error;
+mod evaluate;
+mod events;
 mod feature_file;
+pub mod layers;
+mod log;
+pub mod machine;
 mod metrics;
 mod observer;
+pub mod plan;
 mod predict;
+pub mod run;
+pub mod spec;
+mod state;
+mod svm;
+mod svm_eval;
+mod transforms;
+mod trouble;
 
-pub use config::TrainConfig;
-pub use engine::{evaluate, train, train_network};
+pub use collective::{Collective, Named, Single};
+pub use config::{NonFinite, OptimiserSpec, Precision, TrainConfig};
+pub use diagnostics::{root_distance, spectrum, stage_norms};
+pub use engine::{Feed, Job, Trainer, train};
 pub use error::{Error, Result};
+pub use evaluate::evaluate;
+pub use events::EventWriter;
 pub use feature_file::FeatureFile;
-pub use metrics::{EpochMetrics, Evaluation, TrainResult};
-pub use observer::{Observer, Silent};
+pub use log::{Diagnostics, Line, StepLine};
+pub use metrics::{EpochMetrics, Evaluation, Tally, TrainResult};
+pub use observer::{Moment, Observer, Silent, StepInfo};
 pub use predict::{Prediction, predict};
+pub use spec::{Spec, SpecFile};
+pub use state::{Progress, Saved, Snapshot};
+pub use svm::{ClassFit, Svm, SvmConfig, SvmLoss, l2_normalise};
+pub use transforms::Transforms;
+pub use trouble::{Trouble, first_bad_gradient, first_non_finite};

@@ -2,13 +2,51 @@
 
 use std::ops::ControlFlow;
 
-use crate::EpochMetrics;
+use isqrt_models::Network;
 
-/// Hears of every step and epoch. `ControlFlow::Break(())` ends the run with what it has.
+use crate::state::Snapshot;
+use crate::{EpochMetrics, Line, Result};
+
+/// An update that was made.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepInfo {
+    /// Its number in the run, from 1.
+    pub step: u64,
+    /// Updates of the whole run.
+    pub steps: u64,
+    /// Its epoch, from 1.
+    pub epoch: usize,
+    /// Epochs of the whole run.
+    pub epochs: usize,
+    /// Mean loss of its images, before the update.
+    pub loss: f64,
+    /// Learning rate.
+    pub learning_rate: f64,
+    /// Images of all ranks.
+    pub images: u64,
+    /// Seconds that it took.
+    pub seconds: f64,
+    /// Of these the seconds in which the network waited for data.
+    pub waited: f64,
+}
+
+/// When a state may be kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Moment {
+    /// After an update.
+    Step,
+    /// After an epoch with its evaluation.
+    Epoch,
+    /// Before a run that is stopped ends.
+    Stop,
+}
+
+/// Hears of every step and epoch. `ControlFlow::Break(())` ends the run with what it has. An error from
+/// one of them ends it too.
 pub trait Observer {
-    /// After step number `step` (from 1) of `total`, with its loss.
-    fn step(&mut self, step: usize, total: usize, loss: f32) -> ControlFlow<()> {
-        let _ = (step, total, loss);
+    /// After an update.
+    fn step(&mut self, step: &StepInfo) -> ControlFlow<()> {
+        let _ = step;
         ControlFlow::Continue(())
     }
 
@@ -16,6 +54,33 @@ pub trait Observer {
     fn epoch(&mut self, metrics: &EpochMetrics) -> ControlFlow<()> {
         let _ = metrics;
         ControlFlow::Continue(())
+    }
+
+    /// A line for the record.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    fn line(&mut self, line: &Line) -> Result<()> {
+        let _ = line;
+        Ok(())
+    }
+
+    /// The network of the best epoch so far, with averaged weights where there are such.
+    ///
+    /// # Errors
+    /// Where it cannot be kept.
+    fn best(&mut self, network: &Network, metrics: &EpochMetrics) -> Result<()> {
+        let _ = (network, metrics);
+        Ok(())
+    }
+
+    /// A state from which the run can go on.
+    ///
+    /// # Errors
+    /// Where it cannot be kept.
+    fn snapshot(&mut self, snapshot: &Snapshot<'_>, moment: Moment) -> Result<()> {
+        let _ = (snapshot, moment);
+        Ok(())
     }
 }
 

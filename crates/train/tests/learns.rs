@@ -7,7 +7,8 @@ use std::sync::Arc;
 use isqrt_datasets::{ImageSet, Step};
 use isqrt_models::{BackboneSpec, ModelSpec, RepresentationSpec};
 use isqrt_train::{
-    EpochMetrics, Error, Observer, Silent, TrainConfig, TrainResult, train, train_network,
+    EpochMetrics, Error, Job, Observer, OptimiserSpec, Silent, StepInfo, TrainConfig, TrainResult,
+    Trainer, train,
 };
 
 const SIDE: usize = 16;
@@ -40,27 +41,53 @@ fn stripes(per_class: usize, mut state: u64) -> Arc<ImageSet> {
 
 fn config(head: &str) -> TrainConfig {
     let toml = format!(
-        "epochs = 4\nbatch = 16\nlr = 0.1\nweight_decay = 5e-4\nseed = 5\n\
+        "epochs = 4\nbatch = 16\nseed = 5\n\
+         [optimiser]\nkind = \"sgd\"\nlr = 0.1\nweight_decay = 5e-4\n\
          [model]\nbackbone = \"e10net\"\nclasses = 3\nrepresentation = {{ name = \"{head}\" }}"
     );
     toml::from_str(&toml).unwrap()
 }
 
+type Sets = (Arc<ImageSet>, Arc<ImageSet>);
+
+fn learn(
+    config: &TrainConfig,
+    augment: &[Step],
+    (train_set, eval_set): Sets,
+    observer: &mut dyn Observer,
+) -> isqrt_train::Result<TrainResult> {
+    train(
+        Job::in_memory(config, augment, train_set, eval_set)?,
+        observer,
+    )
+}
+
 fn run(config: &TrainConfig) -> TrainResult {
-    train(config, stripes(64, 1), stripes(40, 2), &mut Silent).unwrap()
+    learn(config, &[], (stripes(64, 1), stripes(40, 2)), &mut Silent).unwrap()
 }
 
 fn without_time(mut result: TrainResult) -> TrainResult {
-    result.seconds = 0.0;
-    result.epochs.iter_mut().for_each(|e| e.seconds = 0.0);
+    (result.seconds, result.cpu_seconds) = (0.0, 0.0);
+    for e in &mut result.epochs {
+        (e.seconds, e.run_seconds, e.cpu_seconds) = (0.0, 0.0, 0.0);
+        (e.images_per_second, e.wait_share) = (0.0, 0.0);
+    }
     result
+}
+
+fn at_rate(lr: f64, config: TrainConfig) -> TrainConfig {
+    TrainConfig {
+        optimiser: OptimiserSpec::sgd(lr),
+        ..config
+    }
 }
 
 #[test]
 fn every_head_learns() {
     for head in ["gap", "cov", "isqrt", "mpn"] {
         let result = run(&config(head));
-        assert_eq!((result.epochs.len(), result.total), (4, 120), "{head}");
+        let total = result.evaluation.as_ref().unwrap().total;
+        assert_eq!((result.epochs.len(), total), (4, 120), "{head}");
         assert!(result.top1_error < 5.0, "{head}: {result:?}");
         assert!(
             result.epochs[3].train_loss < result.epochs[0].train_loss,
@@ -71,17 +98,21 @@ fn every_head_learns() {
 
 #[test]
 fn a_seed_fixes_every_bit_whatever_the_threads() {
+    let augment = [
+        Step::RandomCrop {
+            size: SIDE,
+            padding: 2,
+            reflect: true,
+        },
+        Step::HorizontalFlip { p: 0.5 },
+    ];
     let config = TrainConfig {
-        augment: vec![
-            Step::RandomCrop {
-                size: SIDE,
-                padding: 2,
-                reflect: true,
-            },
-            Step::HorizontalFlip { p: 0.5 },
-        ],
         epochs: 2,
         ..config("isqrt")
+    };
+    let run = |config: &TrainConfig| {
+        let sets = (stripes(64, 1), stripes(40, 2));
+        learn(config, &augment, sets, &mut Silent).unwrap()
     };
     let on = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new()
@@ -99,11 +130,9 @@ fn a_seed_fixes_every_bit_whatever_the_threads() {
 
 #[test]
 fn divergence_is_an_error_with_its_place() {
-    let config = TrainConfig {
-        lr: 1e30,
-        ..config("gap")
-    };
-    let error = train(&config, stripes(64, 1), stripes(8, 2), &mut Silent).unwrap_err();
+    let config = at_rate(1e30, config("gap"));
+    let sets = (stripes(64, 1), stripes(8, 2));
+    let error = learn(&config, &[], sets, &mut Silent).unwrap_err();
     let message = error.to_string();
     assert!(
         message.contains("epoch 1") && message.contains("step"),
@@ -116,12 +145,12 @@ fn weights_spoilt_by_the_last_step_are_noticed_in_the_evaluation() {
     for head in ["gap", "cov", "isqrt", "mpn"] {
         // One step in the only epoch: its loss is from before the update and finite.
         let config = TrainConfig {
-            lr: 1e30,
             batch: 24,
             epochs: 1,
-            ..config(head)
+            ..at_rate(1e30, config(head))
         };
-        let error = train(&config, stripes(8, 1), stripes(8, 2), &mut Silent).unwrap_err();
+        let sets = (stripes(8, 1), stripes(8, 2));
+        let error = learn(&config, &[], sets, &mut Silent).unwrap_err();
         assert!(
             matches!(error, Error::Evaluation { epoch: 1, .. }),
             "{head}: {error:?}"
@@ -143,11 +172,11 @@ struct Impatient {
 }
 
 impl Observer for Impatient {
-    fn step(&mut self, step: usize, total: usize, loss: f32) -> ControlFlow<()> {
+    fn step(&mut self, info: &StepInfo) -> ControlFlow<()> {
         self.steps += 1;
-        assert_eq!((step, total), (self.steps, 48));
-        assert!(loss.is_finite());
-        if step == 18 {
+        assert_eq!((info.step, info.steps), (self.steps as u64, 48));
+        assert!(info.loss.is_finite());
+        if info.step == 18 {
             ControlFlow::Break(())
         } else {
             ControlFlow::Continue(())
@@ -165,18 +194,19 @@ impl Observer for Impatient {
 fn an_observer_hears_everything_and_can_stop() {
     let mut observer = Impatient::default();
     let sets = (stripes(64, 1), stripes(8, 2));
-    let result = train(&config("gap"), sets.0, sets.1, &mut observer).unwrap();
+    let result = learn(&config("gap"), &[], sets, &mut observer).unwrap();
     assert!(result.stopped);
+    // The second epoch is not over: it has no metrics yet.
     assert_eq!(
         (observer.steps, observer.epochs, result.epochs.len()),
-        (18, 2, 2)
+        (18, 1, 1)
     );
 }
 
 #[test]
 fn mistakes_are_named_before_anything_runs() {
     let refused = |config: &TrainConfig| {
-        train(config, stripes(8, 1), stripes(8, 2), &mut Silent)
+        learn(config, &[], (stripes(8, 1), stripes(8, 2)), &mut Silent)
             .unwrap_err()
             .to_string()
     };
@@ -197,13 +227,7 @@ fn mistakes_are_named_before_anything_runs() {
             },
             "epochs",
         ),
-        (
-            TrainConfig {
-                lr: f64::NAN,
-                ..base.clone()
-            },
-            "lr",
-        ),
+        (at_rate(f64::NAN, base.clone()), "lr"),
         (
             TrainConfig {
                 batch: 100,
@@ -231,10 +255,10 @@ fn mistakes_are_named_before_anything_runs() {
     }
     assert!(toml::from_str::<TrainConfig>("epochs = 1\nlearning_rate = 2").is_err());
     assert!(matches!(
-        train(
+        learn(
             &TrainConfig { batch: 0, ..base },
-            stripes(8, 1),
-            stripes(8, 2),
+            &[],
+            (stripes(8, 1), stripes(8, 2)),
             &mut Silent
         ),
         Err(Error::Config { what: "batch", .. })
@@ -254,9 +278,10 @@ fn frozen_statistics_stay() {
             frozen_norm,
             ..config("gap")
         };
-        let (network, _) =
-            train_network(&config, stripes(16, 1), stripes(8, 2), &mut Silent).unwrap();
-        for (name, buffer) in network.vars().buffers() {
+        let job = Job::in_memory(&config, &[], stripes(16, 1), stripes(8, 2)).unwrap();
+        let mut trainer = Trainer::new(job).unwrap();
+        trainer.run(&mut Silent).unwrap();
+        for (name, buffer) in trainer.network().vars().buffers() {
             let start = f32::from(name.ends_with("running_var"));
             let values = buffer.get().to_vec1::<f32>().unwrap();
             let stayed = values.iter().all(|&v| v == start);
@@ -278,7 +303,8 @@ fn checkpointed_blocks_train_to_the_same_bits() {
             epochs: 1,
             ..config("gap")
         };
-        without_time(train(&config, stripes(16, 1), stripes(8, 2), &mut Silent).unwrap())
+        let sets = (stripes(16, 1), stripes(8, 2));
+        without_time(learn(&config, &[], sets, &mut Silent).unwrap())
     };
     assert_eq!(run(true), run(false));
 }

@@ -142,6 +142,7 @@ fn svg(rows: &[IterationRow]) -> String {
         x_label: "symmetric products, forward".to_owned(),
         y_label: "relative distance to the root".to_owned(),
         log: true,
+        log_x: false,
         series: series.collect(),
     };
     standalone(&plot.svg())

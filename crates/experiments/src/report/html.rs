@@ -1,16 +1,17 @@
-//! The page: a minijinja template with escaping on; only the drawings are put in as they are.
+//! The pages: minijinja templates with escaping on; only style and drawings are put in as they are.
 
-use super::model::Page;
-use super::plot::STYLE;
+use super::plot;
 use crate::error::Result;
+use serde::Serialize;
 
-/// The whole page as one text without references to other files.
-pub(super) fn render(page: &Page) -> Result<String> {
+/// A whole page as one text without references to other files, from a template that shows `page`.
+pub(super) fn render(template: &str, page: &impl Serialize) -> Result<String> {
     let mut env = minijinja::Environment::new();
-    env.add_template("page.html", include_str!("page.html"))?;
+    // The ending makes minijinja escape.
+    env.add_template("page.html", template)?;
     let template = env.get_template("page.html")?;
     Ok(template.render(minijinja::context! {
         page => minijinja::value::Serde(page),
-        plot_style => STYLE,
+        style => format!("{}{}", include_str!("page.css"), plot::STYLE),
     })?)
 }

@@ -1,6 +1,6 @@
 //! The report as Markdown, for a terminal or a pull request.
 
-use super::model::{Entry, Page, Section};
+use super::model::{Entry, Page, Section, Table};
 use crate::error::Result;
 use std::fmt::Write as _;
 
@@ -38,22 +38,7 @@ fn render_section(out: &mut String, s: &Section, criterion: &str) {
         "\n## {}\n\n`{}`. {}. {}\n",
         s.title, s.id, s.paper_item, s.about
     );
-    let mut head = Vec::new();
-    for h in &s.table.head {
-        let mut text = h.label.clone();
-        if !h.unit.is_empty() {
-            let _ = write!(text, " ({})", h.unit);
-        }
-        if !h.who.is_empty() {
-            let _ = write!(text, ", {}", h.who);
-        }
-        head.push(text);
-    }
-    line(out, &head);
-    line(out, &vec!["---".to_owned(); head.len()]);
-    for row in &s.table.rows {
-        line(out, &row.iter().map(entry).collect::<Vec<_>>());
-    }
+    table(out, &s.table);
     let _ = writeln!(out, "\n{}\n", s.caveat);
     for v in &s.verdicts {
         let _ = writeln!(
@@ -100,6 +85,26 @@ fn render_section(out: &mut String, s: &Section, criterion: &str) {
         let _ = writeln!(out, "- {name}: {value}");
     }
     let _ = writeln!(out, "\nAgain: `{}`", s.command);
+}
+
+/// A table with its headings.
+pub(super) fn table(out: &mut String, table: &Table) {
+    let mut head = Vec::new();
+    for h in &table.head {
+        let mut text = h.label.clone();
+        if !h.unit.is_empty() {
+            let _ = write!(text, " ({})", h.unit);
+        }
+        if !h.who.is_empty() {
+            let _ = write!(text, ", {}", h.who);
+        }
+        head.push(text);
+    }
+    line(out, &head);
+    line(out, &vec!["---".to_owned(); head.len()]);
+    for row in &table.rows {
+        line(out, &row.iter().map(entry).collect::<Vec<_>>());
+    }
 }
 
 fn entry(e: &Entry) -> String {

@@ -1,10 +1,11 @@
 //! The report of a run folder: `report/index.html`, one self-contained page, and
-//! `report/report.md`, both from the same [`model::Page`].
+//! `report/report.md`, both from the same [`model::Page`]. [`runs`] has that of training runs.
 
 mod html;
 mod markdown;
 pub mod model;
 pub mod plot;
+pub mod runs;
 
 use crate::error::{Error, Result};
 use crate::files::write_atomically;
@@ -15,6 +16,34 @@ use std::path::{Path, PathBuf};
 /// Where the report of a run folder lies.
 pub fn page_path(dir: &Path) -> PathBuf {
     dir.join("report").join("index.html")
+}
+
+/// Writes the report of whatever the folders hold: one folder of `reproduce`, or one or several of
+/// `isqrt train`, whose report may go to `out`. Returns the page's path.
+///
+/// # Errors
+/// [`Error::NotARun`] for a folder that is neither, [`Error::Unsupported`] for one of `reproduce` with
+/// others or with `out`; otherwise as [`write()`] and [`runs::write`].
+pub fn write_folders(folders: &[PathBuf], out: Option<&Path>) -> Result<PathBuf> {
+    let reproduced = |folder: &Path| folder.join(crate::plan::FILE).is_file();
+    for folder in folders {
+        if !runs::is_run(folder) && !reproduced(folder) {
+            return Err(Error::NotARun {
+                path: folder.clone(),
+                missing: "metrics.jsonl of `train`, no plan.json of `reproduce`",
+            });
+        }
+    }
+    match folders {
+        [folder] if reproduced(folder) && out.is_none() => write(folder),
+        _ => match folders.iter().find(|folder| reproduced(folder)) {
+            Some(folder) => Err(Error::Unsupported(format!(
+                "{} is a folder of `reproduce`, whose report stays in it: give it alone and without --out",
+                folder.display()
+            ))),
+            None => runs::write(folders, out),
+        },
+    }
 }
 
 /// Renders both files from the plan and the records of a run folder; returns the page's path.
@@ -41,7 +70,10 @@ pub fn write(dir: &Path) -> Result<PathBuf> {
 pub fn render(dir: &Path, plan: &Plan, store: &Store) -> Result<PathBuf> {
     let page = model::Page::new(plan, store);
     let path = page_path(dir);
-    write_atomically(&path, html::render(&page)?.as_bytes())?;
+    write_atomically(
+        &path,
+        html::render(include_str!("page.html"), &page)?.as_bytes(),
+    )?;
     write_atomically(
         &dir.join("report").join("report.md"),
         markdown::render(&page)?.as_bytes(),

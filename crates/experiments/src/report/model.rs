@@ -578,6 +578,7 @@ fn plot(figure: &Figure, series: Vec<Series>) -> Option<String> {
         x_label: figure.x_label.clone(),
         y_label: figure.y_label.clone(),
         log: figure.log,
+        log_x: false,
         series,
     };
     Some(plot.svg())

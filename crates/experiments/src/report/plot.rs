@@ -47,6 +47,8 @@ pub struct LinePlot {
     pub y_label: String,
     /// Logarithmic y axis.
     pub log: bool,
+    /// Logarithmic x axis.
+    pub log_x: bool,
     /// The curves.
     pub series: Vec<Series>,
 }
@@ -64,7 +66,7 @@ pub struct BarPlot {
     pub groups: Vec<(String, Vec<Option<Point>>)>,
 }
 
-/// The y axis: a range, its ticks, linear or logarithmic.
+/// An axis: a range, its ticks, linear or logarithmic.
 struct Axis {
     low: f64,
     high: f64,
@@ -157,7 +159,10 @@ fn tick_text(value: f64) -> String {
         return "0".to_owned();
     }
     if !(1e-3..1e5).contains(&value.abs()) {
-        return format!("{value:.0e}");
+        let text = format!("{value:.2e}");
+        let (digits, power) = text.split_once('e').unwrap_or((&text, "0"));
+        let digits = digits.trim_end_matches('0').trim_end_matches('.');
+        return format!("{digits}e{power}");
     }
     let text = format!("{value:.3}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
@@ -193,8 +198,16 @@ impl LinePlot {
             (true, w) if w < 1e-9 => (x_low - 0.5, x_high + 0.5),
             (true, w) => (x_low - 0.04 * w, x_high + 0.04 * w),
         };
+        let x = match self.log_x {
+            true => Axis::new(xs.iter().copied(), true, false),
+            false => Axis {
+                low: x_low,
+                high: x_high,
+                log: false,
+            },
+        };
         let span = WIDTH - LEFT - RIGHT;
-        let px = |v: f64| LEFT + span * (v - x_low) / (x_high - x_low);
+        let px = |v: f64| LEFT + span * x.place(v);
         let py = |v: f64| TOP + PLOT_HEIGHT * (1.0 - y.place(v));
         let legend = Legend::new(self.series.iter().map(|s| s.label.as_str()));
         let height = TOP + PLOT_HEIGHT + 44.0 + legend.height();
@@ -204,22 +217,17 @@ impl LinePlot {
             line(&mut svg, "grid", LEFT, at, WIDTH - RIGHT, at);
             text(&mut svg, LEFT - 6.0, at + 4.0, "end", &tick_text(tick));
         }
-        let x_ticks: Vec<f64> = if few.len() <= 8 {
+        let whole = xs.iter().all(|x| x.fract() == 0.0);
+        let x_ticks: Vec<f64> = if few.len() <= 8 && whole && !self.log_x {
             few.iter().map(|x| *x as f64).collect()
         } else {
-            Axis {
-                low: x_low.ceil(),
-                high: x_high,
-                log: false,
-            }
-            .ticks()
+            x.ticks()
         };
-        for tick in x_ticks {
-            if px(tick) >= LEFT - 0.1 && px(tick) <= WIDTH - RIGHT + 0.1 {
-                let base = TOP + PLOT_HEIGHT;
-                line(&mut svg, "axis", px(tick), base, px(tick), base + 4.0);
-                text(&mut svg, px(tick), base + 17.0, "middle", &tick_text(tick));
-            }
+        let within = |tick: &f64| (x.low..=x.high).contains(tick);
+        for tick in x_ticks.into_iter().filter(within) {
+            let base = TOP + PLOT_HEIGHT;
+            line(&mut svg, "axis", px(tick), base, px(tick), base + 4.0);
+            text(&mut svg, px(tick), base + 17.0, "middle", &tick_text(tick));
         }
         let base = TOP + PLOT_HEIGHT;
         line(&mut svg, "axis", LEFT, base, WIDTH - RIGHT, base);
@@ -255,7 +263,7 @@ fn draw_series(
     px: &impl Fn(f64) -> f64,
     py: &impl Fn(f64) -> f64,
 ) {
-    let class = format!("s{}", i % COLOURS);
+    let class = colour(i);
     let points: Vec<&Point> = series.points.iter().filter(|p| p.y.is_finite()).collect();
     if series.level {
         if let Some(p) = points.first() {
@@ -354,8 +362,13 @@ impl BarPlot {
     }
 }
 
-/// Colours that the page defines; later series start over.
+/// Colours that the page defines; later series start over, dotted.
 const COLOURS: usize = 7;
+
+fn colour(series: usize) -> String {
+    let dotted = if series < COLOURS { "" } else { " again" };
+    format!("s{}{dotted}", series % COLOURS)
+}
 
 /// Labels in rows below the plot.
 struct Legend<'a> {
@@ -389,7 +402,7 @@ impl<'a> Legend<'a> {
         for (r, row) in self.rows.iter().enumerate() {
             let y = top + 8.0 + 18.0 * r as f64;
             for (i, label, x) in row {
-                let class = format!("s{}{}", i % COLOURS, if dashed(*i) { " level" } else { "" });
+                let class = format!("{}{}", colour(*i), if dashed(*i) { " level" } else { "" });
                 let x = x + 14.0;
                 line(svg, &class, x, y - 4.0, x + 18.0, y - 4.0);
                 text(svg, x + 23.0, y, "start", label);
@@ -453,6 +466,7 @@ mod tests {
             x_label: "N".into(),
             y_label: "error (%)".into(),
             log,
+            log_x: false,
             series: vec![
                 Series {
                     label: "ours".into(),
@@ -501,7 +515,37 @@ mod tests {
     }
 
     #[test]
+    fn both_axes_can_be_logarithmic() {
+        let mut p = plot(true);
+        p.log_x = true;
+        p.series[0].points = [1.0, 10.0, 100.0, 0.0].map(|x| point(x, 1.0 / x)).to_vec();
+        let svg = p.svg();
+        assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+        // Points a decade apart are as far from each other.
+        let at: Vec<f64> = svg
+            .split("cx=\"")
+            .skip(1)
+            .filter_map(|rest| rest.split('"').next()?.parse().ok())
+            .collect();
+        assert!((at[2] - 2.0 * at[1] + at[0]).abs() < 0.2, "{at:?}");
+        for tick in [">1<", ">10<", ">100<"] {
+            assert!(svg.contains(tick), "{tick} in {svg}");
+        }
+    }
+
+    #[test]
+    fn small_and_fractional_places_have_ticks() {
+        let mut p = plot(false);
+        p.series[0].points = (0..4).map(|i| point(0.01 * f64::from(i), 1.0)).collect();
+        let svg = p.svg();
+        assert!(svg.contains(">0.01<") && svg.contains(">0.03<"), "{svg}");
+    }
+
+    #[test]
     fn ticks_are_round_numbers() {
+        assert_eq!(tick_text(120_000.0), "1.2e5");
+        assert_eq!(tick_text(3.0 * 0.000_02), "6e-5");
+
         let axis = Axis::new([0.3, 9.2].into_iter(), false, true);
         assert_eq!(axis.ticks(), [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]);
         let axis = Axis::new([0.01, 100.0].into_iter(), true, false);

@@ -6,7 +6,7 @@ use crate::plan::Training;
 use crate::record::{EpochRecord, Measurement};
 use crate::spec::{Head, HeadName};
 use isqrt_models::{ModelSpec, RepresentationSpec};
-use isqrt_train::{EpochMetrics, Observer, TrainConfig, train};
+use isqrt_train::{EpochMetrics, Job, Observer, OptimiserSpec, StepInfo, TrainConfig, train};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -24,8 +24,13 @@ pub(super) fn run(
         message,
     };
     let data = data.ok_or_else(|| failed("there are no images to train on".to_owned()))?;
-    let config = config(training, seed, data.info.classes)
+    let lr = training
+        .lr
         .ok_or_else(|| failed("the learning rate is not known".to_owned()))?;
+    let config = config(training, lr, seed, data.info.classes);
+    // What is not random has been done to the images when they were decoded.
+    let (pipeline, ..) = training.recipe.pipelines().map_err(failed)?;
+    let augment = pipeline.split_random().1.steps;
     let set = &data.set;
     let eval = if search { &set.val } else { &set.test };
     let mut watch = Watch {
@@ -35,12 +40,8 @@ pub(super) fn run(
         last_error: None,
         stopped: false,
     };
-    let result = train(
-        &config,
-        Arc::clone(&set.train),
-        Arc::clone(eval),
-        &mut watch,
-    );
+    let result = Job::in_memory(&config, &augment, Arc::clone(&set.train), Arc::clone(eval))
+        .and_then(|job| train(job, &mut watch));
     if watch.stopped {
         return Err(Error::Stopped);
     }
@@ -52,7 +53,11 @@ pub(super) fn run(
     let mut measurements = match result {
         Ok(r) => vec![
             Measurement::new(metric, r.top1_error, "%"),
-            Measurement::new("correct", r.correct as f64, "images"),
+            Measurement::new(
+                "correct",
+                r.evaluation.map_or(0, |e| e.correct) as f64,
+                "images",
+            ),
             Measurement::new("parameters", r.parameters as f64, "values"),
         ],
         Err(e) if e.is_divergence() => vec![Measurement::new(metric, f64::NAN, "%")],
@@ -66,11 +71,10 @@ pub(super) fn run(
     })
 }
 
-/// The engine's configuration; none without a learning rate. What is not random has been done to the
-/// images when they were decoded.
-fn config(training: &Training, seed: u64, classes: usize) -> Option<TrainConfig> {
+/// The engine's configuration.
+fn config(training: &Training, lr: f64, seed: u64, classes: usize) -> TrainConfig {
     let recipe = &training.recipe;
-    Some(TrainConfig {
+    TrainConfig {
         model: ModelSpec::new(
             recipe.backbone.clone(),
             representation(&training.head),
@@ -78,17 +82,25 @@ fn config(training: &Training, seed: u64, classes: usize) -> Option<TrainConfig>
         ),
         epochs: recipe.epochs,
         batch: recipe.batch,
-        lr: training.lr?,
+        accumulate: 1,
+        optimiser: OptimiserSpec::Sgd {
+            lr,
+            momentum: recipe.momentum,
+            nesterov: false,
+            weight_decay: recipe.weight_decay,
+            decay: isqrt_nn::Decay::default(),
+        },
         schedule: isqrt_nn::Schedule::default(),
-        momentum: recipe.momentum,
-        nesterov: false,
-        weight_decay: recipe.weight_decay,
-        decay: isqrt_nn::Decay::default(),
-        label_smoothing: 0.0,
-        augment: recipe.pipelines().ok()?.0.split_random().1.steps,
+        groups: Vec::new(),
+        frozen: Vec::new(),
         frozen_norm: false,
+        label_smoothing: 0.0,
+        clip_norm: None,
+        ema: None,
+        precision: isqrt_train::Precision::default(),
+        non_finite: isqrt_train::NonFinite::default(),
         seed,
-    })
+    }
 }
 
 /// The head under its name in the registry, with its options.
@@ -121,24 +133,26 @@ struct Watch<'a, 'b> {
 }
 
 impl Observer for Watch<'_, '_> {
-    fn step(&mut self, step: usize, total: usize, loss: f32) -> ControlFlow<()> {
+    fn step(&mut self, info: &StepInfo) -> ControlFlow<()> {
         let error = self
             .last_error
             .map_or_else(String::new, |e| format!(", error {e:.1} %"));
-        let epoch = (self.epochs.len() + 1).min(self.of);
-        let words = format!("epoch {epoch}/{}, loss {loss:.2}{error}", self.of);
-        let flow = (self.tick)(step as f64 / total.max(1) as f64, &words);
+        let words = format!(
+            "epoch {}/{}, loss {:.2}{error}",
+            info.epoch, self.of, info.loss
+        );
+        let flow = (self.tick)(info.step as f64 / info.steps.max(1) as f64, &words);
         self.stopped |= flow.is_break();
         flow
     }
 
     fn epoch(&mut self, m: &EpochMetrics) -> ControlFlow<()> {
-        self.last_error = Some(m.eval_error);
+        self.last_error = m.eval_error;
         self.epochs.push(EpochRecord {
             epoch: m.epoch,
             train_loss: m.train_loss,
             train_error: m.train_error,
-            eval_error: m.eval_error,
+            eval_error: m.eval_error.unwrap_or(f64::NAN),
             seconds: m.seconds,
         });
         ControlFlow::Continue(())

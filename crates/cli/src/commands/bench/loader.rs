@@ -1,10 +1,10 @@
 //! `isqrt bench loader`: images a second from files to numbers.
 
-use super::peak_memory_mb;
 use crate::commands::data::list_options;
 use crate::output::{self, show};
 use clap::Args;
 use isqrt_datasets::{Loader, LoaderConfig, Pipeline, Sample, list_with};
+use isqrt_train::machine::peak_memory_mb;
 use std::path::PathBuf;
 use std::time::Instant;
 

@@ -10,6 +10,7 @@ use isqrt_linalg::bench::{LayerCase, decompositions, layer, peak_gflops};
 use isqrt_linalg::{CovPool, Kernel, Memory, Root, Schedule, Side};
 use isqrt_models::ModelSpec;
 use isqrt_models::bench::{NetworkCase, network, ops};
+use isqrt_train::machine::peak_memory_mb;
 use std::time::Duration;
 
 /// Time the layer, what it replaces, networks, and the loading of images
@@ -414,12 +415,4 @@ impl NetworkBench {
             show(peak)
         ))
     }
-}
-
-/// Largest memory that this process has had, where the system tells.
-fn peak_memory_mb() -> Option<f64> {
-    let text = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = text.lines().find(|l| l.starts_with("VmHWM:"))?;
-    let kilobytes: f64 = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(kilobytes / 1024.0)
 }

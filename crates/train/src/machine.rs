@@ -73,6 +73,29 @@ fn git_head(dir: &Path) -> Option<String> {
     })
 }
 
+/// Largest memory that this process has had, in MB, where the system tells.
+pub fn peak_memory_mb() -> Option<f64> {
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = text.lines().find(|l| l.starts_with("VmHWM:"))?;
+    let kilobytes: f64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kilobytes / 1024.0)
+}
+
+/// Processor time of this process so far, all threads, in seconds; 0 where the system does not tell.
+pub fn cpu_seconds() -> f64 {
+    // Linux counts in hundredths here whatever its own clock (proc(5), `utime` and `stime`).
+    const TICKS: f64 = 100.0;
+    let read = || -> Option<f64> {
+        let text = std::fs::read_to_string("/proc/self/stat").ok()?;
+        // The name of the program, which may hold spaces, ends at the last bracket.
+        let (_, rest) = text.rsplit_once(')')?;
+        let mut fields = rest.split_whitespace().skip(11);
+        let mut next = || fields.next()?.parse::<f64>().ok();
+        Some((next()? + next()?) / TICKS)
+    };
+    read().unwrap_or(0.0)
+}
+
 /// Seconds since 1970.
 pub fn now() -> u64 {
     std::time::SystemTime::now()
@@ -102,6 +125,20 @@ pub fn date(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn work_takes_processor_time_and_memory() {
+        let before = cpu_seconds();
+        let start = std::time::Instant::now();
+        let mut sum = 0_u64;
+        while start.elapsed().as_millis() < 200 {
+            sum = std::hint::black_box(sum + 1);
+        }
+        let took = cpu_seconds() - before;
+        assert!((0.05..60.0).contains(&took), "{took}");
+        assert!(peak_memory_mb().is_some_and(|mb| mb > 1.0));
+    }
 
     #[test]
     fn dates_of_known_moments() {

@@ -1,0 +1,169 @@
+//! `isqrt eval`: a trained network on a part of a data set.
+
+use super::train::Settings;
+use crate::output;
+use crate::progress::Counter;
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use isqrt_models::checkpoint::{self, Checkpoint, LoadOptions};
+use isqrt_train::data::RunData;
+use isqrt_train::run::{Outcome, Paths, count};
+use std::path::PathBuf;
+
+/// Evaluate the network of a run, or other weights, as its spec evaluates
+///
+/// Top-1 and top-5 error with counts, cross-entropy, calibration error, accuracy of each class. Views of
+/// an image (mirror, ten crops) are averaged: `--set data.eval_transforms=imagenet-tencrop`.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  isqrt eval runs/e10-isqrt
+  isqrt eval runs/e10-isqrt --checkpoint best --part val
+  isqrt eval experiments/imagenet/resnet50-isqrt.toml --weights r50.safetensors --data ILSVRC2012 \\
+    --set data.eval_transforms=imagenet-tencrop")]
+pub struct Eval {
+    /// Run folder, or an experiment file with --weights
+    run: PathBuf,
+    #[command(flatten)]
+    settings: Settings,
+    /// Checkpoint of the run: last, best, epoch-0010 and so on
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "last",
+        conflicts_with = "weights"
+    )]
+    checkpoint: String,
+    /// File with the weights, of any layout that `isqrt convert` reads
+    #[arg(long, value_name = "FILE")]
+    weights: Option<PathBuf>,
+    /// Part of the data
+    #[arg(long, value_enum, default_value_t = Part::Test)]
+    part: Part,
+    /// Fit linear SVMs with this C on the representations of the training part, and evaluate them too
+    #[arg(long, value_name = "C")]
+    svm: Option<f64>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// What the run trains on, seen as in evaluation
+    Train,
+    /// What epochs are evaluated on
+    Val,
+    /// What is reported on
+    Test,
+}
+
+impl Eval {
+    pub fn run(&self, json: bool) -> anyhow::Result<()> {
+        let paths = Paths {
+            root: self.run.clone(),
+        };
+        let is_run = self.run.is_dir();
+        let spec = if is_run {
+            paths.spec()
+        } else {
+            self.run.clone()
+        };
+        let file = self.settings.read(&spec)?;
+        let weights = match (&self.weights, is_run) {
+            (Some(weights), _) => weights.clone(),
+            (None, true) => paths.checkpoint(&self.checkpoint),
+            (None, false) => anyhow::bail!(
+                "{} is a spec: say which weights with --weights, or give a run folder",
+                self.run.display()
+            ),
+        };
+        if let Some(c) = self.svm {
+            anyhow::ensure!(
+                c > 0.0 && c.is_finite(),
+                "--svm {c}: a positive number is needed"
+            );
+        }
+        let data = RunData::open(&file, None)?;
+        let weights_file = Checkpoint::open(&weights)?;
+        let config = file.spec.config(data.info.classes);
+        let mut network =
+            checkpoint::network(&weights_file, &config.model, &LoadOptions::default())?;
+        let options = LoadOptions {
+            triangle: file
+                .spec
+                .start
+                .as_ref()
+                .and_then(|s| s.triangle)
+                .map(Into::into),
+            ..LoadOptions::default()
+        };
+        checkpoint::load_from(&mut network, &weights_file, &options)
+            .with_context(|| format!("{} classes in the data", data.info.classes))?;
+        let feed = match self.part {
+            Part::Train => &data.train_as_eval,
+            Part::Val => &data.eval,
+            Part::Test => data.test.as_ref().unwrap_or(&data.eval),
+        };
+        let total = feed.images.len() as u64;
+        let counter = Counter::default();
+        let mut done = 0;
+        let tally = count(&network, &file, &data, feed, &mut |images| {
+            done += images as u64;
+            counter.at("evaluating", done, total);
+        })?;
+        counter.end();
+        let outcome = Outcome::from(tally.evaluation());
+        let svm = match self.svm {
+            Some(c) => Some(isqrt_train::run::svm(&network, &file, &data, feed, c)?),
+            None => None,
+        };
+        if json {
+            let mut object = serde_json::to_value(&outcome)?;
+            object["weights"] = serde_json::to_value(&weights)?;
+            object["svm"] = serde_json::to_value(&svm)?;
+            return output::json(&object);
+        }
+        output::line(&format!(
+            "{} on {} images of {}",
+            weights.display(),
+            outcome.evaluation.total,
+            data.info.name
+        ))?;
+        output::line(&format!(
+            "top-1 error {:.2} %, top-5 error {:.2} % ({} and {} of {} images right), loss {:.4}, \
+             calibration error {:.4}",
+            outcome.error,
+            outcome.error5,
+            outcome.evaluation.correct,
+            outcome.evaluation.correct5,
+            outcome.evaluation.total,
+            outcome.evaluation.loss,
+            outcome.evaluation.calibration_error
+        ))?;
+        if let Some(svm) = svm {
+            output::line(&format!(
+                "linear SVMs (C = {}): top-1 error {:.2} % ({} of {} images right) {}",
+                svm.c, svm.error, svm.correct, svm.total, svm.note
+            ))?;
+        }
+        let mut classes: Vec<(usize, [u64; 2])> = outcome
+            .evaluation
+            .per_class
+            .iter()
+            .copied()
+            .enumerate()
+            .collect();
+        classes.retain(|(_, [_, total])| *total > 0);
+        let share = |[right, total]: [u64; 2]| right as f64 / total as f64;
+        classes.sort_by(|a, b| share(a.1).total_cmp(&share(b.1)));
+        const SHOWN: usize = 10;
+        if classes.len() > SHOWN {
+            output::line(&format!("the {SHOWN} classes with the lowest accuracy:"))?;
+        }
+        let rows = classes.iter().take(SHOWN).map(|&(class, counts)| {
+            vec![
+                data.classes[class].clone(),
+                format!("{:.1} %", 100.0 * share(counts)),
+                format!("{} of {}", counts[0], counts[1]),
+            ]
+        });
+        output::table(&["class", "accuracy", "right"], rows.collect(), 1)
+    }
+}

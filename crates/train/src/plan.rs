@@ -1,0 +1,127 @@
+//! What a run is going to do, without doing it.
+
+use isqrt_models::{Description, Network};
+use serde::Serialize;
+
+use crate::data::{DataInfo, RunData};
+use crate::{Error, Precision, Result, SpecFile};
+
+/// A run before its first step.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The images.
+    pub data: DataInfo,
+    /// Short name of the network.
+    pub model: String,
+    /// Stages with shapes, parameters and activations, of one image.
+    pub description: Description,
+    /// Length of the representation.
+    pub representation: usize,
+    /// Updates an epoch.
+    pub updates_per_epoch: usize,
+    /// Epochs.
+    pub epochs: usize,
+    /// Images an update.
+    pub batch: usize,
+    /// Images a pass.
+    pub pass: usize,
+    /// Memory that training needs at least.
+    pub memory: MemoryEstimate,
+    /// Hash of the spec.
+    pub spec_hash: String,
+}
+
+/// Bytes, estimated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct MemoryEstimate {
+    /// Weights, their gradients, what the optimiser keeps, averages.
+    pub parameters: u64,
+    /// What a pass keeps for its backward pass.
+    pub activations: u64,
+}
+
+impl MemoryEstimate {
+    /// Both.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.parameters + self.activations
+    }
+}
+
+impl Plan {
+    /// Builds the network, runs one black image through it, counts the rest.
+    ///
+    /// # Errors
+    /// What the run would end with: a network that cannot be, a batch that the images do not fill, a
+    /// pattern that no parameter has.
+    pub fn new(file: &SpecFile, data: &RunData) -> Result<Self> {
+        let spec = &file.spec;
+        let config = spec.config(data.info.classes);
+        config.check().map_err(|error| file.place(error))?;
+        let network = Network::new(
+            &config.model,
+            config.seed,
+            candle_core::DType::F32,
+            &candle_core::Device::Cpu,
+        )
+        .map_err(|error| file.place(error.into()))?;
+        drop(
+            config
+                .optimiser(network.vars())
+                .map_err(|error| file.place(error))?,
+        );
+        let updates_per_epoch = data.info.train / config.batch;
+        if updates_per_epoch == 0 {
+            return Err(file.problem(
+                "batch",
+                &format!(
+                    "is {}, more than the {} training images",
+                    config.batch, data.info.train
+                ),
+            ));
+        }
+        let (height, width) = data.info.input;
+        if height != width {
+            return Err(file.problem(
+                "data.eval_transforms",
+                &format!("gives inputs of {height} x {width}, which are no squares"),
+            ));
+        }
+        let description = network.describe(height).map_err(|error| match error {
+            error @ isqrt_models::Error::ImageSize { .. } => {
+                file.problem("data.eval_transforms", &error.to_string())
+            }
+            error => file.place(Error::from(error)),
+        })?;
+        if let Some(start) = &spec.start
+            && !start.weights.is_file()
+        {
+            return Err(file.problem(
+                "start.weights",
+                &format!("is {}, and there is no such file", start.weights.display()),
+            ));
+        }
+        let pass = config.batch / config.accumulate;
+        let bytes = match config.precision {
+            Precision::F32 => 1,
+            Precision::F64 => 2,
+        };
+        let total = description.total();
+        let copies = 2 + config.optimiser.slots() + usize::from(config.ema.is_some());
+        Ok(Self {
+            data: data.info.clone(),
+            model: config.model.short_name(),
+            representation: network.out_dim(),
+            updates_per_epoch,
+            epochs: config.epochs,
+            batch: config.batch,
+            pass,
+            memory: MemoryEstimate {
+                parameters: (4 * bytes * copies * total.parameters) as u64,
+                activations: bytes as u64 * total.activation_bytes * pass as u64,
+            },
+            description,
+            spec_hash: spec.hash()?,
+        })
+    }
+}

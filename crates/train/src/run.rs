@@ -1,0 +1,920 @@
+//! A run in its folder: from an experiment file to `result.json`.
+//!
+//! | file | what it holds |
+//! | --- | --- |
+//! | `spec.toml` | the resolved spec |
+//! | `environment.json` | commit, machine, threads, data: see [`Environment`] |
+//! | `metrics.jsonl` | one [`Line`] a line: the truth |
+//! | `events.out.tfevents.*` | the same for TensorBoard |
+//! | `checkpoints/last.safetensors` | weights and the state that the run goes on from |
+//! | `checkpoints/previous.safetensors` | the one before, in case the last cannot be read |
+//! | `checkpoints/best.safetensors` | weights of the best epoch |
+//! | `result.json` | what came out: see [`RunResult`] |
+//! | `confusion.csv` | answers (columns) to the images of each class (rows) at the end |
+//! | `console.log` | what was said |
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use isqrt_datasets::{Filter, Skipped, Step};
+use isqrt_models::checkpoint::{self, Checkpoint, LoadOptions, Preprocessing, Record, Triangle};
+use isqrt_models::{Network, WholeFile};
+use serde::{Deserialize, Serialize};
+
+use crate::EventWriter;
+use crate::collective::{Collective, Single};
+use crate::data::{DataInfo, RunData};
+use crate::evaluate::evaluate;
+use crate::machine::{self, Machine};
+use crate::spec::TriangleOrder;
+use crate::state::{Saved, Snapshot};
+use crate::{
+    EpochMetrics, Error, Evaluation, Feed, Job, Line, Moment, Observer, Result, SpecFile, StepInfo,
+    Tally, TrainConfig, Trainer,
+};
+
+/// Whether a run goes on where it was stopped.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Resume {
+    /// Where the folder has a state, from it; otherwise from the start.
+    #[default]
+    Auto,
+    /// From the start; a folder with a run is refused.
+    Never,
+    /// From this state.
+    From(PathBuf),
+}
+
+/// Who watches a run, and can stop it.
+pub trait Console {
+    /// A sentence for people.
+    fn say(&mut self, text: &str);
+
+    /// After an update; `Break` stops the run.
+    fn step(&mut self, step: &StepInfo) -> ControlFlow<()>;
+
+    /// After an epoch; `Break` stops the run.
+    fn epoch(&mut self, metrics: &EpochMetrics) -> ControlFlow<()>;
+}
+
+/// What a run ran on.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Environment {
+    /// Of this program.
+    pub version: String,
+    /// Commit of the checkout.
+    pub commit: String,
+    /// Whether the checkout had changes.
+    pub dirty: bool,
+    /// Machine, threads, device.
+    #[serde(flatten)]
+    pub machine: Machine,
+    /// The images.
+    pub data: DataInfo,
+    /// Seconds since 1970.
+    pub started: u64,
+    /// When and on what the run was taken up again.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub resumed: Vec<Resumed>,
+}
+
+/// A run taken up again.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Resumed {
+    /// Seconds since 1970.
+    pub at: u64,
+    /// Updates that were done.
+    pub step: u64,
+    /// Commit of the checkout, `+changes` where it had some.
+    pub commit: String,
+    /// Machine, threads, device.
+    #[serde(flatten)]
+    pub machine: Machine,
+}
+
+/// What came out of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunResult {
+    /// `finished` or `stopped`.
+    pub status: String,
+    /// Epochs that are done.
+    pub epochs: usize,
+    /// Updates that are done.
+    pub steps: u64,
+    /// Updates that were left out since something was not finite.
+    pub skipped_steps: u64,
+    /// Epoch with the smallest error on the part that epochs are evaluated on.
+    pub best: Option<Best>,
+    /// `test`, or `validation` where the test part is another one.
+    pub selected_on: String,
+    /// The last weights (averaged ones where there are such) on the part that is reported on.
+    #[serde(rename = "final")]
+    pub last: Option<Outcome>,
+    /// The linear SVMs on the last weights' representations.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub svm: Option<SvmOutcome>,
+    /// Learnt values.
+    pub parameters: usize,
+    /// Wall time of training with its evaluations.
+    pub wall_seconds: f64,
+    /// Processor time, all threads.
+    pub cpu_seconds: f64,
+    /// Training images a second, mean of the epochs.
+    pub images_per_second: f64,
+    /// Largest memory of the process that finished the run.
+    pub peak_memory_mb: Option<f64>,
+    /// Of the spec, see [`crate::Spec::hash`].
+    pub spec_hash: String,
+    /// Images that were left out by the process that finished the run.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub skipped_images: Vec<Skipped>,
+}
+
+/// The best epoch.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// From 1.
+    pub epoch: usize,
+    /// In percent, on the part that it was chosen on.
+    pub eval_error: f64,
+    /// Its weights on the test part, where that is another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub test: Option<Outcome>,
+}
+
+/// An evaluation with its errors.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Top-1 error in percent.
+    pub error: f64,
+    /// Top-5 error in percent.
+    pub error5: f64,
+    /// Counts and the rest.
+    #[serde(flatten)]
+    pub evaluation: Evaluation,
+}
+
+impl From<Evaluation> for Outcome {
+    fn from(evaluation: Evaluation) -> Self {
+        Self {
+            error: evaluation.error(),
+            error5: evaluation.error5(),
+            evaluation,
+        }
+    }
+}
+
+/// What the SVMs came to.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SvmOutcome {
+    /// Their C.
+    pub c: f64,
+    /// Top-1 error in percent.
+    pub error: f64,
+    /// Right answers.
+    pub correct: u64,
+    /// Images.
+    pub total: u64,
+    /// What is to be known about it, such as classes that did not converge.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub note: String,
+}
+
+impl From<TriangleOrder> for Triangle {
+    fn from(order: TriangleOrder) -> Self {
+        match order {
+            TriangleOrder::Upper => Self::Upper,
+            TriangleOrder::Lower => Self::Lower,
+        }
+    }
+}
+
+/// Names below a run folder.
+#[derive(Debug, Clone)]
+pub struct Paths {
+    /// The folder.
+    pub root: PathBuf,
+}
+
+impl Paths {
+    /// `spec.toml`
+    #[must_use]
+    pub fn spec(&self) -> PathBuf {
+        self.root.join("spec.toml")
+    }
+
+    /// `checkpoints/NAME.safetensors`
+    #[must_use]
+    pub fn checkpoint(&self, name: &str) -> PathBuf {
+        self.root
+            .join("checkpoints")
+            .join(format!("{name}.safetensors"))
+    }
+
+    /// `metrics.jsonl`
+    #[must_use]
+    pub fn metrics(&self) -> PathBuf {
+        self.root.join("metrics.jsonl")
+    }
+
+    /// `result.json`
+    #[must_use]
+    pub fn result(&self) -> PathBuf {
+        self.root.join("result.json")
+    }
+
+    fn environment(&self) -> PathBuf {
+        self.root.join("environment.json")
+    }
+}
+
+/// Trains what a spec says in a folder, which another process must not use meanwhile.
+///
+/// # Errors
+/// Those of the data, the network and the loop; [`Error::Run`] for a folder that is in use or has another
+/// run, [`Error::File`] for what cannot be written. What was kept before stays whole.
+pub fn run(
+    file: &SpecFile,
+    data: RunData,
+    out: &Path,
+    resume: &Resume,
+    console: &mut dyn Console,
+) -> Result<RunResult> {
+    let paths = Paths {
+        root: out.to_owned(),
+    };
+    let config = file.spec.config(data.info.classes);
+    let spec_hash = file.spec.hash()?;
+    let identity = format!("{spec_hash} {}", data.info.fingerprint);
+    let folder = paths.root.join("checkpoints");
+    std::fs::create_dir_all(&folder).map_err(|error| failed(&folder, &error))?;
+    let lock = Lock::take(&paths.root)?;
+    let mut console = Log::open(&paths.root, console)?;
+    if let Some(result) = finished(&paths, file, resume, &spec_hash)? {
+        console.say("this run is finished: its result is in result.json");
+        return Ok(result);
+    }
+    remove_partial(&folder);
+
+    let collective: &dyn Collective = &Single;
+    let job = job(file, &data, &config, collective);
+    let mut trainer = Trainer::new(job).map_err(|error| file.place(error))?;
+    let saved = open_saved(&paths, resume, &identity, &mut console)?;
+    let resumed_at = match &saved {
+        Some(saved) => {
+            trainer.resume(saved)?;
+            saved.progress().step
+        }
+        None => {
+            if let Some(start) = &file.spec.start {
+                let options = LoadOptions {
+                    partial: start.partial,
+                    triangle: start.triangle.map(Into::into),
+                };
+                let report = trainer.start_from(|network| {
+                    Ok(checkpoint::load(network, &start.weights, &options)?)
+                })?;
+                console.say(&format!(
+                    "starting from {}: {} tensors taken, {} of the network's stay at their initial values",
+                    start.weights.display(),
+                    report.taken,
+                    report.missing.len() + report.misshapen.len()
+                ));
+                for line in report.lines() {
+                    console.note(&line);
+                }
+            }
+            0
+        }
+    };
+    environment(&paths, &data.info, saved.as_ref(), &mut console)?;
+    write_whole(&paths.spec(), file.spec.to_toml()?.as_bytes())?;
+    let lines = saved.as_ref().map_or(0, |saved| saved.progress().lines);
+    let metrics = open_metrics(&paths.metrics(), lines)?;
+    let events = match file.spec.log.tensorboard {
+        true => Some(
+            EventWriter::create(&paths.root, resumed_at)
+                .map_err(|error| failed(&paths.root, &error))?,
+        ),
+        false => None,
+    };
+    let record = Record {
+        preprocessing: preprocessing(&data.eval),
+        training: serde_json::to_value(&file.spec).ok(),
+    };
+    let mut recorder = Recorder {
+        file,
+        paths: &paths,
+        identity: &identity,
+        record,
+        metrics,
+        events,
+        console: &mut console,
+        epochs_kept: saved.as_ref().map_or(0, |saved| saved.progress().epoch),
+    };
+    let result = trainer.run(&mut recorder)?;
+    let mut skipped_images = data.skipped.clone();
+    skipped_images.extend(trainer.skipped());
+    let status = match result.stopped {
+        true => "stopped",
+        false => "finished",
+    };
+    let mut outcome = RunResult {
+        status: status.to_owned(),
+        epochs: result.epochs.len(),
+        steps: result.steps,
+        skipped_steps: result.skipped_steps,
+        best: result.best.map(|(epoch, eval_error)| Best {
+            epoch,
+            eval_error,
+            test: None,
+        }),
+        selected_on: match data.test {
+            Some(_) => "validation",
+            None => "test",
+        }
+        .to_owned(),
+        last: None,
+        svm: None,
+        parameters: result.parameters,
+        wall_seconds: result.seconds,
+        cpu_seconds: result.cpu_seconds,
+        images_per_second: mean(result.epochs.iter().map(|e| e.images_per_second)),
+        peak_memory_mb: None,
+        spec_hash,
+        skipped_images,
+    };
+    if !result.stopped {
+        let mut network = trainer.into_averaged()?;
+        report(
+            &mut network,
+            file,
+            &data,
+            &paths,
+            &mut outcome,
+            &mut console,
+        )?;
+    }
+    outcome.peak_memory_mb = machine::peak_memory_mb();
+    let text = serde_json::to_vec_pretty(&outcome).map_err(|e| failed(&paths.result(), &e))?;
+    write_whole(&paths.result(), &text)?;
+    drop(lock);
+    Ok(outcome)
+}
+
+/// Evaluates the last and the best weights on the part that is reported on.
+fn report(
+    network: &mut Network,
+    file: &SpecFile,
+    data: &RunData,
+    paths: &Paths,
+    outcome: &mut RunResult,
+    console: &mut Log<'_>,
+) -> Result<()> {
+    let feed = data.test.as_ref().unwrap_or(&data.eval);
+    console.say(&format!("evaluating on {} images", feed.images.len()));
+    let tally = count(network, file, data, feed, &mut |_| ())?;
+    write_confusion(&paths.root.join("confusion.csv"), &data.classes, &tally)?;
+    outcome.last = Some(tally.evaluation().into());
+    if let Some(c) = file.spec.evaluation.svm {
+        console.say(&format!(
+            "fitting {} linear SVMs on the representations of {} images",
+            data.classes.len(),
+            data.train_as_eval.images.len()
+        ));
+        outcome.svm = Some(crate::svm_eval::fit_and_count(
+            network, file, data, feed, c,
+        )?);
+    }
+    if let (Some(best), Some(_)) = (&mut outcome.best, &data.test) {
+        let weights = Checkpoint::open(&paths.checkpoint("best"))?;
+        checkpoint::load_from(network, &weights, &LoadOptions::default())?;
+        best.test = Some(
+            count(network, file, data, feed, &mut |_| ())?
+                .evaluation()
+                .into(),
+        );
+    }
+    Ok(())
+}
+
+/// Counts a network's answers to images as its spec evaluates them.
+///
+/// # Errors
+/// As [`evaluate`].
+pub fn count(
+    network: &Network,
+    file: &SpecFile,
+    data: &RunData,
+    feed: &Feed,
+    each: &mut dyn FnMut(usize),
+) -> Result<Tally> {
+    let config = file.spec.config(data.info.classes);
+    let job = job(file, data, &config, &Single);
+    evaluate(network, &job.eval_loader(feed)?, &Single, each)
+}
+
+/// Fits the paper's linear SVMs on the training images' representations and counts their answers.
+///
+/// # Errors
+/// As [`evaluate`].
+pub fn svm(
+    network: &Network,
+    file: &SpecFile,
+    data: &RunData,
+    feed: &Feed,
+    c: f64,
+) -> Result<SvmOutcome> {
+    crate::svm_eval::fit_and_count(network, file, data, feed, c)
+}
+
+pub(crate) fn job<'a>(
+    file: &SpecFile,
+    data: &RunData,
+    config: &'a TrainConfig,
+    collective: &'a dyn Collective,
+) -> Job<'a> {
+    let spec = &file.spec;
+    Job {
+        train: data.train.clone(),
+        eval: data.eval.clone(),
+        workers: spec.data.workers,
+        prefetch: spec.data.prefetch,
+        broken: data.broken,
+        eval_every: spec.evaluation.every,
+        eval_batch: spec
+            .evaluation
+            .batch
+            .unwrap_or(config.batch / config.accumulate),
+        log_every: spec.log.every_steps,
+        diagnostics: spec.diagnostics.clone(),
+        collective,
+        config,
+    }
+}
+
+/// The result of a run that needs nothing more.
+fn finished(
+    paths: &Paths,
+    file: &SpecFile,
+    resume: &Resume,
+    spec_hash: &str,
+) -> Result<Option<RunResult>> {
+    let old = match std::fs::read_to_string(paths.spec()) {
+        Ok(text) => text,
+        Err(_) => return Ok(None),
+    };
+    let refuse = |message: String| {
+        Err(Error::Run {
+            path: paths.root.clone(),
+            message,
+        })
+    };
+    if *resume == Resume::Never {
+        return refuse(
+            "has a run already: choose another folder with --out, remove it, or leave --resume out to go \
+             on with it"
+                .to_owned(),
+        );
+    }
+    let old: std::result::Result<crate::Spec, _> = toml::from_str(&old);
+    let same = match &old {
+        Ok(old) => old.hash()? == spec_hash,
+        Err(_) => false,
+    };
+    if !same {
+        let what = old.map_or_else(
+            |_| "its spec.toml cannot be read".to_owned(),
+            |old| difference(&old, &file.spec),
+        );
+        return refuse(format!(
+            "has a run of another spec ({what}): choose another folder with --out"
+        ));
+    }
+    let result = std::fs::read(paths.result());
+    let result: Option<RunResult> = result.ok().and_then(|b| serde_json::from_slice(&b).ok());
+    Ok(result.filter(|result| result.status == "finished"))
+}
+
+/// The first key that two specs do not have in common, with both values.
+fn difference(old: &crate::Spec, new: &crate::Spec) -> String {
+    let flat = |spec: &crate::Spec| {
+        let mut values = Vec::new();
+        if let Ok(toml::Value::Table(table)) = toml::Value::try_from(spec) {
+            flatten("", &table, &mut values);
+        }
+        values.retain(|(key, _)| !["title", "source", "note", "data.root"].contains(&&**key));
+        values
+    };
+    let (old, new) = (flat(old), flat(new));
+    let value = |values: &[(String, String)], key: &str| {
+        let found = values.iter().find(|(k, _)| k == key);
+        found.map_or_else(|| "not set".to_owned(), |(_, v)| v.clone())
+    };
+    let mut keys = old.iter().chain(&new).map(|(key, _)| key);
+    let differs = keys.find(|key| value(&old, key) != value(&new, key));
+    differs.map_or_else(
+        || "the same keys".to_owned(),
+        |key| {
+            format!(
+                "{key} is {} there, {} here",
+                value(&old, key),
+                value(&new, key)
+            )
+        },
+    )
+}
+
+fn flatten(prefix: &str, table: &toml::Table, values: &mut Vec<(String, String)>) {
+    for (key, value) in table {
+        let path = match prefix {
+            "" => key.clone(),
+            prefix => format!("{prefix}.{key}"),
+        };
+        match value {
+            toml::Value::Table(table) => flatten(&path, table, values),
+            value => values.push((path, value.to_string())),
+        }
+    }
+}
+
+/// The state to go on from.
+fn open_saved(
+    paths: &Paths,
+    resume: &Resume,
+    identity: &str,
+    console: &mut Log<'_>,
+) -> Result<Option<Saved>> {
+    let saved = match resume {
+        Resume::Never => return Ok(None),
+        Resume::From(path) => Some(Saved::open(path, identity)?),
+        Resume::Auto => {
+            let mut problems = Vec::new();
+            let mut found = None;
+            for name in ["last", "previous"] {
+                let path = paths.checkpoint(name);
+                if !path.exists() {
+                    continue;
+                }
+                match Saved::open(&path, identity) {
+                    Ok(saved) => {
+                        found = Some(saved);
+                        break;
+                    }
+                    Err(error) => {
+                        console.say(&format!("{error}; looking for the one before"));
+                        problems.push(error.to_string());
+                    }
+                }
+            }
+            if found.is_none() && !problems.is_empty() {
+                return Err(Error::Run {
+                    path: paths.root.clone(),
+                    message: format!(
+                        "no checkpoint of it can be gone on from ({}): remove the folder to start again",
+                        problems.join("; ")
+                    ),
+                });
+            }
+            found
+        }
+    };
+    if let Some(saved) = &saved {
+        let progress = saved.progress();
+        console.say(&format!(
+            "going on after {} epochs and {} updates",
+            progress.epoch, progress.step
+        ));
+    }
+    Ok(saved)
+}
+
+/// Writes `environment.json`, or adds to it that the run was taken up again; says what may make a
+/// difference.
+fn environment(
+    paths: &Paths,
+    data: &DataInfo,
+    saved: Option<&Saved>,
+    console: &mut Log<'_>,
+) -> Result<()> {
+    let path = paths.environment();
+    let commit = machine::commit();
+    let here = Machine::here();
+    let old = saved.and_then(|_| std::fs::read(&path).ok());
+    let old: Option<Environment> = old.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let environment = match (old, saved) {
+        (Some(mut old), Some(saved)) => {
+            if old.machine.cpu != here.cpu {
+                console.say(&format!(
+                    "the run was begun on {} and goes on on {}: results may differ in the last bits",
+                    old.machine.cpu, here.cpu
+                ));
+            }
+            if old.machine.threads != here.threads {
+                console.say(&format!(
+                    "the run was begun with {} threads and goes on with {}: the bits are the same for any \
+                     number",
+                    old.machine.threads, here.threads
+                ));
+            }
+            old.resumed.push(Resumed {
+                at: machine::now(),
+                step: saved.progress().step,
+                commit,
+                machine: here,
+            });
+            old
+        }
+        _ => Environment {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            dirty: commit.ends_with("+changes"),
+            commit: commit.trim_end_matches("+changes").to_owned(),
+            machine: here,
+            data: data.clone(),
+            started: machine::now(),
+            resumed: Vec::new(),
+        },
+    };
+    let text = serde_json::to_vec_pretty(&environment).map_err(|e| failed(&path, &e))?;
+    write_whole(&path, &text)
+}
+
+/// The metrics of a run that goes on: what was written after its state is written again.
+fn open_metrics(path: &Path, lines: u64) -> Result<File> {
+    let open = || -> std::io::Result<File> {
+        let mut file = OpenOptions::new()
+            .create(true)
+            .read(true)
+            .write(true)
+            .truncate(false)
+            .open(path)?;
+        let mut length = 0;
+        let mut reader = BufReader::new(&mut file);
+        let mut line = Vec::new();
+        for _ in 0..lines {
+            line.clear();
+            let read = reader.read_until(b'\n', &mut line)?;
+            if line.last() != Some(&b'\n') {
+                break;
+            }
+            length += read as u64;
+        }
+        file.set_len(length)?;
+        file.seek(SeekFrom::End(0))?;
+        Ok(file)
+    };
+    open().map_err(|error| failed(path, &error))
+}
+
+/// What a run writes while it goes on.
+struct Recorder<'a, 'b> {
+    file: &'a SpecFile,
+    paths: &'a Paths,
+    identity: &'a str,
+    record: Record,
+    metrics: File,
+    events: Option<EventWriter>,
+    console: &'a mut Log<'b>,
+    /// Epochs whose state is kept.
+    epochs_kept: usize,
+}
+
+impl Observer for Recorder<'_, '_> {
+    fn step(&mut self, step: &StepInfo) -> ControlFlow<()> {
+        self.console.console.step(step)
+    }
+
+    fn epoch(&mut self, metrics: &EpochMetrics) -> ControlFlow<()> {
+        let error = metrics
+            .eval_error
+            .map_or_else(String::new, |error| format!(", error {error:.2} %"));
+        self.console.note(&format!(
+            "epoch {}: loss {:.4}{error}, {:.1} images/s, {:.0} % waiting for data",
+            metrics.epoch,
+            metrics.train_loss,
+            metrics.images_per_second,
+            100.0 * metrics.wait_share
+        ));
+        self.console.console.epoch(metrics)
+    }
+
+    fn line(&mut self, line: &Line) -> Result<()> {
+        let path = self.paths.metrics();
+        let mut text = serde_json::to_vec(line).map_err(|error| failed(&path, &error))?;
+        text.push(b'\n');
+        self.metrics
+            .write_all(&text)
+            .map_err(|error| failed(&path, &error))?;
+        if let Line::Skipped { step, problem, .. } = line {
+            self.console
+                .say(&format!("update {step} was left out: {problem}"));
+        }
+        if let Some(events) = &mut self.events {
+            events
+                .line(line)
+                .map_err(|error| failed(&self.paths.root, &error))?;
+        }
+        Ok(())
+    }
+
+    fn best(&mut self, network: &Network, _: &EpochMetrics) -> Result<()> {
+        let path = self.paths.checkpoint("best");
+        Ok(checkpoint::save(network, &path, &self.record)?)
+    }
+
+    fn snapshot(&mut self, snapshot: &Snapshot<'_>, moment: Moment) -> Result<()> {
+        let kept = &self.file.spec.checkpoints;
+        let progress = snapshot.progress();
+        let due = match moment {
+            Moment::Stop => true,
+            Moment::Step => kept
+                .every_steps
+                .is_some_and(|every| progress.step.is_multiple_of(every)),
+            Moment::Epoch => {
+                progress.epoch == self.file.spec.epochs
+                    || progress.epoch >= self.epochs_kept + kept.every_epochs
+            }
+        };
+        if due {
+            self.save(snapshot)?;
+            self.epochs_kept = progress.epoch;
+        }
+        let keeps = |every: usize| progress.epoch.is_multiple_of(every);
+        if moment == Moment::Epoch && kept.keep_every.is_some_and(keeps) {
+            let path = self
+                .paths
+                .checkpoint(&format!("epoch-{:04}", progress.epoch));
+            snapshot.save_weights(&path, &self.record)?;
+        }
+        Ok(())
+    }
+}
+
+impl Recorder<'_, '_> {
+    /// Writes the state beside the two that there are, and only then moves them on.
+    fn save(&mut self, snapshot: &Snapshot<'_>) -> Result<()> {
+        let _span = tracing::info_span!("checkpoint").entered();
+        // Lines that the state counts must be there when it is.
+        let metrics = self.paths.metrics();
+        self.metrics
+            .sync_data()
+            .map_err(|error| failed(&metrics, &error))?;
+        let [next, last, previous] =
+            ["next", "last", "previous"].map(|name| self.paths.checkpoint(name));
+        snapshot.save(&next, self.identity, &self.record)?;
+        let move_on = || -> std::io::Result<()> {
+            if last.exists() {
+                std::fs::rename(&last, &previous)?;
+            }
+            std::fs::rename(&next, &last)
+        };
+        move_on().map_err(|error| failed(&last, &error))
+    }
+}
+
+/// Says things to people and writes them to `console.log`.
+struct Log<'a> {
+    file: File,
+    console: &'a mut dyn Console,
+}
+
+impl<'a> Log<'a> {
+    fn open(root: &Path, console: &'a mut dyn Console) -> Result<Self> {
+        let path = root.join("console.log");
+        let file = OpenOptions::new().create(true).append(true).open(&path);
+        Ok(Self {
+            file: file.map_err(|error| failed(&path, &error))?,
+            console,
+        })
+    }
+
+    fn say(&mut self, text: &str) {
+        self.note(text);
+        self.console.say(text);
+    }
+
+    /// For the file alone. A full disk is told by what matters more than this.
+    fn note(&mut self, text: &str) {
+        let _ = writeln!(self.file, "{} {text}", machine::date(machine::now()));
+    }
+}
+
+/// One process at a time in a folder, for as long as this lives, however it ends.
+struct Lock {
+    _file: File,
+}
+
+impl Lock {
+    fn take(root: &Path) -> Result<Self> {
+        let path = root.join("lock");
+        let mut file = OpenOptions::new()
+            .create(true)
+            .read(true)
+            .write(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(|error| failed(&path, &error))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut by = String::new();
+                let _ = file.read_to_string(&mut by);
+                let by = match by.trim() {
+                    "" => String::new(),
+                    by => format!(" (process {by})"),
+                };
+                return Err(Error::Run {
+                    path: root.to_owned(),
+                    message: format!(
+                        "another process{by} is training in this folder: wait for it, or choose another \
+                         folder with --out"
+                    ),
+                });
+            }
+            Err(TryLockError::Error(error)) => return Err(failed(&path, &error)),
+        }
+        // For people; the lock itself is the system's.
+        let _ = file.set_len(0);
+        let _ = write!(file, "{}", std::process::id());
+        Ok(Self { _file: file })
+    }
+}
+
+/// What killed processes left half-written.
+fn remove_partial(folder: &Path) {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    for path in entries.map(|entry| entry.path()) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.ends_with(".partial") || name.starts_with("next.") {
+            let _ = std::fs::remove_file(&path);
+        }
+    }
+}
+
+/// How images are made ready for the network, where a checkpoint can say it.
+fn preprocessing(feed: &Feed) -> Option<Preprocessing> {
+    let pipeline = &feed.pipeline;
+    match pipeline.steps[..] {
+        [
+            Step::Resize {
+                short,
+                filter: Filter::Bilinear,
+            },
+            Step::CenterCrop { size: crop },
+        ] => Some(Preprocessing {
+            resize: short,
+            crop,
+            mean: pipeline.mean,
+            std: pipeline.std,
+        }),
+        _ => None,
+    }
+}
+
+fn write_confusion(path: &Path, classes: &[String], tally: &Tally) -> Result<()> {
+    // More than a page can show, and a square of their number.
+    const MOST: usize = 500;
+    if classes.len() > MOST {
+        return Ok(());
+    }
+    let quoted = |name: &String| match name.contains([',', '"', '\n']) {
+        true => format!("\"{}\"", name.replace('"', "\"\"")),
+        false => name.clone(),
+    };
+    let names: Vec<String> = classes.iter().map(quoted).collect();
+    let mut text = format!("label\\answer,{}\n", names.join(","));
+    for (name, row) in names.iter().zip(tally.confusion()) {
+        let row: Vec<String> = row.map(|n| n.to_string()).collect();
+        text += &format!("{name},{}\n", row.join(","));
+    }
+    write_whole(path, text.as_bytes())
+}
+
+fn mean(values: impl Iterator<Item = f64>) -> f64 {
+    let (mut sum, mut count) = (0.0, 0.0);
+    for value in values {
+        sum += value;
+        count += 1.0;
+    }
+    sum / f64::max(count, 1.0)
+}
+
+fn write_whole(path: &Path, text: &[u8]) -> Result<()> {
+    let write = || {
+        let mut file = WholeFile::create(path)?;
+        file.file()?.write_all(text)?;
+        file.finish()
+    };
+    write().map_err(|error| failed(path, &error))
+}
+
+fn failed(path: &Path, error: &dyn std::fmt::Display) -> Error {
+    Error::File {
+        path: path.to_owned(),
+        message: error.to_string(),
+    }
+}
