@@ -1,7 +1,10 @@
 //! Options of a backbone or a representation as a spec gives them.
 
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use std::fmt;
+
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{DeserializeOwned, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::{Error, Result};
 
@@ -51,3 +54,44 @@ impl Options {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct NoOptions {}
+
+/// A part of a network in a spec: its name alone, or a table with `name` and options.
+#[derive(Serialize)]
+pub(crate) struct Part {
+    pub(crate) name: String,
+    #[serde(flatten)]
+    pub(crate) options: Options,
+}
+
+impl<'de> Deserialize<'de> for Part {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        struct Table {
+            name: String,
+            #[serde(flatten)]
+            options: Options,
+        }
+
+        struct NameOrTable;
+        impl<'de> Visitor<'de> for NameOrTable {
+            type Value = Part;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a name, or a table with a name and options")
+            }
+
+            fn visit_str<E>(self, name: &str) -> std::result::Result<Part, E> {
+                Ok(Part {
+                    name: name.to_owned(),
+                    options: Options::default(),
+                })
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> std::result::Result<Part, A::Error> {
+                let Table { name, options } = Table::deserialize(MapAccessDeserializer::new(map))?;
+                Ok(Part { name, options })
+            }
+        }
+        deserializer.deserialize_any(NameOrTable)
+    }
+}

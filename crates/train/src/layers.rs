@@ -217,6 +217,16 @@ fn merge(
             "" => key.clone(),
             prefix => format!("{prefix}.{key}"),
         };
+        // A part by its name alone takes the options of a table that says no name.
+        if let (Some(name @ toml::Value::String(_)), toml::Value::Table(above)) =
+            (under.get_mut(&key), &value)
+            && !above.contains_key("name")
+        {
+            let name = std::mem::replace(name, toml::Value::Table(toml::Table::new()));
+            if let Some(toml::Value::Table(below)) = under.get_mut(&key) {
+                below.insert("name".to_owned(), name);
+            }
+        }
         match (under.get_mut(&key), value) {
             (Some(toml::Value::Table(below)), toml::Value::Table(above))
                 if !renames(below, &above) =>
@@ -321,6 +331,8 @@ mod tests {
         groups: Vec<Group>,
         #[serde(default)]
         head: toml::Table,
+        #[serde(default)]
+        tail: toml::Table,
     }
 
     #[derive(Debug, PartialEq, Deserialize)]
@@ -355,6 +367,8 @@ mod tests {
         layers.set("epochs = 7").unwrap();
         layers.set("groups=[{pattern='a'}]").unwrap();
         layers.set("head.path=/some/where").unwrap();
+        layers.set("tail=isqrt").unwrap();
+        layers.set("tail.iterations=3").unwrap();
         let read: Example = layers.read_as().unwrap();
         assert_eq!(read.epochs, 7);
         assert_eq!(read.optimiser["lr"], 0.2);
@@ -363,6 +377,9 @@ mod tests {
         // Another name: what belonged to the one below is gone.
         assert!(!read.head.contains_key("iterations"));
         assert_eq!(read.head["path"].as_str(), Some("/some/where"));
+        // A name alone is a table without options.
+        assert_eq!(read.tail["name"].as_str(), Some("isqrt"));
+        assert_eq!(read.tail["iterations"].as_integer(), Some(3));
     }
 
     #[test]

@@ -318,7 +318,7 @@ impl fmt::Display for Trouble {
                 ""
             }
             Place::Nowhere => {
-                f.write_str("no value is not finite")?;
+                f.write_str("the values of every layer are finite")?;
                 "the logits"
             }
         };

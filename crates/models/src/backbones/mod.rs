@@ -16,11 +16,9 @@ use std::fmt;
 
 use candle_core::Tensor;
 use isqrt_nn::{Mode, Scope};
-use serde::de::value::MapAccessDeserializer;
-use serde::de::{MapAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 
-use crate::options::{NoOptions, Options};
+use crate::options::{NoOptions, Options, Part};
 use crate::{ClassifierSpec, Error, Layout, RepresentationSpec, Result};
 
 /// Makes feature maps of images.
@@ -117,7 +115,8 @@ pub const BACKBONES: &[&dyn BackboneEntry] = &[
 
 /// A backbone by name with its options: in TOML `backbone = "resnet50"` or
 /// `backbone = { name = "resnet50", last_stride = 1, reduction = 256 }`.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(from = "Part")]
 pub struct BackboneSpec {
     /// Name in [`BACKBONES`].
     pub name: String,
@@ -192,12 +191,10 @@ impl From<&str> for BackboneSpec {
     }
 }
 
-/// The table form of a [`BackboneSpec`].
-#[derive(Serialize, Deserialize)]
-struct Table {
-    name: String,
-    #[serde(flatten)]
-    options: Options,
+impl From<Part> for BackboneSpec {
+    fn from(Part { name, options }: Part) -> Self {
+        Self { name, options }
+    }
 }
 
 impl Serialize for BackboneSpec {
@@ -206,32 +203,6 @@ impl Serialize for BackboneSpec {
             return serializer.serialize_str(&self.name);
         }
         let (name, options) = (self.name.clone(), self.options.clone());
-        Table { name, options }.serialize(serializer)
-    }
-}
-
-impl<'de> Deserialize<'de> for BackboneSpec {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        struct NameOrTable;
-        impl<'de> Visitor<'de> for NameOrTable {
-            type Value = BackboneSpec;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("the name of a backbone, or a table with its name and options")
-            }
-
-            fn visit_str<E>(self, name: &str) -> std::result::Result<BackboneSpec, E> {
-                Ok(name.into())
-            }
-
-            fn visit_map<A: MapAccess<'de>>(
-                self,
-                map: A,
-            ) -> std::result::Result<BackboneSpec, A::Error> {
-                let Table { name, options } = Table::deserialize(MapAccessDeserializer::new(map))?;
-                Ok(BackboneSpec { name, options })
-            }
-        }
-        deserializer.deserialize_any(NameOrTable)
+        Part { name, options }.serialize(serializer)
     }
 }

@@ -41,7 +41,7 @@ use isqrt_linalg::Output;
 use isqrt_nn::{Mode, Scope};
 use serde::{Deserialize, Serialize};
 
-use crate::options::{NoOptions, Options};
+use crate::options::{NoOptions, Options, Part};
 use crate::{Error, Result};
 
 /// Makes one vector of a feature map.
@@ -185,15 +185,22 @@ where
     }
 }
 
-/// A representation by name with its options: in TOML
+/// A representation by name with its options: in TOML `representation = "gap"` or
 /// `representation = { name = "isqrt", iterations = 5 }`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(from = "Part")]
 pub struct RepresentationSpec {
     /// Name in [`REPRESENTATIONS`].
     pub name: String,
     /// All other keys.
     #[serde(flatten)]
     pub options: Options,
+}
+
+impl From<Part> for RepresentationSpec {
+    fn from(Part { name, options }: Part) -> Self {
+        Self { name, options }
+    }
 }
 
 impl RepresentationSpec {
