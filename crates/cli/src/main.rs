@@ -78,10 +78,15 @@ fn main() -> ExitCode {
     }
 }
 
-/// The error and its causes on one line, leaving out causes that the text already tells.
+/// The error and its causes on one line, leaving out causes that the text already tells, and the
+/// backtraces that candle's errors have behind them where `RUST_BACKTRACE` is set.
 fn one_line(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain().map(ToString::to_string) {
+        let told = cause
+            .lines()
+            .take_while(|l| !l.trim_start().starts_with("0: "));
+        let cause = told.collect::<Vec<_>>().join(" ");
         if text.is_empty() {
             text = cause;
         } else if !text.contains(&cause) {

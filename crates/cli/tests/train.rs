@@ -254,12 +254,35 @@ fn mistakes_are_told_with_file_line_and_key() {
             &["milestones"],
         ),
         ("groups=[{pattern='head.*',lr_factor=2}]", &["head.*"]),
+        (
+            "model.frozen=['bakbone.*']",
+            &["`model.frozen`", "bakbone.*"],
+        ),
+        ("model.frozen=['*']", &["`model.frozen`", "to learn"]),
+        (
+            "model.representation.iterations=0",
+            &["--set", "`model.representation.iterations`"],
+        ),
     ] {
         let message = refused(train(&spec, &out).args(["--dry-run", "--set", setting]));
         for part in parts {
             assert!(message.contains(part), "{setting}: {part}: {message}");
         }
     }
+    // One line, whether or not backtraces are wanted.
+    let mut diverges = train(&spec, &out);
+    diverges.args([
+        "--set",
+        "optimiser.lr=1e30",
+        "--set",
+        "model.representation=isqrt",
+    ]);
+    let message = refused(diverges.env("RUST_BACKTRACE", "1"));
+    assert!(
+        message.contains("is the first layer") && !message.contains(".rs"),
+        "{message}"
+    );
+    std::fs::remove_dir_all(&out).unwrap();
     let text = std::fs::read_to_string(&spec)
         .unwrap()
         .replace("ema", "emma");

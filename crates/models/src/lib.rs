@@ -28,4 +28,4 @@ pub use options::Options;
 pub use representations::{
     REPRESENTATIONS, Representation, RepresentationEntry, RepresentationSpec,
 };
-pub use whole_file::WholeFile;
+pub use whole_file::{WholeFile, sync_folder_of};

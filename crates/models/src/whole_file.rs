@@ -69,13 +69,19 @@ impl WholeFile {
         }
         std::fs::rename(partial, &self.path)?;
         self.file = None;
-        // So that the name lasts too, where folders can be synced.
-        if let Some(folder) = self.path.parent()
-            && let Ok(folder) = File::open(folder)
-        {
-            let _ = folder.sync_all();
-        }
+        sync_folder_of(&self.path);
         Ok(())
+    }
+}
+
+/// So that a new name of a file outlives a power cut, where folders can be synced.
+pub fn sync_folder_of(path: &Path) {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    if let Ok(folder) = File::open(folder) {
+        let _ = folder.sync_all();
     }
 }
 

@@ -277,6 +277,23 @@ impl TrainConfig {
 
     /// The optimiser for these parameters.
     pub(crate) fn optimiser(&self, vars: &Vars) -> Result<Box<dyn Optimizer>> {
+        for pattern in &self.frozen {
+            let group = ParamGroup::new(pattern);
+            if !vars.parameters().any(|(name, _)| group.matches(name)) {
+                return Err(Error::Config {
+                    what: "model.frozen",
+                    value: pattern.clone(),
+                    expected: "a pattern that matches a parameter, like `backbone.*`".to_owned(),
+                });
+            }
+        }
+        if vars.parameters().all(|(name, _)| self.freezes(name)) {
+            return Err(Error::Config {
+                what: "model.frozen",
+                value: self.frozen.join(", "),
+                expected: "patterns that leave a parameter to learn".to_owned(),
+            });
+        }
         // Those that stay come first: of several groups the first has a parameter.
         let frozen = self.frozen.iter().map(|pattern| ParamGroup {
             lr_factor: 0.0,
@@ -289,9 +306,13 @@ impl TrainConfig {
 
     /// Whether no parameter of the backbone learns.
     pub(crate) fn stays(&self, vars: &Vars) -> bool {
-        let patterns: Vec<ParamGroup> = self.frozen.iter().map(ParamGroup::new).collect();
         vars.parameters()
             .filter(|(name, _)| name.starts_with("backbone."))
-            .all(|(name, _)| patterns.iter().any(|pattern| pattern.matches(name)))
+            .all(|(name, _)| self.freezes(name))
+    }
+
+    fn freezes(&self, parameter: &str) -> bool {
+        let mut patterns = self.frozen.iter().map(ParamGroup::new);
+        patterns.any(|pattern| pattern.matches(parameter))
     }
 }

@@ -454,7 +454,7 @@ impl<'a> Trainer<'a> {
             match self.pass(&images, &batch, &mut sums, &mut total) {
                 Ok(()) => {}
                 Err(error) if error.is_divergence() => {
-                    problem = Some(error.to_string());
+                    problem = Some(trouble::first_line(&error));
                     problem_seen = Some(images.clone());
                 }
                 Err(error) => return Err(error),

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 use isqrt_datasets::{Filter, Skipped, Step};
 use isqrt_models::checkpoint::{self, Checkpoint, LoadOptions, Preprocessing, Record, Triangle};
-use isqrt_models::{Network, WholeFile};
+use isqrt_models::{Network, WholeFile, sync_folder_of};
 use serde::{Deserialize, Serialize};
 
 use crate::EventWriter;
@@ -770,7 +770,9 @@ impl Recorder<'_, '_> {
             if last.exists() {
                 std::fs::rename(&last, &previous)?;
             }
-            std::fs::rename(&next, &last)
+            std::fs::rename(&next, &last)?;
+            sync_folder_of(&last);
+            Ok(())
         };
         move_on().map_err(|error| failed(&last, &error))
     }

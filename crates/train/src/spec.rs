@@ -335,6 +335,12 @@ impl SpecFile {
                 value,
                 expected,
             }) => self.problem(key_of(what), &format!("is {value}: {expected}")),
+            Error::Model(isqrt_models::Error::Linalg(
+                error @ isqrt_linalg::Error::Option { option, .. },
+            )) => self.problem(
+                &format!("model.representation.{option}"),
+                &error.to_string(),
+            ),
             Error::Model(error @ isqrt_models::Error::Unknown { what, .. }) => {
                 self.problem(&format!("model.{what}"), &error.to_string())
             }

@@ -163,6 +163,11 @@ pub fn first_bad_gradient(
     })
 }
 
+/// What an error says, without the backtrace that candle's have behind it.
+pub(crate) fn first_line(error: &crate::Error) -> String {
+    error.to_string().lines().take(1).collect()
+}
+
 /// A forward pass, part by part.
 struct Pass {
     backbone: Vec<LayerValues>,
@@ -189,7 +194,7 @@ impl Pass {
                 Ok(values)
             }
             // candle adds lines of backtrace where the environment asks for them.
-            Err(error) if error.is_divergence() => Err(error.to_string().lines().take(1).collect()),
+            Err(error) if error.is_divergence() => Err(first_line(&error)),
             Err(error) => return Err(error),
         };
         Ok(Self {
