@@ -206,14 +206,15 @@ impl<'a> Trainer<'a> {
             });
         }
         let loading = LoaderConfig::train(config.batch / passes, config.seed);
-        let loader = job.loader(&job.train, loading)?;
-        if loader.batches() < config.accumulate {
+        let images = job.train.images.len();
+        if images < config.batch {
             return Err(Error::Config {
                 what: "batch",
                 value: config.batch.to_string(),
-                expected: format!("at most the {} training images", job.train.images.len()),
+                expected: format!("at most {images}, the number of training images"),
             });
         }
+        let loader = job.loader(&job.train, loading)?;
         let eval_loader = job.eval_loader(&job.eval)?;
         let dtype = match config.precision {
             Precision::F32 => DType::F32,
