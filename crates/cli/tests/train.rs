@@ -93,6 +93,12 @@ fn lines(out: &Path) -> Vec<serde_json::Value> {
 fn killed(times: u64) {
     let dir = tempfile::tempdir().unwrap();
     let spec = spec(dir.path());
+    // Long enough that every one of them hits a run that is under way.
+    let train = |spec: &Path, out: &Path| {
+        let mut command = train(spec, out);
+        command.arg("--set").arg(format!("epochs={times}"));
+        command
+    };
     let whole = dir.path().join("whole");
     let started = std::time::Instant::now();
     ran(&mut train(&spec, &whole));
@@ -106,7 +112,8 @@ fn killed(times: u64) {
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1);
         let share = (state >> 40) as f64 / (1_u64 << 24) as f64;
-        let moment = Duration::from_secs_f64(took.as_secs_f64() * (0.1 + 0.7 * share));
+        let part = took.as_secs_f64() / times as f64;
+        let moment = Duration::from_secs_f64(part * (0.2 + 0.7 * share));
         moments.push(moment);
         let mut child = train(&spec, &out)
             .stdout(Stdio::null())
@@ -114,6 +121,10 @@ fn killed(times: u64) {
             .spawn()
             .unwrap();
         std::thread::sleep(moment);
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "not killed: {moments:?}"
+        );
         child.kill().unwrap();
         child.wait().unwrap();
     }
@@ -167,6 +178,55 @@ fn a_damaged_state_is_told_and_the_one_before_is_used() {
     let output = ran(isqrt().arg("eval").arg(&out).arg("--json"));
     let eval: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(eval["total"], 2000);
+    // The averaged weights are what the result is about.
+    let result = std::fs::read(out.join("result.json")).unwrap();
+    let result: serde_json::Value = serde_json::from_slice(&result).unwrap();
+    assert_eq!(eval["loss"], result["final"]["loss"]);
+    assert_ne!(tensors_of(&out, "final"), tensors(&out));
+    // What is asked for later is added; other images are another run.
+    ran(train(&spec, &out).args(["--set", "evaluation.svm=1.0"]));
+    let result = std::fs::read(out.join("result.json")).unwrap();
+    let result: serde_json::Value = serde_json::from_slice(&result).unwrap();
+    assert_eq!(result["svm"]["c"], 1.0);
+    let mut other: serde_json::Value = result;
+    other["data_fingerprint"] = "of other images".into();
+    std::fs::write(out.join("result.json"), other.to_string()).unwrap();
+    let images = refused(&mut train(&spec, &out));
+    assert!(images.contains("other images"), "{images}");
+}
+
+/// Killed between the two renames of a save, with the last state lost: the new one is whole.
+#[test]
+fn a_state_that_was_not_moved_yet_is_the_last_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = spec(dir.path());
+    let (whole, out) = (dir.path().join("whole"), dir.path().join("out"));
+    ran(&mut train(&spec, &whole));
+    ran(&mut train(&spec, &out));
+    std::fs::remove_file(out.join("result.json")).unwrap();
+    let [next, last, previous] = ["next", "last", "previous"]
+        .map(|name| out.join(format!("checkpoints/{name}.safetensors")));
+    std::fs::rename(&last, &next).unwrap();
+    std::fs::write(&previous, "lost").unwrap();
+    let output = ran(&mut train(&spec, &out));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("going on after 3 epochs"), "{said}");
+    assert!(tensors(&whole) == tensors(&out));
+}
+
+/// From a state of another folder: metrics and best weights come along.
+#[test]
+fn a_run_goes_on_in_another_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = spec(dir.path());
+    let [whole, first, second] = ["whole", "first", "second"].map(|name| dir.path().join(name));
+    ran(&mut train(&spec, &whole));
+    ran(train(&spec, &first).args(["--set", "checkpoints.keep_every=1"]));
+    let state = first.join("checkpoints/previous.safetensors");
+    ran(train(&spec, &second).arg("--resume").arg(state));
+    assert!(tensors(&whole) == tensors(&second));
+    assert_eq!(lines(&whole), lines(&second));
+    assert!(tensors_of(&first, "epoch-0003") == tensors_of(&first, "final"));
 }
 
 #[cfg(unix)]
@@ -211,8 +271,12 @@ fn a_full_disk_ends_the_run_with_the_last_state_whole() {
     let spec = spec(dir.path());
     let (whole, out) = (dir.path().join("whole"), dir.path().join("out"));
     ran(&mut train(&spec, &whole));
-    ran(train(&spec, &out).args(["--smoke", "1"]));
-    let _ = std::fs::remove_dir_all(&out);
+    ran(&mut train(&spec, &out));
+    // As if it had stopped at its last but one state.
+    let state = |name: &str| out.join(format!("checkpoints/{name}.safetensors"));
+    std::fs::remove_file(out.join("result.json")).unwrap();
+    std::fs::rename(state("previous"), state("last")).unwrap();
+    let before = tensors(&out);
     let limited = |blocks: &str| {
         let mut shell = Command::new("bash");
         let script = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$@\"");
@@ -222,6 +286,7 @@ fn a_full_disk_ends_the_run_with_the_last_state_whole() {
     };
     let error = refused(&mut limited("16"));
     assert!(error.contains("cannot be written"), "{error}");
+    assert!(before == tensors(&out), "the last state is not what it was");
     let partial = std::fs::read_dir(out.join("checkpoints")).unwrap();
     for entry in partial.flatten() {
         let name = entry.file_name();

@@ -6,6 +6,8 @@ use isqrt_nn::{
 };
 use serde::{Deserialize, Serialize};
 
+use candle_core::DType;
+
 use crate::{Error, Result};
 
 /// What the engine needs to know beside the images. Unknown keys are errors; keys with a default may be
@@ -72,6 +74,17 @@ pub enum Precision {
     F32,
     /// Double, for studies of precision.
     F64,
+}
+
+impl Precision {
+    /// Of the network's tensors.
+    #[must_use]
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F64 => DType::F64,
+        }
+    }
 }
 
 /// What becomes of an update whose loss or gradient is not finite.
@@ -311,7 +324,7 @@ impl TrainConfig {
             .all(|(name, _)| self.freezes(name))
     }
 
-    fn freezes(&self, parameter: &str) -> bool {
+    pub(crate) fn freezes(&self, parameter: &str) -> bool {
         let mut patterns = self.frozen.iter().map(ParamGroup::new);
         patterns.any(|pattern| pattern.matches(parameter))
     }

@@ -21,8 +21,8 @@ use crate::spec::DiagnosticsSpec;
 use crate::state::{Progress, Saved, Snapshot, Sums};
 use crate::trouble;
 use crate::{
-    Diagnostics, EpochMetrics, Error, Evaluation, Line, NonFinite, Precision, Result, StepLine,
-    TrainConfig, TrainResult,
+    Diagnostics, EpochMetrics, Error, Evaluation, Line, NonFinite, Result, StepLine, TrainConfig,
+    TrainResult,
 };
 
 /// Images and what becomes of them.
@@ -216,10 +216,7 @@ impl<'a> Trainer<'a> {
         }
         let loader = job.loader(&job.train, loading)?;
         let eval_loader = job.eval_loader(&job.eval)?;
-        let dtype = match config.precision {
-            Precision::F32 => DType::F32,
-            Precision::F64 => DType::F64,
-        };
+        let dtype = config.precision.dtype();
         let network = Network::new(&config.model, config.seed, dtype, &Device::Cpu)?;
         let optimiser = config.optimiser(network.vars())?;
         let ema = config.ema.map(|share| Ema::new(network.vars(), share));
@@ -320,7 +317,9 @@ impl<'a> Trainer<'a> {
                 break;
             }
             let metrics = self.finish_epoch(observer)?;
-            if observer.epoch(&metrics).is_break() && self.progress.epoch < epochs {
+            let stop = observer.epoch(&metrics).is_break();
+            if self.progress.epoch < epochs && self.any_rank(stop)? {
+                self.snapshot(observer, Moment::Stop)?;
                 stopped = true;
                 break;
             }
@@ -338,6 +337,18 @@ impl<'a> Trainer<'a> {
             cpu_seconds: self.cpu_seconds(),
             stopped,
         })
+    }
+
+    /// Whether it is so on any rank.
+    fn any_rank(&self, here: bool) -> Result<bool> {
+        let mut count = [f64::from(u8::from(here))];
+        self.job.collective.all_reduce_sums(&mut count)?;
+        Ok(count[0] > 0.0)
+    }
+
+    /// Lines of the log that there are, where they are not those that the state counts.
+    pub(crate) fn has_lines(&mut self, lines: u64) {
+        self.progress.lines = lines;
     }
 
     fn seconds(&self) -> f64 {
@@ -381,7 +392,14 @@ impl<'a> Trainer<'a> {
                         ema.update(self.network.vars())?;
                     }
                 }
-                Outcome::Bad(ref problem) => self.bad(problem, at, observer)?,
+                Outcome::Bad(ref problem) => {
+                    self.bad(problem, at, observer)?;
+                    // An update that is left out has no part in the means.
+                    update.sums = Sums {
+                        waited: update.sums.waited,
+                        ..Sums::default()
+                    };
+                }
                 Outcome::Nothing => {}
             }
             update.sums.seconds = began.elapsed().as_secs_f64();
@@ -392,7 +410,10 @@ impl<'a> Trainer<'a> {
                 steps: (updates * self.job.config.epochs) as u64,
                 epoch: epoch + 1,
                 epochs: self.job.config.epochs,
-                loss: update.sums.mean_loss(),
+                loss: match update.sums.images {
+                    0.0 => f64::NAN,
+                    _ => update.sums.mean_loss(),
+                },
                 learning_rate: rate,
                 images: update.sums.images as u64,
                 seconds: update.sums.seconds,
@@ -400,9 +421,7 @@ impl<'a> Trainer<'a> {
             };
             self.note(&info, norm, &update, observer)?;
             let stop = observer.step(&info).is_break();
-            let mut stops = [f64::from(u8::from(stop))];
-            self.job.collective.all_reduce_sums(&mut stops)?;
-            if stops[0] > 0.0 {
+            if self.any_rank(stop)? {
                 return Ok(true);
             }
             self.snapshot(observer, Moment::Step)?;
@@ -602,6 +621,12 @@ impl<'a> Trainer<'a> {
                 }
             }
         }
+        // Parameters that stay have no say in the norm.
+        for (name, var) in vars.parameters() {
+            if config.freezes(name) {
+                total.remove(var.as_tensor());
+            }
+        }
         let limit = config.clip_norm.unwrap_or(f64::INFINITY);
         match clip_grad_norm(vars, &mut total, limit) {
             Ok(norm) => Ok(Outcome::Gradients(total, norm)),
@@ -680,6 +705,9 @@ impl<'a> Trainer<'a> {
             return Ok(());
         }
         let line = std::mem::take(&mut self.progress.line);
+        if line.images == 0.0 {
+            return Ok(());
+        }
         let line = StepLine {
             step: info.step,
             epoch: info.epoch,

@@ -117,11 +117,7 @@ fn steps(line: &StepLine) -> Vec<u8> {
     let mut summary = Vec::new();
     scalar(&mut summary, "train/loss", line.loss);
     scalar(&mut summary, "train/learning_rate", line.learning_rate);
-    scalar(
-        &mut summary,
-        "train/gradient_norm",
-        line.gradient_norm.unwrap_or(f64::NAN),
-    );
+    scalar(&mut summary, "train/gradient_norm", line.gradient_norm);
     scalar(
         &mut summary,
         "train/images_per_second",
@@ -134,21 +130,9 @@ fn steps(line: &StepLine) -> Vec<u8> {
 fn epoch(metrics: &EpochMetrics) -> Vec<u8> {
     let mut summary = Vec::new();
     scalar(&mut summary, "train/error", metrics.train_error);
-    scalar(
-        &mut summary,
-        "eval/error",
-        metrics.eval_error.unwrap_or(f64::NAN),
-    );
-    scalar(
-        &mut summary,
-        "eval/error5",
-        metrics.eval_error5.unwrap_or(f64::NAN),
-    );
-    scalar(
-        &mut summary,
-        "eval/loss",
-        metrics.eval_loss.unwrap_or(f64::NAN),
-    );
+    scalar(&mut summary, "eval/error", metrics.eval_error);
+    scalar(&mut summary, "eval/error5", metrics.eval_error5);
+    scalar(&mut summary, "eval/loss", metrics.eval_loss);
     summary
 }
 

@@ -127,6 +127,9 @@ pub struct RunResult {
     pub images_per_second: f64,
     /// Largest memory of the process that finished the run.
     pub peak_memory_mb: Option<f64>,
+    /// Of the images, see [`DataInfo`].
+    #[serde(default)]
+    pub data_fingerprint: String,
     /// Of the spec, see [`crate::Spec::hash`].
     pub spec_hash: String,
     /// Images that were left out by the process that finished the run.
@@ -254,11 +257,23 @@ pub fn run(
     std::fs::create_dir_all(&folder).map_err(|error| failed(&folder, &error))?;
     let lock = Lock::take(&paths.root)?;
     let mut console = Log::open(&paths.root, console)?;
-    if let Some(result) = finished(&paths, file, resume, &spec_hash)? {
+    if let Some(mut result) = finished(&paths, file, resume, &spec_hash, &data.info)? {
         console.say("this run is finished: its result is in result.json");
+        let known = result.svm.as_ref().map(|svm| svm.c);
+        if file.spec.evaluation.svm.is_some() && known != file.spec.evaluation.svm {
+            let mut network = Network::new(
+                &config.model,
+                config.seed,
+                config.precision.dtype(),
+                &candle_core::Device::Cpu,
+            )?;
+            add_svm(&mut network, file, &data, &paths, &mut result, &mut console)?;
+        }
         return Ok(result);
     }
     remove_partial(&folder);
+    remove_partial(&paths.root);
+    complete_move(&paths)?;
 
     let collective: &dyn Collective = &Single;
     let job = job(file, &data, &config, collective);
@@ -267,6 +282,9 @@ pub fn run(
     let resumed_at = match &saved {
         Some(saved) => {
             trainer.resume(saved)?;
+            if let Resume::From(state) = resume {
+                bring_along(state, &paths, &mut console)?;
+            }
             saved.progress().step
         }
         None => {
@@ -294,7 +312,13 @@ pub fn run(
     environment(&paths, &data.info, saved.as_ref(), &mut console)?;
     write_whole(&paths.spec(), file.spec.to_toml()?.as_bytes())?;
     let lines = saved.as_ref().map_or(0, |saved| saved.progress().lines);
-    let metrics = open_metrics(&paths.metrics(), lines)?;
+    let (metrics, there) = open_metrics(&paths.metrics(), lines)?;
+    if there < lines {
+        console.say(&format!(
+            "metrics.jsonl has {there} lines, and its state counts {lines}: what came before is missing"
+        ));
+        trainer.has_lines(there);
+    }
     let events = match file.spec.log.tensorboard {
         true => Some(
             EventWriter::create(&paths.root, resumed_at)
@@ -346,11 +370,19 @@ pub fn run(
         images_per_second: mean(result.epochs.iter().map(|e| e.images_per_second)),
         peak_memory_mb: None,
         spec_hash,
+        data_fingerprint: data.info.fingerprint.clone(),
         skipped_images,
     };
     if !result.stopped {
+        let record = recorder.record;
         let mut network = trainer.into_averaged()?;
-        report(
+        checkpoint::save(&network, &paths.checkpoint(FINAL), &record)?;
+        report(&network, file, &data, &paths, &mut outcome, &mut console)?;
+        test_best(&mut network, file, &data, &paths, &mut outcome)?;
+        outcome.peak_memory_mb = machine::peak_memory_mb();
+        // SVMs may need more memory or time than there is; the run is done without them.
+        write_result(&paths, &outcome)?;
+        add_svm(
             &mut network,
             file,
             &data,
@@ -358,17 +390,25 @@ pub fn run(
             &mut outcome,
             &mut console,
         )?;
+    } else {
+        outcome.peak_memory_mb = machine::peak_memory_mb();
+        write_result(&paths, &outcome)?;
     }
-    outcome.peak_memory_mb = machine::peak_memory_mb();
-    let text = serde_json::to_vec_pretty(&outcome).map_err(|e| failed(&paths.result(), &e))?;
-    write_whole(&paths.result(), &text)?;
     drop(lock);
     Ok(outcome)
 }
 
-/// Evaluates the last and the best weights on the part that is reported on.
+/// Name of the checkpoint with the weights that a finished run reports on.
+pub const FINAL: &str = "final";
+
+fn write_result(paths: &Paths, result: &RunResult) -> Result<()> {
+    let text = serde_json::to_vec_pretty(result).map_err(|e| failed(&paths.result(), &e))?;
+    write_whole(&paths.result(), &text)
+}
+
+/// Evaluates the last weights on the part that is reported on.
 fn report(
-    network: &mut Network,
+    network: &Network,
     file: &SpecFile,
     data: &RunData,
     paths: &Paths,
@@ -380,17 +420,47 @@ fn report(
     let tally = count(network, file, data, feed, &mut |_| ())?;
     write_confusion(&paths.root.join("confusion.csv"), &data.classes, &tally)?;
     outcome.last = Some(tally.evaluation().into());
+    Ok(())
+}
+
+/// Adds the SVMs that the spec asks for to the result, on the weights that the run reports on.
+fn add_svm(
+    network: &mut Network,
+    file: &SpecFile,
+    data: &RunData,
+    paths: &Paths,
+    outcome: &mut RunResult,
+    console: &mut Log<'_>,
+) -> Result<()> {
+    let feed = data.test.as_ref().unwrap_or(&data.eval);
     if let Some(c) = file.spec.evaluation.svm {
         console.say(&format!(
             "fitting {} linear SVMs on the representations of {} images",
             data.classes.len(),
             data.train_as_eval.images.len()
         ));
+        let weights = Checkpoint::open(&paths.checkpoint(FINAL))?;
+        checkpoint::load_from(network, &weights, &LoadOptions::default())?;
         outcome.svm = Some(crate::svm_eval::fit_and_count(
             network, file, data, feed, c,
         )?);
+        outcome.peak_memory_mb = machine::peak_memory_mb();
+        write_result(paths, outcome)?;
     }
-    if let (Some(best), Some(_)) = (&mut outcome.best, &data.test) {
+    Ok(())
+}
+
+/// Evaluates the best weights on the part that is reported on, where that is not the one that chose them.
+fn test_best(
+    network: &mut Network,
+    file: &SpecFile,
+    data: &RunData,
+    paths: &Paths,
+    outcome: &mut RunResult,
+) -> Result<()> {
+    // A run that goes on from a state of elsewhere may not have it.
+    let there = paths.checkpoint("best").exists();
+    if let (Some(best), Some(feed), true) = (&mut outcome.best, &data.test, there) {
         let weights = Checkpoint::open(&paths.checkpoint("best"))?;
         checkpoint::load_from(network, &weights, &LoadOptions::default())?;
         best.test = Some(
@@ -446,10 +516,9 @@ pub(crate) fn job<'a>(
         prefetch: spec.data.prefetch,
         broken: data.broken,
         eval_every: spec.evaluation.every,
-        eval_batch: spec
-            .evaluation
-            .batch
-            .unwrap_or(config.batch / config.accumulate),
+        eval_batch: spec.evaluation.batch.unwrap_or_else(|| {
+            (config.batch / config.accumulate / data.eval.pipeline.views().max(1)).max(1)
+        }),
         log_every: spec.log.every_steps,
         diagnostics: spec.diagnostics.clone(),
         collective,
@@ -463,6 +532,7 @@ fn finished(
     file: &SpecFile,
     resume: &Resume,
     spec_hash: &str,
+    data: &DataInfo,
 ) -> Result<Option<RunResult>> {
     let old = match std::fs::read_to_string(paths.spec()) {
         Ok(text) => text,
@@ -497,17 +567,26 @@ fn finished(
     }
     let result = std::fs::read(paths.result());
     let result: Option<RunResult> = result.ok().and_then(|b| serde_json::from_slice(&b).ok());
-    Ok(result.filter(|result| result.status == "finished"))
+    let result = result.filter(|result| result.status == "finished" && *resume == Resume::Auto);
+    if result
+        .as_ref()
+        .is_some_and(|r| r.data_fingerprint != data.fingerprint)
+    {
+        return refuse(
+            "has a finished run on other images (another fingerprint): choose another folder with --out"
+                .to_owned(),
+        );
+    }
+    Ok(result)
 }
 
 /// The first key that two specs do not have in common, with both values.
 fn difference(old: &crate::Spec, new: &crate::Spec) -> String {
     let flat = |spec: &crate::Spec| {
         let mut values = Vec::new();
-        if let Ok(toml::Value::Table(table)) = toml::Value::try_from(spec) {
+        if let Ok(toml::Value::Table(table)) = toml::Value::try_from(spec.decisive()) {
             flatten("", &table, &mut values);
         }
-        values.retain(|(key, _)| !["title", "source", "note", "data.root"].contains(&&**key));
         values
     };
     let (old, new) = (flat(old), flat(new));
@@ -643,16 +722,17 @@ fn environment(
     write_whole(&path, &text)
 }
 
-/// The metrics of a run that goes on: what was written after its state is written again.
-fn open_metrics(path: &Path, lines: u64) -> Result<File> {
-    let open = || -> std::io::Result<File> {
+/// The metrics of a run that goes on: what was written after its state is written again. With the number
+/// of lines that were there, at most those that the state counts.
+fn open_metrics(path: &Path, lines: u64) -> Result<(File, u64)> {
+    let open = || -> std::io::Result<(File, u64)> {
         let mut file = OpenOptions::new()
             .create(true)
             .read(true)
             .write(true)
             .truncate(false)
             .open(path)?;
-        let mut length = 0;
+        let (mut length, mut there) = (0, 0);
         let mut reader = BufReader::new(&mut file);
         let mut line = Vec::new();
         for _ in 0..lines {
@@ -662,10 +742,11 @@ fn open_metrics(path: &Path, lines: u64) -> Result<File> {
                 break;
             }
             length += read as u64;
+            there += 1;
         }
         file.set_len(length)?;
         file.seek(SeekFrom::End(0))?;
-        Ok(file)
+        Ok((file, there))
     };
     open().map_err(|error| failed(path, &error))
 }
@@ -739,16 +820,19 @@ impl Observer for Recorder<'_, '_> {
                     || progress.epoch >= self.epochs_kept + kept.every_epochs
             }
         };
-        if due {
-            self.save(snapshot)?;
-            self.epochs_kept = progress.epoch;
-        }
+        // Before the state, which has this epoch behind it.
         let keeps = |every: usize| progress.epoch.is_multiple_of(every);
         if moment == Moment::Epoch && kept.keep_every.is_some_and(keeps) {
             let path = self
                 .paths
                 .checkpoint(&format!("epoch-{:04}", progress.epoch));
             snapshot.save_weights(&path, &self.record)?;
+        }
+        if due {
+            self.save(snapshot)?;
+        }
+        if due && moment == Moment::Epoch {
+            self.epochs_kept = progress.epoch;
         }
         Ok(())
     }
@@ -763,19 +847,53 @@ impl Recorder<'_, '_> {
         self.metrics
             .sync_data()
             .map_err(|error| failed(&metrics, &error))?;
-        let [next, last, previous] =
-            ["next", "last", "previous"].map(|name| self.paths.checkpoint(name));
-        snapshot.save(&next, self.identity, &self.record)?;
-        let move_on = || -> std::io::Result<()> {
-            if last.exists() {
-                std::fs::rename(&last, &previous)?;
-            }
-            std::fs::rename(&next, &last)?;
-            sync_folder_of(&last);
-            Ok(())
-        };
-        move_on().map_err(|error| failed(&last, &error))
+        snapshot.save(&self.paths.checkpoint("next"), self.identity, &self.record)?;
+        complete_move(self.paths)
     }
+}
+
+/// Makes the state that was written beside the two others the last one, and that the one before. A process
+/// that is killed meanwhile leaves `next`, which is whole, for the one after it.
+fn complete_move(paths: &Paths) -> Result<()> {
+    let [next, last, previous] = ["next", "last", "previous"].map(|name| paths.checkpoint(name));
+    let move_on = || -> std::io::Result<()> {
+        if !next.exists() {
+            return Ok(());
+        }
+        if last.exists() {
+            std::fs::rename(&last, &previous)?;
+        }
+        std::fs::rename(&next, &last)?;
+        sync_folder_of(&last);
+        Ok(())
+    };
+    move_on().map_err(|error| failed(&last, &error))
+}
+
+/// Metrics and best weights of the run that a state is taken from, where it is of another folder.
+fn bring_along(state: &Path, paths: &Paths, console: &mut Log<'_>) -> Result<()> {
+    let folder = state.parent().unwrap_or(Path::new(""));
+    let from = folder.join("..").join("metrics.jsonl");
+    for (from, to) in [
+        (from, paths.metrics()),
+        (folder.join("best.safetensors"), paths.checkpoint("best")),
+    ] {
+        if to.exists() {
+            continue;
+        }
+        match from.exists() {
+            true => {
+                let copy = std::fs::read(&from).and_then(|bytes| {
+                    let mut file = WholeFile::create(&to)?;
+                    file.file()?.write_all(&bytes)?;
+                    file.finish()
+                });
+                copy.map_err(|error| failed(&to, &error))?;
+            }
+            false => console.say(&format!("there is no {}", from.display())),
+        }
+    }
+    Ok(())
 }
 
 /// Says things to people and writes them to `console.log`.
@@ -851,7 +969,7 @@ fn remove_partial(folder: &Path) {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     for path in entries.map(|entry| entry.path()) {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.ends_with(".partial") || name.starts_with("next.") {
+        if name.ends_with(".partial") {
             let _ = std::fs::remove_file(&path);
         }
     }

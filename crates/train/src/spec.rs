@@ -468,7 +468,7 @@ impl SpecFile {
             if !milestones.is_sorted() {
                 return Err(self.problem("schedule.milestones", "must not fall"));
             }
-            if milestones.first().is_some_and(|&first| first > epochs) {
+            if milestones.first().is_some_and(|&first| first >= epochs) {
                 return Err(self.problem(
                     "schedule.milestones",
                     &format!("are epochs, and all come after the last one, {epochs}"),
@@ -550,6 +550,12 @@ impl Spec {
     /// # Errors
     /// As [`to_toml`](Self::to_toml).
     pub fn hash(&self) -> Result<String> {
+        let hash = Sha256::digest(self.decisive().to_toml()?.as_bytes());
+        Ok(hash.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// Without what makes no difference to the weights.
+    pub(crate) fn decisive(&self) -> Self {
         let mut plain = self.clone();
         for words in [&mut plain.title, &mut plain.source, &mut plain.note] {
             words.clear();
@@ -561,7 +567,6 @@ impl Spec {
         plain.log = LogSpec::default();
         plain.diagnostics = None;
         plain.evaluation.svm = None;
-        let hash = Sha256::digest(plain.to_toml()?.as_bytes());
-        Ok(hash.iter().map(|byte| format!("{byte:02x}")).collect())
+        plain
     }
 }

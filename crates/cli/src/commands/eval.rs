@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use isqrt_models::checkpoint::{self, Checkpoint, LoadOptions};
 use isqrt_train::data::RunData;
-use isqrt_train::run::{Outcome, Paths, count};
+use isqrt_train::run::{FINAL, Outcome, Paths, count};
 use std::path::PathBuf;
 
 /// Evaluate the network of a run, or other weights, as its spec evaluates
@@ -25,14 +25,10 @@ pub struct Eval {
     run: PathBuf,
     #[command(flatten)]
     settings: Settings,
-    /// Checkpoint of the run: last, best, epoch-0010 and so on
-    #[arg(
-        long,
-        value_name = "NAME",
-        default_value = "last",
-        conflicts_with = "weights"
-    )]
-    checkpoint: String,
+    /// Checkpoint of the run: final (what result.json reports on; of a run that goes on, last), last, best,
+    /// epoch-0010 and so on
+    #[arg(long, value_name = "NAME", conflicts_with = "weights")]
+    checkpoint: Option<String>,
     /// File with the weights, of any layout that `isqrt convert` reads
     #[arg(long, value_name = "FILE")]
     weights: Option<PathBuf>,
@@ -68,7 +64,15 @@ impl Eval {
         let file = self.settings.read(&spec)?;
         let weights = match (&self.weights, is_run) {
             (Some(weights), _) => weights.clone(),
-            (None, true) => paths.checkpoint(&self.checkpoint),
+            (None, true) => match &self.checkpoint {
+                Some(name) => paths.checkpoint(name),
+                None => {
+                    let last = paths.checkpoint("last");
+                    Some(paths.checkpoint(FINAL))
+                        .filter(|path| path.exists())
+                        .unwrap_or(last)
+                }
+            },
             (None, false) => anyhow::bail!(
                 "{} is a spec: say which weights with --weights, or give a run folder",
                 self.run.display()
@@ -85,13 +89,10 @@ impl Eval {
         let config = file.spec.config(data.info.classes);
         let mut network =
             checkpoint::network(&weights_file, &config.model, &LoadOptions::default())?;
+        // Checkpoints of a run tell their order; only those of others may not.
+        let start = file.spec.start.as_ref().filter(|_| self.weights.is_some());
         let options = LoadOptions {
-            triangle: file
-                .spec
-                .start
-                .as_ref()
-                .and_then(|s| s.triangle)
-                .map(Into::into),
+            triangle: start.and_then(|s| s.triangle).map(Into::into),
             ..LoadOptions::default()
         };
         checkpoint::load_from(&mut network, &weights_file, &options)
