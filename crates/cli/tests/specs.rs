@@ -22,11 +22,11 @@ fn specs(folder: &str) -> Vec<PathBuf> {
 /// Plans a spec on the miniature of this name.
 fn plan(spec: &Path, data: &Path, weights: &Path) -> Plan {
     let text = std::fs::read_to_string(spec).unwrap();
+    let file = SpecFile::read(spec, &[]).unwrap();
     let mut settings = vec![
-        "batch=2".to_owned(),
+        format!("batch={}", 2 * file.spec.accumulate),
         format!("data.root={}", data.display()),
     ];
-    let file = SpecFile::read(spec, &[]).unwrap();
     if file.spec.data.set.is_some() {
         settings.pop();
     }
@@ -39,6 +39,54 @@ fn plan(spec: &Path, data: &Path, weights: &Path) -> Plan {
         Plan::new(&file, &data)
     };
     planned().unwrap_or_else(|error| panic!("{}: {error}\n{text}", spec.display()))
+}
+
+/// Numbers of the recipes, from the scripts that `source` in each names: jiangtaoxie/fast-MPN-COV
+/// (`train.sh`, `finetune.sh`, `finetune_mpncovvggd16.sh`, `two_stage_finetune.sh`, main.py's defaults) and
+/// jiangtaoxie/matconvnet.fast-mpn-cov.
+#[test]
+fn recipes_are_those_of_the_authors() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../experiments");
+    let scratch = "epochs = 65\nbatch = 160\noptimiser.lr = 0.1\noptimiser.weight_decay = 0.0001\n\
+                   schedule.kind = \"multi_step\"\nschedule.milestones = [30.0, 45.0, 60.0]\n\
+                   schedule.factor = 0.1";
+    let matconvnet = "epochs = 60\nbatch = 256\naccumulate = 4\noptimiser.lr = 0.0631\n\
+                      optimiser.weight_decay = 0.0001\nschedule.milestones = [30.0, 45.0]";
+    let alexnet = "epochs = 20\nbatch = 100\noptimiser.weight_decay = 0.0005\nschedule.from = -1.2\n\
+                   schedule.to = -5.2";
+    let resnet = "epochs = 100\nbatch = 10\noptimiser.lr = 0.0012\noptimiser.weight_decay = 0.0001\n\
+                  schedule.kind = \"constant\"\ngroups[0].lr_factor = 5.0\ngroups[0].decay_factor = 1.0";
+    let vgg = "epochs = 40\nbatch = 10\noptimiser.lr = 0.003\noptimiser.weight_decay = 0.0001\n\
+               schedule.milestones = [20.0]\ngroups[0].lr_factor = 20.0";
+    let bcnn = "epochs = 100\noptimiser.lr = 0.001\noptimiser.weight_decay = 0.0005\n\
+                groups[0].lr_factor = 1000.0\ngroups[0].decay_factor = 0.0";
+    for (name, wanted) in [
+        ("imagenet/resnet50-isqrt", scratch),
+        ("imagenet/resnet101-isqrt", scratch),
+        ("imagenet/resnet50-isqrt-matconvnet", matconvnet),
+        ("imagenet/alexnet-isqrt", alexnet),
+        ("finetune/cub-resnet50-isqrt", resnet),
+        ("finetune/cars-resnet101-isqrt", resnet),
+        ("finetune/aircraft-vgg16-isqrt", vgg),
+        ("finetune/cub-vgg16-bcnn-1", bcnn),
+        ("finetune/cub-vgg16-bcnn-2", bcnn),
+        ("finetune/cub-vgg16-bcnn-1", "batch = 40"),
+        ("finetune/cub-vgg16-bcnn-2", "batch = 10"),
+    ] {
+        let file = SpecFile::read(&root.join(format!("{name}.toml")), &[]).unwrap();
+        let spec: toml::Value = toml::from_str(&file.spec.to_toml().unwrap()).unwrap();
+        for line in wanted.lines() {
+            let (key, value) = line.split_once(" = ").unwrap();
+            let found = key
+                .split('.')
+                .try_fold(&spec, |at, key| match key.strip_suffix("[0]") {
+                    Some(key) => at.get(key)?.get(0),
+                    None => at.get(key),
+                });
+            let found = found.map_or_else(|| "nothing".to_owned(), ToString::to_string);
+            assert_eq!(found, value, "{name}: {key}");
+        }
+    }
 }
 
 fn miniature(dir: &Path, name: &str) -> PathBuf {

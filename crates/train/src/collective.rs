@@ -2,7 +2,7 @@
 //! so that another way of talking is one implementation of it.
 
 use candle_core::{DType, Tensor};
-use isqrt_nn::Vars;
+use isqrt_nn::{Ema, Vars};
 
 use crate::Result;
 
@@ -137,6 +137,16 @@ pub(crate) fn share_statistics(vars: &Vars, collective: &dyn Collective) -> Resu
         buffer.set(value);
     }
     Ok(())
+}
+
+/// Gives every rank the averages of rank 0, whose running statistics are those that all take.
+pub(crate) fn share_averages(ema: &mut Ema, collective: &dyn Collective) -> Result<()> {
+    if collective.size() == 1 {
+        return Ok(());
+    }
+    let mut averages: Vec<Named> = ema.state()?.into_iter().collect();
+    collective.broadcast(0, &mut averages)?;
+    Ok(ema.load_state(&averages.into_iter().collect())?)
 }
 
 /// Zeros in the place of a gradient that a rank does not have.

@@ -297,7 +297,14 @@ fn parts(listing: Listing, validation: Validation, seed: u64) -> Result<Parts> {
         val,
         test,
     } = listing;
-    let Some(eval) = test.or(val) else {
+    // The authors train on trainval: a validation part has no other use here.
+    let (eval, val) = match test {
+        Some(test) => (Some(test), val),
+        None => (val, None),
+    };
+    let mut train = train;
+    train.extend(val.into_iter().flatten());
+    let Some(eval) = eval else {
         return Err(Error::Run {
             path: root,
             message:
@@ -308,7 +315,7 @@ fn parts(listing: Listing, validation: Validation, seed: u64) -> Result<Parts> {
     };
     Ok(Parts {
         note: format!(
-            "all {} training images; the best epoch is chosen on the {} images that are reported on",
+            "all {} training and validation images; the best epoch is chosen on the {} images that are reported on",
             train.len(),
             eval.len()
         ),

@@ -308,6 +308,9 @@ impl<'a> Trainer<'a> {
     /// As [`train`].
     pub fn run(&mut self, observer: &mut dyn Observer) -> Result<TrainResult> {
         collective::share_weights(self.network.vars(), self.job.collective)?;
+        if let Some(ema) = &mut self.ema {
+            collective::share_averages(ema, self.job.collective)?;
+        }
         let epochs = self.job.config.epochs;
         let mut stopped = false;
         while self.progress.epoch < epochs {
@@ -692,14 +695,20 @@ impl<'a> Trainer<'a> {
             (&self.job.diagnostics, &update.images, &update.outcome)
             && info.step.is_multiple_of(look.every_steps)
         {
-            let seen = self.look(look.images, images, gradients)?;
-            let seen = Diagnostics {
-                step: info.step,
-                epoch: info.epoch,
-                seconds: self.seconds(),
-                ..seen
-            };
-            self.line(&Line::Diagnostics(seen), observer)?;
+            match self.look(look.images, images, gradients) {
+                Ok(seen) => {
+                    let seen = Diagnostics {
+                        step: info.step,
+                        epoch: info.epoch,
+                        seconds: self.seconds(),
+                        ..seen
+                    };
+                    self.line(&Line::Diagnostics(seen), observer)?;
+                }
+                // The next step meets the same weights, and says what to do about them.
+                Err(error) if error.is_divergence() => {}
+                Err(error) => return Err(error),
+            }
         }
         if !info.step.is_multiple_of(self.job.log_every) {
             return Ok(());
@@ -747,6 +756,7 @@ impl<'a> Trainer<'a> {
         let vars = self.network.vars();
         collective::share_statistics(vars, self.job.collective)?;
         if let Some(ema) = &mut self.ema {
+            collective::share_averages(ema, self.job.collective)?;
             ema.swap(vars)?;
         }
         let mut evaluation = None;

@@ -294,6 +294,53 @@ impl Collective for Threads {
     }
 }
 
+/// What each of two ranks comes to: its result, its weights, and the averaged network's values.
+type Rank = (
+    isqrt_train::TrainResult,
+    Vec<(String, Vec<u32>)>,
+    Vec<Vec<f32>>,
+);
+
+fn two_ranks(config: &TrainConfig) -> Vec<Rank> {
+    let shared = Arc::new(Shared {
+        size: 2,
+        barrier: Barrier::new(2),
+        numbers: Mutex::new(vec![Vec::new(); 2]),
+        tensors: Mutex::new(vec![Vec::new(); 2]),
+    });
+    std::thread::scope(|scope| {
+        let ranks: Vec<_> = (0..2)
+            .map(|rank| {
+                let shared = Arc::clone(&shared);
+                scope.spawn(move || {
+                    let threads = Threads { rank, shared };
+                    let mut job = job(config);
+                    job.collective = &threads;
+                    let mut trainer = Trainer::new(job).unwrap();
+                    let result = trainer.run(&mut Silent).unwrap();
+                    let weights = bits(&trainer);
+                    let averaged = trainer.into_averaged().unwrap();
+                    let flat = |value: Tensor| value.flatten_all().unwrap().to_vec1().unwrap();
+                    let buffers = averaged.vars().buffers();
+                    let averages = buffers.map(|(_, b)| flat(b.get())).collect();
+                    (result, weights, averages)
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+/// Running statistics are each rank's own while an epoch goes on, and so are their averages.
+#[test]
+fn ranks_share_averages() {
+    let config = config("ema = 0.9\n[optimiser]\nkind = \"sgd\"\nlr = 0.05");
+    let ranks = two_ranks(&config);
+    assert!(!ranks[0].2.is_empty());
+    assert!(ranks[0].1 == ranks[1].1, "ranks have other weights");
+    assert!(ranks[0].2 == ranks[1].2, "ranks have other averages");
+}
+
 /// Two ranks and one process on the same batches: the same weights but for rounding, the same counts.
 #[test]
 fn ranks_share_a_batch_and_an_evaluation() {
@@ -301,28 +348,7 @@ fn ranks_share_a_batch_and_an_evaluation() {
     config.model.representation = isqrt_models::RepresentationSpec::new("isqrt");
     let mut alone = Trainer::new(job(&config)).unwrap();
     let expected = alone.run(&mut Silent).unwrap();
-    let shared = Arc::new(Shared {
-        size: 2,
-        barrier: Barrier::new(2),
-        numbers: Mutex::new(vec![Vec::new(); 2]),
-        tensors: Mutex::new(vec![Vec::new(); 2]),
-    });
-    let results: Vec<_> = std::thread::scope(|scope| {
-        let ranks: Vec<_> = (0..2)
-            .map(|rank| {
-                let (config, shared) = (&config, Arc::clone(&shared));
-                scope.spawn(move || {
-                    let threads = Threads { rank, shared };
-                    let mut job = job(config);
-                    job.collective = &threads;
-                    let mut trainer = Trainer::new(job).unwrap();
-                    let result = trainer.run(&mut Silent).unwrap();
-                    (result, bits(&trainer))
-                })
-            })
-            .collect();
-        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
-    });
+    let results = two_ranks(&config);
     let (first, second) = (&results[0], &results[1]);
     assert!(first.1 == second.1, "ranks have other weights");
     near(&bits(&alone), &first.1, 1e-3);
