@@ -253,7 +253,7 @@ fn options_of_a_backbone_are_read_and_mistakes_are_named() {
     for (bad, part) in [
         (r#""resnet9""#, "known are e10net, "),
         (r#"{ last_stride = 1 }"#, "name"),
-        ("3", "the name of a backbone, or a table"),
+        ("3", "a name, or a table"),
         (r#"{ name = "e10net", reduction = 8 }"#, "reduction"),
         (
             r#"{ name = "resnet18", stride = 1 }"#,
