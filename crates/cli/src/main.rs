@@ -11,6 +11,7 @@ mod progress;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use isqrt_train::without_backtrace;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use tracing_subscriber::filter::LevelFilter;
@@ -83,10 +84,7 @@ fn main() -> ExitCode {
 fn one_line(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain().map(ToString::to_string) {
-        let told = cause
-            .lines()
-            .take_while(|l| !l.trim_start().starts_with("0: "));
-        let cause = told.collect::<Vec<_>>().join(" ");
+        let cause = without_backtrace(&cause);
         if text.is_empty() {
             text = cause;
         } else if !text.contains(&cause) {

@@ -50,6 +50,18 @@ fn refused(command: &mut Command) -> String {
     last
 }
 
+/// The spec of [`spec`] and what a run of it comes to that nothing stops, in a folder that goes away.
+fn whole_run() -> (tempfile::TempDir, PathBuf, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let (spec, whole) = (spec(dir.path()), dir.path().join("whole"));
+    ran(&mut train(&spec, &whole));
+    (dir, spec, whole)
+}
+
+fn result_of(out: &Path) -> serde_json::Value {
+    serde_json::from_slice(&std::fs::read(out.join("result.json")).unwrap()).unwrap()
+}
+
 /// All tensors of a state: weights, running statistics, optimiser, averages.
 fn tensors(out: &Path) -> Vec<(String, Vec<u8>)> {
     tensors_of(out, "last")
@@ -148,10 +160,8 @@ fn a_run_that_is_killed_twenty_times_ends_with_the_weights_of_one_that_is_not() 
 
 #[test]
 fn a_damaged_state_is_told_and_the_one_before_is_used() {
-    let dir = tempfile::tempdir().unwrap();
-    let spec = spec(dir.path());
-    let (whole, out) = (dir.path().join("whole"), dir.path().join("out"));
-    ran(&mut train(&spec, &whole));
+    let (dir, spec, whole) = whole_run();
+    let out = dir.path().join("out");
     ran(&mut train(&spec, &out));
     // As if it had been killed just before its end, and the disk had lost the last file.
     std::fs::remove_file(out.join("result.json")).unwrap();
@@ -179,14 +189,12 @@ fn a_damaged_state_is_told_and_the_one_before_is_used() {
     let eval: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(eval["total"], 2000);
     // The averaged weights are what the result is about.
-    let result = std::fs::read(out.join("result.json")).unwrap();
-    let result: serde_json::Value = serde_json::from_slice(&result).unwrap();
+    let result = result_of(&out);
     assert_eq!(eval["loss"], result["final"]["loss"]);
     assert_ne!(tensors_of(&out, "final"), tensors(&out));
     // What is asked for later is added; other images are another run.
     ran(train(&spec, &out).args(["--set", "evaluation.svm=1.0"]));
-    let result = std::fs::read(out.join("result.json")).unwrap();
-    let result: serde_json::Value = serde_json::from_slice(&result).unwrap();
+    let result = result_of(&out);
     assert_eq!(result["svm"]["c"], 1.0);
     let mut other: serde_json::Value = result;
     other["data_fingerprint"] = "of other images".into();
@@ -198,10 +206,8 @@ fn a_damaged_state_is_told_and_the_one_before_is_used() {
 /// Killed between the two renames of a save, with the last state lost: the new one is whole.
 #[test]
 fn a_state_that_was_not_moved_yet_is_the_last_one() {
-    let dir = tempfile::tempdir().unwrap();
-    let spec = spec(dir.path());
-    let (whole, out) = (dir.path().join("whole"), dir.path().join("out"));
-    ran(&mut train(&spec, &whole));
+    let (dir, spec, whole) = whole_run();
+    let out = dir.path().join("out");
     ran(&mut train(&spec, &out));
     std::fs::remove_file(out.join("result.json")).unwrap();
     let [next, last, previous] = ["next", "last", "previous"]
@@ -217,10 +223,8 @@ fn a_state_that_was_not_moved_yet_is_the_last_one() {
 /// From a state of another folder: metrics and best weights come along.
 #[test]
 fn a_run_goes_on_in_another_folder() {
-    let dir = tempfile::tempdir().unwrap();
-    let spec = spec(dir.path());
-    let [whole, first, second] = ["whole", "first", "second"].map(|name| dir.path().join(name));
-    ran(&mut train(&spec, &whole));
+    let (dir, spec, whole) = whole_run();
+    let [first, second] = ["first", "second"].map(|name| dir.path().join(name));
     ran(train(&spec, &first).args(["--set", "checkpoints.keep_every=1"]));
     let state = first.join("checkpoints/previous.safetensors");
     ran(train(&spec, &second).arg("--resume").arg(state));
@@ -232,10 +236,8 @@ fn a_run_goes_on_in_another_folder() {
 #[cfg(unix)]
 #[test]
 fn ctrl_c_keeps_a_state_and_a_second_run_on_the_folder_is_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    let spec = spec(dir.path());
-    let (whole, out) = (dir.path().join("whole"), dir.path().join("out"));
-    ran(&mut train(&spec, &whole));
+    let (dir, spec, whole) = whole_run();
+    let out = dir.path().join("out");
     let mut child = train(&spec, &out)
         .args(["--set", "checkpoints.every_steps=100000"])
         .stderr(Stdio::null())
@@ -267,10 +269,8 @@ fn ctrl_c_keeps_a_state_and_a_second_run_on_the_folder_is_refused() {
 #[cfg(unix)]
 #[test]
 fn a_full_disk_ends_the_run_with_the_last_state_whole() {
-    let dir = tempfile::tempdir().unwrap();
-    let spec = spec(dir.path());
-    let (whole, out) = (dir.path().join("whole"), dir.path().join("out"));
-    ran(&mut train(&spec, &whole));
+    let (dir, spec, whole) = whole_run();
+    let out = dir.path().join("out");
     ran(&mut train(&spec, &out));
     // As if it had stopped at its last but one state.
     let state = |name: &str| out.join(format!("checkpoints/{name}.safetensors"));
@@ -378,8 +378,7 @@ fn sixty_updates_learn_photographs() {
     let mut command = train(&spec, &out);
     command.arg("--data").arg(root);
     ran(command.args(["--set", "epochs=1", "--set", "batch=56"]));
-    let result = std::fs::read(out.join("result.json")).unwrap();
-    let result: serde_json::Value = serde_json::from_slice(&result).unwrap();
+    let result = result_of(&out);
     assert_eq!(result["steps"], 60);
     let error = result["final"]["error"].as_f64().unwrap();
     assert!(error < 75.0, "{error}");
@@ -404,8 +403,7 @@ fn sixty_updates_on_the_embedded_textures_leave_all_files() {
         command.args(["--set", setting]);
     }
     ran(command.arg("--trace").arg(&trace));
-    let result: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(out.join("result.json")).unwrap()).unwrap();
+    let result = result_of(&out);
     assert_eq!(
         (&result["status"], &result["steps"]),
         (&"finished".into(), &60.into())

@@ -6,7 +6,7 @@ use isqrt_nn::{
 };
 use serde::{Deserialize, Serialize};
 
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 
 use crate::{Error, Result};
 
@@ -307,14 +307,8 @@ impl TrainConfig {
                 expected: "patterns that leave a parameter to learn".to_owned(),
             });
         }
-        // Those that stay come first: of several groups the first has a parameter.
-        let frozen = self.frozen.iter().map(|pattern| ParamGroup {
-            lr_factor: 0.0,
-            decay_factor: 0.0,
-            ..ParamGroup::new(pattern)
-        });
-        let groups: Vec<ParamGroup> = frozen.chain(self.groups.iter().cloned()).collect();
-        self.optimiser.build(vars, &groups)
+        // Those that stay get no gradient, and what has none is passed by.
+        self.optimiser.build(vars, &self.groups)
     }
 
     /// Whether no parameter of the backbone learns.
@@ -324,7 +318,15 @@ impl TrainConfig {
             .all(|(name, _)| self.freezes(name))
     }
 
-    pub(crate) fn freezes(&self, parameter: &str) -> bool {
+    /// The parameters that stay as they are.
+    pub(crate) fn frozen_of(&self, vars: &Vars) -> Vec<Tensor> {
+        vars.parameters()
+            .filter(|(name, _)| self.freezes(name))
+            .map(|(_, parameter)| parameter.as_tensor().clone())
+            .collect()
+    }
+
+    fn freezes(&self, parameter: &str) -> bool {
         let mut patterns = self.frozen.iter().map(ParamGroup::new);
         patterns.any(|pattern| pattern.matches(parameter))
     }

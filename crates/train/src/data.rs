@@ -69,6 +69,12 @@ struct Parts {
 }
 
 impl RunData {
+    /// The part that is reported on: `test`, or `eval` where that is it.
+    #[must_use]
+    pub fn reported(&self) -> &Feed {
+        self.test.as_ref().unwrap_or(&self.eval)
+    }
+
     /// Lists the images, splits them, and decodes them where they are to be in memory. With `few`, only so
     /// many of the training part and of each other.
     ///

@@ -22,7 +22,7 @@ use crate::state::{Progress, Saved, Snapshot, Sums};
 use crate::trouble;
 use crate::{
     Diagnostics, EpochMetrics, Error, Evaluation, Line, NonFinite, Result, StepLine, TrainConfig,
-    TrainResult,
+    TrainResult, without_backtrace,
 };
 
 /// Images and what becomes of them.
@@ -154,6 +154,8 @@ pub struct Trainer<'a> {
     resumed: Option<Position>,
     /// No parameter of the backbone learns.
     backbone_stays: bool,
+    /// Parameters that stay, whichever part they are of.
+    frozen: Vec<Tensor>,
     began: Began,
     /// The last evaluation.
     evaluation: Option<Evaluation>,
@@ -222,6 +224,7 @@ impl<'a> Trainer<'a> {
         let ema = config.ema.map(|share| Ema::new(network.vars(), share));
         Ok(Self {
             backbone_stays: config.stays(network.vars()),
+            frozen: config.frozen_of(network.vars()),
             ema: ema.transpose()?,
             progress: Progress::new(),
             resumed: None,
@@ -477,7 +480,7 @@ impl<'a> Trainer<'a> {
             match self.pass(&images, &batch, &mut sums, &mut total) {
                 Ok(()) => {}
                 Err(error) if error.is_divergence() => {
-                    problem = Some(trouble::first_line(&error));
+                    problem = Some(without_backtrace(&error.to_string()));
                     problem_seen = Some(images.clone());
                 }
                 Err(error) => return Err(error),
@@ -625,10 +628,8 @@ impl<'a> Trainer<'a> {
             }
         }
         // Parameters that stay have no say in the norm.
-        for (name, var) in vars.parameters() {
-            if config.freezes(name) {
-                total.remove(var.as_tensor());
-            }
+        for parameter in &self.frozen {
+            total.remove(parameter);
         }
         let limit = config.clip_norm.unwrap_or(f64::INFINITY);
         match clip_grad_norm(vars, &mut total, limit) {

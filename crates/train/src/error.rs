@@ -107,6 +107,15 @@ fn spec_message(file: &str, line: Option<usize>, key: &str, message: &str) -> St
     }
 }
 
+/// A text without the backtrace that candle's errors have behind them where `RUST_BACKTRACE` is set.
+#[must_use]
+pub fn without_backtrace(text: &str) -> String {
+    let told = text
+        .lines()
+        .take_while(|line| !line.trim_start().starts_with("0: "));
+    told.collect::<Vec<_>>().join(" ")
+}
+
 impl Error {
     /// Whether numbers ran away: the loss, the network's output, or features that a covariance
     /// head refuses or whose eigendecomposition does not converge.

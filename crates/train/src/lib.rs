@@ -38,7 +38,7 @@ pub use collective::{Collective, Named, Single};
 pub use config::{NonFinite, OptimiserSpec, Precision, TrainConfig};
 pub use diagnostics::{root_distance, spectrum, stage_norms};
 pub use engine::{Feed, Job, Trainer, train};
-pub use error::{Error, Result};
+pub use error::{Error, Result, without_backtrace};
 pub use evaluate::evaluate;
 pub use events::EventWriter;
 pub use feature_file::FeatureFile;

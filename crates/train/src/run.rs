@@ -19,9 +19,11 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use isqrt_datasets::{Filter, Skipped, Step};
-use isqrt_models::checkpoint::{self, Checkpoint, LoadOptions, Preprocessing, Record, Triangle};
+use isqrt_models::checkpoint::{self, LoadOptions, Preprocessing, Record, Triangle};
 use isqrt_models::{Network, WholeFile, sync_folder_of};
 use serde::{Deserialize, Serialize};
+
+pub use crate::svm_eval::svm;
 
 use crate::EventWriter;
 use crate::collective::{Collective, Single};
@@ -379,9 +381,8 @@ pub fn run(
         checkpoint::save(&network, &paths.checkpoint(FINAL), &record)?;
         report(&network, file, &data, &paths, &mut outcome, &mut console)?;
         test_best(&mut network, file, &data, &paths, &mut outcome)?;
-        outcome.peak_memory_mb = machine::peak_memory_mb();
         // SVMs may need more memory or time than there is; the run is done without them.
-        write_result(&paths, &outcome)?;
+        write_result(&paths, &mut outcome)?;
         add_svm(
             &mut network,
             file,
@@ -391,8 +392,7 @@ pub fn run(
             &mut console,
         )?;
     } else {
-        outcome.peak_memory_mb = machine::peak_memory_mb();
-        write_result(&paths, &outcome)?;
+        write_result(&paths, &mut outcome)?;
     }
     drop(lock);
     Ok(outcome)
@@ -401,7 +401,8 @@ pub fn run(
 /// Name of the checkpoint with the weights that a finished run reports on.
 pub const FINAL: &str = "final";
 
-fn write_result(paths: &Paths, result: &RunResult) -> Result<()> {
+fn write_result(paths: &Paths, result: &mut RunResult) -> Result<()> {
+    result.peak_memory_mb = machine::peak_memory_mb();
     let text = serde_json::to_vec_pretty(result).map_err(|e| failed(&paths.result(), &e))?;
     write_whole(&paths.result(), &text)
 }
@@ -415,7 +416,7 @@ fn report(
     outcome: &mut RunResult,
     console: &mut Log<'_>,
 ) -> Result<()> {
-    let feed = data.test.as_ref().unwrap_or(&data.eval);
+    let feed = data.reported();
     console.say(&format!("evaluating on {} images", feed.images.len()));
     let tally = count(network, file, data, feed, &mut |_| ())?;
     write_confusion(&paths.root.join("confusion.csv"), &data.classes, &tally)?;
@@ -432,19 +433,15 @@ fn add_svm(
     outcome: &mut RunResult,
     console: &mut Log<'_>,
 ) -> Result<()> {
-    let feed = data.test.as_ref().unwrap_or(&data.eval);
     if let Some(c) = file.spec.evaluation.svm {
         console.say(&format!(
             "fitting {} linear SVMs on the representations of {} images",
             data.classes.len(),
             data.train_as_eval.images.len()
         ));
-        let weights = Checkpoint::open(&paths.checkpoint(FINAL))?;
-        checkpoint::load_from(network, &weights, &LoadOptions::default())?;
-        outcome.svm = Some(crate::svm_eval::fit_and_count(
-            network, file, data, feed, c,
-        )?);
-        outcome.peak_memory_mb = machine::peak_memory_mb();
+        let weights = paths.checkpoint(FINAL);
+        checkpoint::load(network, &weights, &LoadOptions::default())?;
+        outcome.svm = Some(svm(network, file, data, data.reported(), c)?);
         write_result(paths, outcome)?;
     }
     Ok(())
@@ -459,10 +456,9 @@ fn test_best(
     outcome: &mut RunResult,
 ) -> Result<()> {
     // A run that goes on from a state of elsewhere may not have it.
-    let there = paths.checkpoint("best").exists();
-    if let (Some(best), Some(feed), true) = (&mut outcome.best, &data.test, there) {
-        let weights = Checkpoint::open(&paths.checkpoint("best"))?;
-        checkpoint::load_from(network, &weights, &LoadOptions::default())?;
+    let weights = paths.checkpoint("best");
+    if let (Some(best), Some(feed), true) = (&mut outcome.best, &data.test, weights.exists()) {
+        checkpoint::load(network, &weights, &LoadOptions::default())?;
         best.test = Some(
             count(network, file, data, feed, &mut |_| ())?
                 .evaluation()
@@ -486,20 +482,6 @@ pub fn count(
     let config = file.spec.config(data.info.classes);
     let job = job(file, data, &config, &Single);
     evaluate(network, &job.eval_loader(feed)?, &Single, each)
-}
-
-/// Fits the paper's linear SVMs on the training images' representations and counts their answers.
-///
-/// # Errors
-/// As [`evaluate`].
-pub fn svm(
-    network: &Network,
-    file: &SpecFile,
-    data: &RunData,
-    feed: &Feed,
-    c: f64,
-) -> Result<SvmOutcome> {
-    crate::svm_eval::fit_and_count(network, file, data, feed, c)
 }
 
 pub(crate) fn job<'a>(
@@ -883,12 +865,12 @@ fn bring_along(state: &Path, paths: &Paths, console: &mut Log<'_>) -> Result<()>
         }
         match from.exists() {
             true => {
-                let copy = std::fs::read(&from).and_then(|bytes| {
+                let copy = || {
                     let mut file = WholeFile::create(&to)?;
-                    file.file()?.write_all(&bytes)?;
+                    std::io::copy(&mut File::open(&from)?, file.file()?)?;
                     file.finish()
-                });
-                copy.map_err(|error| failed(&to, &error))?;
+                };
+                copy().map_err(|error| failed(&to, &error))?;
             }
             false => console.say(&format!("there is no {}", from.display())),
         }

@@ -19,7 +19,7 @@ const MOST_VALUES: usize = 1 << 32;
 ///
 /// # Errors
 /// Those of the images and the network; [`Error::Config`] where the representations do not fit into memory.
-pub(crate) fn fit_and_count(
+pub fn svm(
     network: &Network,
     file: &SpecFile,
     data: &RunData,

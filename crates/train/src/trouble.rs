@@ -10,7 +10,7 @@ use isqrt_nn::{LayerValues, Mode, largest_magnitude, record_values};
 use serde::Serialize;
 
 use crate::diagnostics::{Eigenvalues, Features};
-use crate::{Error, Result};
+use crate::{Error, Result, without_backtrace};
 
 /// What [`first_non_finite`] or [`first_bad_gradient`] found; in one line where it is printed.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -163,11 +163,6 @@ pub fn first_bad_gradient(
     })
 }
 
-/// What an error says, without the backtrace that candle's have behind it.
-pub(crate) fn first_line(error: &crate::Error) -> String {
-    error.to_string().lines().take(1).collect()
-}
-
 /// A forward pass, part by part.
 struct Pass {
     backbone: Vec<LayerValues>,
@@ -194,7 +189,7 @@ impl Pass {
                 Ok(values)
             }
             // candle adds lines of backtrace where the environment asks for them.
-            Err(error) if error.is_divergence() => Err(first_line(&error)),
+            Err(error) if error.is_divergence() => Err(without_backtrace(&error.to_string())),
             Err(error) => return Err(error),
         };
         Ok(Self {

@@ -1,13 +1,13 @@
 //! `isqrt eval`: a trained network on a part of a data set.
 
-use super::train::Settings;
+use super::train::{Settings, svm_line};
 use crate::output;
 use crate::progress::Counter;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use isqrt_models::checkpoint::{self, Checkpoint, LoadOptions};
 use isqrt_train::data::RunData;
-use isqrt_train::run::{FINAL, Outcome, Paths, count};
+use isqrt_train::run::{FINAL, Outcome, Paths, count, svm};
 use std::path::PathBuf;
 
 /// Evaluate the network of a run, or other weights, as its spec evaluates
@@ -100,7 +100,7 @@ impl Eval {
         let feed = match self.part {
             Part::Train => &data.train_as_eval,
             Part::Val => &data.eval,
-            Part::Test => data.test.as_ref().unwrap_or(&data.eval),
+            Part::Test => data.reported(),
         };
         let total = feed.images.len() as u64;
         let counter = Counter::default();
@@ -112,7 +112,7 @@ impl Eval {
         counter.end();
         let outcome = Outcome::from(tally.evaluation());
         let svm = match self.svm {
-            Some(c) => Some(isqrt_train::run::svm(&network, &file, &data, feed, c)?),
+            Some(c) => Some(svm(&network, &file, &data, feed, c)?),
             None => None,
         };
         if json {
@@ -139,10 +139,7 @@ impl Eval {
             outcome.evaluation.calibration_error
         ))?;
         if let Some(svm) = svm {
-            output::line(&format!(
-                "linear SVMs (C = {}): top-1 error {:.2} % ({} of {} images right) {}",
-                svm.c, svm.error, svm.correct, svm.total, svm.note
-            ))?;
+            output::line(&svm_line(&svm))?;
         }
         let mut classes: Vec<(usize, [u64; 2])> = outcome
             .evaluation

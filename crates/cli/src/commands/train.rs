@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::Args;
 use isqrt_train::data::RunData;
 use isqrt_train::plan::Plan;
-use isqrt_train::run::{Resume, RunResult, run};
+use isqrt_train::run::{Resume, RunResult, SvmOutcome, run};
 use isqrt_train::{Spec, SpecFile};
 use std::path::PathBuf;
 
@@ -142,6 +142,18 @@ fn smoke(spec: &mut Spec) {
         .every_steps = 1;
 }
 
+/// What came out of the SVMs, as a sentence.
+pub fn svm_line(svm: &SvmOutcome) -> String {
+    let note = match svm.note.as_str() {
+        "" => String::new(),
+        note => format!("; {note}"),
+    };
+    format!(
+        "linear SVMs (C = {}): top-1 error {:.2} % ({} of {} images right){note}",
+        svm.c, svm.error, svm.correct, svm.total
+    )
+}
+
 fn summary(result: &RunResult) -> Vec<String> {
     let mut lines = Vec::new();
     if let Some(last) = &result.last {
@@ -156,17 +168,7 @@ fn summary(result: &RunResult) -> Vec<String> {
         ));
     }
     if let Some(svm) = &result.svm {
-        lines.push(format!(
-            "linear SVMs (C = {}): top-1 error {:.2} % ({} of {} images right){}",
-            svm.c,
-            svm.error,
-            svm.correct,
-            svm.total,
-            match svm.note.as_str() {
-                "" => String::new(),
-                note => format!("; {note}"),
-            }
-        ));
+        lines.push(svm_line(svm));
     }
     if let Some(best) = &result.best {
         let test = best.test.as_ref().map_or_else(String::new, |test| {
