@@ -429,3 +429,28 @@ fn an_update_that_is_not_finite_is_left_out_or_ends_the_run_with_the_layer() {
     let (result, _) = run(NonFinite::Skip(0));
     assert!(matches!(result, Err(Error::NonFinite { .. })));
 }
+
+/// What is frozen stays, decay or not; everything else learns.
+#[test]
+fn frozen_parameters_stay() {
+    for optimiser in [
+        SGD,
+        "[optimiser]\nkind = \"adamw\"\nlr = 0.01\nweight_decay = 0.1",
+    ] {
+        let mut config = config(optimiser);
+        config.frozen = vec!["backbone.conv1*".to_owned()];
+        let mut trainer = Trainer::new(job(&config)).unwrap();
+        let before = bits(&trainer);
+        trainer.run(&mut Silent).unwrap();
+        let mut stayed = 0;
+        for ((name, was), (_, is)) in before.iter().zip(bits(&trainer)) {
+            if name.contains("running") {
+                continue;
+            }
+            let frozen = name.starts_with("backbone.conv1");
+            assert_eq!(*was == is, frozen, "{name}");
+            stayed += usize::from(frozen);
+        }
+        assert!(stayed > 0);
+    }
+}
