@@ -5,7 +5,7 @@
 //! decides what trains, chooses and is reported on, a [`Pipeline`] makes the inputs of a network from the
 //! bytes of a file, and a [`Loader`] batches of them, epoch after epoch. [`decode_all`] makes an
 //! [`ImageSet`] in memory for a loader of small images; [`DataSet::open`] does all that for three parts.
-//! [`verify`] checks what lies on disk, [`e10`] and [`miniature`] write small sets.
+//! [`verify`] checks what lies on disk; [`textures`], [`e10`] and [`miniature`] write small sets.
 //!
 //! One seed fixes splits, order, augmentation and embedded images, whatever the number of threads.
 
@@ -25,6 +25,7 @@ mod set;
 mod sources;
 mod split;
 mod stats;
+pub mod textures;
 mod transforms;
 pub mod verify;
 

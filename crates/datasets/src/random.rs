@@ -24,6 +24,8 @@ pub(crate) enum Purpose {
     Stats = 5,
     /// Size and box of an image of a miniature set: (part and class, index).
     Miniature = 9,
+    /// An image of a family of materials: (family, part and class, index).
+    Material = 10,
 }
 
 /// A stream of random numbers with its own key.

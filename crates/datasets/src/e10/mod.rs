@@ -12,6 +12,7 @@
 //! as an ImageFolder tree so that it takes the way of every other set.
 
 mod files;
+pub(crate) mod material;
 mod texture;
 
 pub use files::{Outcome, generate, is_written};
@@ -85,8 +86,13 @@ impl Part {
 /// in class order.
 #[must_use]
 pub fn class_names() -> Vec<String> {
-    let name = |pairs: [[usize; 2]; 3]| pairs.map(|[a, b]| format!("{a}{b}")).join("-");
-    MATCHINGS.into_iter().map(name).collect()
+    (0..CLASSES).map(matching_name).collect()
+}
+
+/// Name of the `place`-th of the fifteen matchings.
+pub(crate) fn matching_name(place: usize) -> String {
+    let pairs = material::perfect_matching(place);
+    pairs.map(|[a, b]| format!("{a}{b}")).join("-")
 }
 
 /// One part in memory, without files (for tests and benchmarks), class after class.

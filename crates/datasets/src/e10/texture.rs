@@ -14,7 +14,7 @@ use std::f64::consts::{PI, TAU};
 use super::{CLASSES, IMAGE_SIDE, Part};
 use crate::random::{Purpose, Stream};
 
-const PIXELS: usize = IMAGE_SIDE * IMAGE_SIDE;
+const SIZE: [usize; 2] = [IMAGE_SIDE; 2];
 const WAVES: usize = 6;
 
 /// The pairs of components that share an envelope, class by class: the first ten of the fifteen
@@ -41,32 +41,51 @@ pub fn image(seed: u64, part: Part, class: usize, index: usize) -> Vec<u8> {
     let contrast = 0.18 * libm::exp(stream.range(-0.5, 0.5));
     let hue = stream.range(-0.4, 0.4);
     let brightness: [f64; 3] = std::array::from_fn(|_| stream.range(-0.1, 0.1));
-    let envelopes: [Vec<f64>; 3] = std::array::from_fn(|_| {
-        let mut envelope = wave(&mut stream, 1.0 / 24.0, 1.0 / 12.0, 0.0, PI);
+    let envelopes = envelopes(&mut stream, SIZE);
+
+    let mut canvas = vec![[0.0f64; 3]; IMAGE_SIDE * IMAGE_SIDE];
+    for j in 0..6 {
+        let amplitude = libm::exp(0.5 * stream.normal());
+        let orientation = (j / 2) as f64 * PI / 3.0;
+        let component = wave(&mut stream, SIZE, (0.18, 0.30), (orientation, PI / 18.0));
+        let envelope = &envelopes[envelope_of(&MATCHINGS[class], j)];
+        let values = component.iter().zip(envelope);
+        let values = values.map(|(n, e)| contrast * amplitude * e * n);
+        add(&mut canvas, values, colour(j, hue));
+    }
+    bytes(&mut stream, &canvas, brightness)
+}
+
+/// Three smooth maps between 0 and 1.
+pub(super) fn envelopes(stream: &mut Stream, size: [usize; 2]) -> [Vec<f64>; 3] {
+    std::array::from_fn(|_| {
+        let mut envelope = wave(stream, size, (1.0 / 24.0, 1.0 / 12.0), (0.0, PI));
         for e in &mut envelope {
             *e = 1.0 / (1.0 + libm::exp(-8.0 * *e));
         }
         envelope
-    });
+    })
+}
 
-    let mut canvas = vec![[0.0f64; 3]; PIXELS];
-    for j in 0..6 {
-        let amplitude = libm::exp(0.5 * stream.normal());
-        let orientation = (j / 2) as f64 * PI / 3.0;
-        let component = wave(&mut stream, 0.18, 0.30, orientation, PI / 18.0);
-        let colour = colour(j, hue);
-        let pair = MATCHINGS[class].iter().position(|pair| pair.contains(&j));
-        let envelope = &envelopes[pair.unwrap_or(0)];
-        for ((pixel, n), e) in canvas.iter_mut().zip(&component).zip(envelope) {
-            let value = contrast * amplitude * e * n;
-            for (channel, v) in pixel.iter_mut().zip(colour) {
-                *channel += value * v;
-            }
+/// Which envelope component `j` has.
+pub(super) fn envelope_of(matching: &[[usize; 2]; 3], j: usize) -> usize {
+    let pair = matching.iter().position(|pair| pair.contains(&j));
+    pair.unwrap_or(0)
+}
+
+/// Adds values of one colour.
+pub(super) fn add(canvas: &mut [[f64; 3]], values: impl Iterator<Item = f64>, colour: [f64; 3]) {
+    for (pixel, value) in canvas.iter_mut().zip(values) {
+        for (channel, v) in pixel.iter_mut().zip(colour) {
+            *channel += value * v;
         }
     }
+}
 
-    let mut bytes = Vec::with_capacity(PIXELS * 3);
-    for pixel in &canvas {
+/// With brightness and noise, rounded to 8 bits.
+pub(super) fn bytes(stream: &mut Stream, canvas: &[[f64; 3]], brightness: [f64; 3]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(canvas.len() * 3);
+    for pixel in canvas {
         for (channel, b) in pixel.iter().zip(brightness) {
             let value = 0.5 + channel + b + 0.08 * stream.normal();
             bytes.push((value.clamp(0.0, 1.0) * 255.0 + 0.5).floor() as u8);
@@ -76,7 +95,7 @@ pub fn image(seed: u64, part: Part, class: usize, index: usize) -> Vec<u8> {
 }
 
 /// Direction of component `j` in RGB, length 1.
-fn colour(j: usize, hue: f64) -> [f64; 3] {
+pub(super) fn colour(j: usize, hue: f64) -> [f64; 3] {
     if j.is_multiple_of(2) {
         return [1.0 / 3f64.sqrt(); 3];
     }
@@ -92,18 +111,25 @@ fn colour(j: usize, hue: f64) -> [f64; 3] {
 ///
 /// `cos(a + b)` is taken apart so that a wave costs two tables of sines and cosines instead of one
 /// cosine a pixel.
-fn wave(stream: &mut Stream, low: f64, high: f64, direction: f64, spread: f64) -> Vec<f64> {
-    let mut sum = vec![0.0; PIXELS];
+pub(super) fn wave(
+    stream: &mut Stream,
+    [width, height]: [usize; 2],
+    (low, high): (f64, f64),
+    (direction, spread): (f64, f64),
+) -> Vec<f64> {
+    let mut sum = vec![0.0; width * height];
+    let mut along = vec![(0.0, 0.0); width];
     for _ in 0..WAVES {
         let frequency = TAU * stream.range(low, high);
         let angle = stream.range(direction - spread, direction + spread);
         let phase = stream.range(0.0, TAU);
         let (kx, ky) = (frequency * libm::cos(angle), frequency * libm::sin(angle));
-        let along: [(f64, f64); IMAGE_SIDE] =
-            std::array::from_fn(|x| libm::sincos(kx * x as f64 + phase));
-        for (y, row) in sum.chunks_exact_mut(IMAGE_SIDE).enumerate() {
+        for (x, value) in along.iter_mut().enumerate() {
+            *value = libm::sincos(kx * x as f64 + phase);
+        }
+        for (y, row) in sum.chunks_exact_mut(width).enumerate() {
             let (sin_y, cos_y) = libm::sincos(ky * y as f64);
-            for (value, (sin_x, cos_x)) in row.iter_mut().zip(along) {
+            for (value, (sin_x, cos_x)) in row.iter_mut().zip(&along) {
                 *value += cos_x * cos_y - sin_x * sin_y;
             }
         }
@@ -137,7 +163,7 @@ mod tests {
         let mut stream = Stream::new(3, Purpose::E10, 0, 0);
         let mut total = 0.0;
         for _ in 0..200 {
-            let values = wave(&mut stream, 0.18, 0.30, 0.0, PI / 18.0);
+            let values = wave(&mut stream, SIZE, (0.18, 0.30), (0.0, PI / 18.0));
             total += values.iter().map(|v| v * v).sum::<f64>() / values.len() as f64;
         }
         assert!((total / 200.0 - 1.0).abs() < 0.05, "{}", total / 200.0);

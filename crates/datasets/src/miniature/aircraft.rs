@@ -10,7 +10,7 @@ type Kind = (&'static str, &'static str, fn(usize) -> String);
 pub(super) fn variant(class: usize) -> String {
     format!(
         "T-{} {}",
-        e10::class_names()[class].replace('-', "/"),
+        e10::matching_name(class).replace('-', "/"),
         class + 100
     )
 }

@@ -8,7 +8,7 @@ use crate::e10;
 const SHARD: usize = 8;
 
 pub(super) fn class(class: usize) -> String {
-    e10::class_names()[class].clone()
+    e10::matching_name(class).clone()
 }
 
 pub(super) fn write_shards(tree: &Tree) -> Result<()> {

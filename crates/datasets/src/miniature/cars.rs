@@ -8,7 +8,7 @@ use crate::formats::matlab::{StructArray, Value};
 pub(super) fn model(class: usize) -> String {
     format!(
         "Texture {} Coupe 2013",
-        e10::class_names()[class].replace('-', "/")
+        e10::matching_name(class).replace('-', "/")
     )
 }
 

@@ -7,7 +7,7 @@ use crate::e10::{self, Part};
 use crate::{Error, Result};
 
 pub(super) fn species(class: usize) -> String {
-    format!("{:03}.Texture_{}", class + 1, e10::class_names()[class])
+    format!("{:03}.Texture_{}", class + 1, e10::matching_name(class))
 }
 
 pub(super) fn write(tree: &Tree) -> Result<()> {

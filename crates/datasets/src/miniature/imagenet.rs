@@ -17,7 +17,7 @@ pub(super) fn wnid(class: usize) -> String {
 }
 
 fn words(class: usize) -> String {
-    let name = &e10::class_names()[class];
+    let name = e10::matching_name(class);
     format!("texture {name}, {}", name.replace('-', " and "))
 }
 

@@ -15,6 +15,7 @@ use std::path::Path;
 
 use tree::Tree;
 
+use crate::e10::material::{Family, MOST_CLASSES};
 use crate::e10::{self, Part};
 use crate::manifest::Manifest;
 use crate::{Error, Result};
@@ -141,6 +142,16 @@ pub const MINIATURES: &[Miniature] = &[
 /// [`Error::Config`] for a name that is not in [`MINIATURES`] and sizes that make no sense;
 /// [`Error::Layout`] where `dir` is not empty; [`Error::Io`] where it cannot be written.
 pub fn write(name: &str, dir: &Path, options: &Options) -> Result<Manifest> {
+    write_as(name, dir, options, None)
+}
+
+/// The same of a family of materials, which may have more classes than E10.
+pub(crate) fn write_as(
+    name: &str,
+    dir: &Path,
+    options: &Options,
+    family: Option<&'static Family>,
+) -> Result<Manifest> {
     let Some(miniature) = MINIATURES.iter().find(|m| m.name == name) else {
         let names = MINIATURES
             .iter()
@@ -152,7 +163,8 @@ pub fn write(name: &str, dir: &Path, options: &Options) -> Result<Manifest> {
         )));
     };
     let (low, high) = options.sides;
-    let makes_sense = (2..=e10::CLASSES).contains(&options.classes)
+    let most = family.map_or(e10::CLASSES, |_| MOST_CLASSES);
+    let makes_sense = (2..=most).contains(&options.classes)
         && (2..=1000).contains(&options.train)
         && (1..=1000).contains(&options.held_out)
         && (16..=high).contains(&low)
@@ -164,7 +176,7 @@ pub fn write(name: &str, dir: &Path, options: &Options) -> Result<Manifest> {
             options.classes,
             options.train,
             options.held_out,
-            e10::CLASSES
+            most
         )));
     }
     match std::fs::read_dir(dir) {
@@ -184,6 +196,7 @@ pub fn write(name: &str, dir: &Path, options: &Options) -> Result<Manifest> {
     let tree = Tree {
         dir: work.clone(),
         options: *options,
+        family,
         held_out: miniature.held_out,
     };
     let written = (miniature.write)(&tree).and_then(|()| e10::rename(&work, dir));

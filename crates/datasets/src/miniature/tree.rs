@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use libjpeg_turbo_rs::{PixelFormat, Subsampling, compress};
 
 use super::Options;
+use crate::e10::material::{self, Family};
 use crate::e10::{self, IMAGE_SIDE, Part};
 use crate::formats::matlab::Value;
 use crate::formats::{matlab_writer, tar};
@@ -15,6 +16,8 @@ use crate::{Error, Result};
 pub(super) struct Tree {
     pub(super) dir: PathBuf,
     pub(super) options: Options,
+    /// Materials instead of E10's textures.
+    pub(super) family: Option<&'static Family>,
     pub(super) held_out: Part,
 }
 
@@ -102,9 +105,28 @@ impl Tree {
         self.bytes(path, &archive)
     }
 
-    /// The JPEG file of an image: textures of the class beside each other, cut to its size.
+    /// The JPEG file of an image.
     pub(super) fn jpeg(&self, shot: Shot) -> Result<Vec<u8>> {
         let ([width, height], _) = self.geometry(shot);
+        let (pixels, quality, colours) = match self.family {
+            None => (self.tiles(shot, [width, height]), 90, Subsampling::S420),
+            // Small images whose finest waves are coloured.
+            Some(family) => {
+                let key = (self.options.seed, shot.part);
+                let size = [width, height];
+                let pixels = material::image(family, key, shot.class, shot.index, size);
+                (pixels, 95, Subsampling::S444)
+            }
+        };
+        let encoded = compress(&pixels, width, height, PixelFormat::Rgb, quality, colours);
+        encoded.map_err(|e| {
+            let error = std::io::Error::other(e.to_string());
+            Error::io(&self.dir, "encode an image for the folder")(error)
+        })
+    }
+
+    /// Textures of E10 of the class beside each other, cut to the size.
+    fn tiles(&self, shot: Shot, [width, height]: [usize; 2]) -> Vec<u8> {
         let (across, down) = (width.div_ceil(IMAGE_SIDE), height.div_ceil(IMAGE_SIDE));
         let mut pixels = vec![0; width * height * 3];
         for tile in 0..across * down {
@@ -118,17 +140,6 @@ impl Tree {
                 pixels[at..at + columns].copy_from_slice(&row[..columns]);
             }
         }
-        let encoded = compress(
-            &pixels,
-            width,
-            height,
-            PixelFormat::Rgb,
-            90,
-            Subsampling::S420,
-        );
-        encoded.map_err(|e| {
-            let error = std::io::Error::other(e.to_string());
-            Error::io(&self.dir, "encode an image for the folder")(error)
-        })
+        pixels
     }
 }
