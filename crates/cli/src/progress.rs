@@ -16,9 +16,6 @@ use std::time::{Duration, Instant};
 pub struct Display {
     bars: Option<Bars>,
     json: bool,
-    label: String,
-    number: usize,
-    of: usize,
 }
 
 struct Bars {
@@ -33,9 +30,6 @@ impl Display {
         Self {
             bars: std::io::stderr().is_terminal().then(Bars::new),
             json,
-            label: String::new(),
-            number: 0,
-            of: 0,
         }
     }
 
@@ -63,60 +57,75 @@ impl Bars {
             _screen: screen,
         }
     }
+
+    /// How far all of it is.
+    fn place(&self, step: &Step<'_>) {
+        let done = 1000 * step.done / step.of.max(1);
+        self.all.set_position(done as u64);
+        let left = duration(step.seconds_left);
+        self.all.set_message(format!(
+            "{} of {} cells done, about {left} left",
+            step.done, step.of
+        ));
+    }
 }
 
 impl Progress for Display {
     fn started(&mut self, step: &Step<'_>) {
-        let seed = step.seed.map_or_else(String::new, |s| format!(" seed {s}"));
-        self.label = format!("{} {}{seed}", step.experiment, step.cell);
-        (self.number, self.of) = (step.number, step.of);
         let left = duration(step.seconds_left);
         if let Some(bars) = &self.bars {
-            let done = 1000 * (step.number.saturating_sub(1)) / step.of.max(1);
-            bars.all.set_position(done as u64);
-            bars.all.set_message(format!(
-                "cell {} of {}, about {left} left",
-                step.number, step.of
-            ));
+            bars.place(step);
             bars.cell.set_position(0);
-            bars.cell.set_message(self.label.clone());
+            bars.cell.set_message(label(step));
         } else {
             say(&format!(
                 "[{}/{}] {} (about {left} left)",
-                step.number, step.of, self.label
+                step.number,
+                step.of,
+                label(step)
             ));
         }
     }
 
-    fn tick(&mut self, fraction: f64, words: &str) -> ControlFlow<()> {
+    fn tick(&mut self, step: &Step<'_>, fraction: f64, words: &str) -> ControlFlow<()> {
+        // Of the trainings beside each other the bar shows whichever told last.
         if let Some(bars) = &self.bars {
             bars.cell.set_position((fraction * 1000.0) as u64);
-            bars.cell.set_message(format!("{} {words}", self.label));
+            bars.cell.set_message(format!("{} {words}", label(step)));
         }
         ControlFlow::Continue(())
     }
 
-    fn finished(&mut self, record: &Record) {
+    fn finished(&mut self, step: &Step<'_>, record: &Record) {
         if self.json {
             // If nobody reads any more, the records on disk are still complete.
             let _ = crate::output::json(record);
         }
+        let main = &record.main;
+        let value = match main.words.as_str() {
+            "" => format!("{} {}", show(main.value, None), main.unit),
+            words => words.to_owned(),
+        };
         let result = format!(
-            "{}: {} {} {}, {}",
-            self.label,
-            record.main.metric,
-            show(record.main.value, None),
-            record.main.unit,
+            "{}: {} {value}, {}",
+            label(step),
+            main.metric,
             duration(record.seconds)
         );
         match &self.bars {
             Some(bars) => {
+                bars.place(step);
                 // Keeps the line above the bars.
                 bars.all.println(format!("  {result}"));
             }
-            None => say(&format!("[{}/{}] {result}", self.number, self.of)),
+            None => say(&format!("[{}/{}] {result}", step.number, step.of)),
         }
     }
+}
+
+fn label(step: &Step<'_>) -> String {
+    let seed = step.seed.map_or_else(String::new, |s| format!(" seed {s}"));
+    format!("{} {}{seed}", step.experiment, step.cell)
 }
 
 /// Counts things that are done, from any thread: a bar in a terminal, nothing elsewhere.

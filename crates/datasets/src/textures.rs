@@ -55,7 +55,7 @@ pub const SETS: &[Set] = &[
         about: "materials in ImageNet's layout",
         classes: 15,
         train: 120,
-        test: 80,
+        test: 100,
         kind: Kind::Materials(
             "imagenet",
             Family {
@@ -113,9 +113,9 @@ pub const SETS: &[Set] = &[
     Set {
         name: "mini-cars",
         about: "materials in the layout of Stanford Cars, few images a class",
-        classes: 15,
+        classes: 14,
         train: 30,
-        test: 30,
+        test: 40,
         kind: Kind::Materials(
             "cars",
             Family {
@@ -153,7 +153,9 @@ impl Set {
         SETS.iter().find(|set| set.name == name).ok_or_else(|| {
             let names: Vec<&str> = SETS.iter().map(|set| set.name).collect();
             let names = names.join(", ");
-            Error::Config(format!("no set {name:?} of the program's own; there are: {names}"))
+            Error::Config(format!(
+                "no set {name:?} of the program's own; there are: {names}"
+            ))
         })
     }
 
@@ -313,7 +315,10 @@ mod tests {
         let lists = dir.join("images.txt");
         let first = std::fs::metadata(&lists).unwrap().modified().unwrap();
         set.write(home.path(), 1, true).unwrap();
-        assert_eq!(std::fs::metadata(&lists).unwrap().modified().unwrap(), first);
+        assert_eq!(
+            std::fs::metadata(&lists).unwrap().modified().unwrap(),
+            first
+        );
         std::fs::remove_file(&lists).unwrap();
         assert!(!set.is_written(home.path(), 1, true).unwrap());
         set.write(home.path(), 1, true).unwrap();

@@ -1,31 +1,34 @@
-//! Which of the paper's claims these numbers show, and which they do not.
+//! Which of the paper's claims these numbers show, and which they do not; and whether the paper's order of
+//! the rows of a table is found.
 //!
 //! The criteria, stated in the report as well ([`CRITERION`]):
-//! - trainings over several seeds: *seen* if the mean difference exceeds the pooled standard
-//!   deviation and every seed agrees; *the opposite* likewise; everything else is *not told apart*
+//! - trainings: *seen* if a paired t test over runs (seeds, and data sets where there are several) tells
+//!   the two apart at p < 0.05 in that direction; *the opposite* likewise; everything else is *not told
+//!   apart*
 //! - timings: *seen* if the quartiles of the repeats do not overlap
 //! - numbers without spread (distances): *seen* if smaller
 //! - a plateau: *seen* if neighbours are not told apart by the criterion of their numbers
 //! - no worse: *seen* unless larger by that criterion
-//! - fewer epochs: *seen* if, in every seed, the row reaches the error that the other ends with in
-//!   fewer epochs than the other; *the opposite* if later, or never, in every seed
-//! - one seed, or a training that diverged, decides nothing
-//!
-//! Nothing here is a significance test: three seeds that agree happen by chance one time in eight.
+//! - fewer epochs: *seen* if, in every run, the row reaches the error that the other ends with in
+//!   fewer epochs than the other; *the opposite* if later, or never, in every run
+//! - one run, or a training that diverged, decides nothing
 
 use crate::results::{Results, Sample};
-use crate::spec::{Claim, ClaimKind, Experiment};
-use crate::stats::{mean, pooled_sd, show};
+use crate::spec::{Claim, ClaimKind, Column, Experiment};
+use crate::stats::{mean, paired_test, show};
 use serde::Serialize;
 
 /// The criteria in words, for the report.
-pub const CRITERION: &str = "Seen: over seeds, the mean difference exceeds the pooled standard \
-deviation and every seed agrees; for timings, the quartiles of the repeats do not overlap; \
+pub const CRITERION: &str = "Seen: a paired t test over runs (seeds, and data sets where there are \
+several) tells the two apart at p < 0.05; for timings, the quartiles of the repeats do not overlap; \
 distances, which have no spread, are smaller. A plateau: neighbours are not told apart by that. No \
-worse: not larger by that. Fewer epochs: in every seed, the final error of the other is reached in \
-fewer epochs. One seed, or a training that diverged, decides nothing. \
-The spread is over weights and order of the images, with one set of test images, and a few seeds \
-are no proof: three that agree happen by chance one time in eight.";
+worse: not larger by that. Fewer epochs: in every run, the final error of the other is reached in \
+fewer epochs. One run, or a training that diverged, decides nothing. The test is over weights and \
+order of the images, with one set of test images; p values are not corrected for the number of \
+claims, of which one in twenty is seen by chance.";
+
+/// Two rows are told apart by trainings below this p value.
+const SIGNIFICANT: f64 = 0.05;
 
 /// How a claim came out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -83,7 +86,7 @@ fn decide_one(experiment: &Experiment, claim: &Claim, results: &Results<'_>) -> 
     let mut because = Vec::new();
     for (row, than) in pairs(claim) {
         let (outcome, sentence) = match claim.kind {
-            ClaimKind::FewerEpochs => fewer_epochs(results, row, than),
+            ClaimKind::FewerEpochs => fewer_epochs(results, claim, row, than),
             kind => compare(experiment, results, claim, kind, row, than),
         };
         outcomes.push(outcome);
@@ -151,7 +154,8 @@ fn compare(
     than: &str,
 ) -> (Outcome, String) {
     let metric = claim.metric.as_str();
-    let (Some(a), Some(b)) = (results.sample(row, metric), results.sample(than, metric)) else {
+    let sample = |row| results.sample(row, metric, &claim.on);
+    let (Some(a), Some(b)) = (sample(row), sample(than)) else {
         return (Outcome::NotRun, "not run".to_owned());
     };
     let (order, why) = order(&a, &b);
@@ -177,9 +181,8 @@ fn compare(
 }
 
 fn order(a: &Sample, b: &Sample) -> (Order, String) {
-    let seeded = a.values.iter().chain(&b.values).any(|(s, _)| s.is_some());
-    if seeded {
-        return order_of_seeds(a, b);
+    if a.is_seeded() || b.is_seeded() {
+        return order_of_runs(a, b);
     }
     let (x, y) = (a.mean(), b.mean());
     if !(x.is_finite() && y.is_finite()) {
@@ -202,39 +205,34 @@ fn order(a: &Sample, b: &Sample) -> (Order, String) {
     }
 }
 
-fn order_of_seeds(a: &Sample, b: &Sample) -> (Order, String) {
-    let pairs: Vec<(f64, f64)> = a
-        .values
-        .iter()
-        .filter_map(|(seed, m)| Some((m.value, b.at(*seed)?)))
-        .collect();
-    let n = pairs.len();
-    if n < 2 {
-        return (Order::Unknown, "one seed tells nothing".to_owned());
+fn order_of_runs(a: &Sample, b: &Sample) -> (Order, String) {
+    let pairs = a.pairs(b);
+    if pairs.len() < 2 {
+        return (Order::Unknown, "one run tells nothing".to_owned());
     }
     if pairs.iter().any(|(x, y)| !x.is_finite() || !y.is_finite()) {
         return (Order::Unknown, "a training diverged".to_owned());
     }
-    let (xs, ys): (Vec<f64>, Vec<f64>) = pairs.iter().copied().unzip();
-    let difference = mean(&xs) - mean(&ys);
-    let spread = pooled_sd(&xs, &ys);
-    let less = pairs.iter().filter(|(x, y)| x < y).count();
-    let more = pairs.iter().filter(|(x, y)| x > y).count();
-    let order = if -difference > spread && less == n {
-        Order::Less
-    } else if difference > spread && more == n {
-        Order::More
-    } else {
-        Order::Same
+    let differences: Vec<f64> = pairs.iter().map(|(x, y)| x - y).collect();
+    let (difference, p) = (mean(&differences), paired_test(&differences));
+    let order = match (p < SIGNIFICANT, difference < 0.0) {
+        (true, true) => Order::Less,
+        (true, false) => Order::More,
+        _ => Order::Same,
     };
-    let why = format!(
-        "difference {difference:+.2}, pooled sd {spread:.2}, smaller in {less} of {n} seeds"
-    );
-    (order, why)
+    let p = match p {
+        p if p < 0.001 => "p < 0.001".to_owned(),
+        p => format!("p = {p:.3}"),
+    };
+    let n = pairs.len();
+    (
+        order,
+        format!("difference {difference:+.2}, {n} pairs, {p}"),
+    )
 }
 
-/// For each seed: epochs until the error that `than` ends with, by `row` and by `than` itself.
-fn fewer_epochs(results: &Results<'_>, row: &str, than: &str) -> (Outcome, String) {
+/// For each run: epochs until the error that `than` ends with, by `row` and by `than` itself.
+fn fewer_epochs(results: &Results<'_>, claim: &Claim, row: &str, than: &str) -> (Outcome, String) {
     // A training that diverged has no last epoch, so its curve would end too early or be missing.
     let diverged = |row| {
         let mut trained = results.of_row(row).filter(|r| r.seed.is_some());
@@ -243,49 +241,92 @@ fn fewer_epochs(results: &Results<'_>, row: &str, than: &str) -> (Outcome, Strin
     if diverged(row) || diverged(than) {
         return (Outcome::NotRun, "a training diverged".to_owned());
     }
-    let (ours, theirs) = (results.curves(row), results.curves(than));
-    let mut pairs = Vec::new();
-    for (seed, their) in &theirs {
-        let our = ours.iter().find(|(s, _)| s == seed);
-        if let (Some((_, our)), Some(level)) = (our, their.last()) {
-            let first = |curve: &[f64]| curve.iter().position(|e| e <= level).map(|i| i + 1);
-            pairs.push((first(our), first(their).unwrap_or(their.len())));
-        }
-    }
+    let metric = format!("epochs_to:{than}");
+    let sample = |row| results.sample(row, &metric, &claim.on);
+    let (Some(ours), Some(theirs)) = (sample(row), sample(than)) else {
+        return (Outcome::NotRun, "not run".to_owned());
+    };
+    let pairs = ours.pairs(&theirs);
     let n = pairs.len();
     if n < 2 {
-        let why = if n == 0 {
-            "not run"
-        } else {
-            "one seed tells nothing"
-        };
-        return (Outcome::NotRun, why.to_owned());
+        return (Outcome::NotRun, "one run tells nothing".to_owned());
     }
-    let fewer = pairs
-        .iter()
-        .filter(|(o, t)| o.is_some_and(|o| o < *t))
-        .count();
-    let more = pairs
-        .iter()
-        .filter(|(o, t)| o.is_none_or(|o| o > *t))
-        .count();
+    let fewer = pairs.iter().filter(|(o, t)| o < t).count();
+    // Never, which is not a number, is later.
+    let more = pairs.iter().filter(|(o, t)| o.is_nan() || o > t).count();
     let outcome = match (fewer, more) {
         (f, _) if f == n => Outcome::Seen,
         (_, m) if m == n => Outcome::Opposite,
         _ => Outcome::NotSeen,
     };
-    let list = |values: Vec<String>| values.join(", ");
+    let list = |values: Vec<f64>| {
+        let shown = values.into_iter().map(|v| match v.is_nan() {
+            true => "never".to_owned(),
+            false => format!("{v}"),
+        });
+        shown.collect::<Vec<_>>().join(", ")
+    };
+    let (ours, theirs) = pairs.into_iter().unzip();
     let sentence = format!(
-        "epochs {} and {} by seed, fewer in {fewer} of {n} seeds",
-        list(
-            pairs
-                .iter()
-                .map(|(o, _)| o.map_or("never".into(), |o| o.to_string()))
-                .collect()
-        ),
-        list(pairs.iter().map(|(_, t)| t.to_string()).collect()),
+        "epochs {} and {} by run, fewer in {fewer} of {n} runs",
+        list(ours),
+        list(theirs)
     );
     (outcome, sentence)
+}
+
+/// Whether the rows come in the paper's order, in a sentence; none where the paper gives fewer than two
+/// numbers beside which ours stand.
+pub fn ordering(experiment: &Experiment, column: &Column, results: &Results<'_>) -> Option<String> {
+    let rows: Vec<(f64, Sample)> = experiment
+        .rows
+        .iter()
+        .filter_map(|row| {
+            let paper = row.paper_value(&column.metric, &column.on)?.value;
+            let sample = results.sample(&row.id, &column.metric, &column.on)?;
+            sample.mean().is_finite().then_some((paper, sample))
+        })
+        .collect();
+    let [mut same, mut other, mut level] = [[0, 0]; 3];
+    for (i, (paper, a)) in rows.iter().enumerate() {
+        for (other_paper, b) in &rows[i + 1..] {
+            if paper == other_paper {
+                continue;
+            }
+            let (found, _) = order(a, b);
+            let agree = (paper < other_paper) == (a.mean() < b.mean());
+            let counts = match (a.mean() == b.mean(), agree) {
+                (true, _) => &mut level,
+                (_, true) => &mut same,
+                _ => &mut other,
+            };
+            counts[0] += 1;
+            counts[1] += usize::from(matches!(found, Order::Less | Order::More));
+        }
+    }
+    let all = same[0] + other[0] + level[0];
+    if all == 0 {
+        return None;
+    }
+    let verdict = match (same[0] == all, same[0] == all && same[1] == all, other[1]) {
+        (_, true, _) => "The paper's order was found here, every pair beyond chance",
+        (true, ..) => "The paper's order was found here, but not every pair beyond chance",
+        (_, _, 0) => "The paper's order was not found whole here, nor was any pair of it refuted",
+        _ => "The paper's order was not found here",
+    };
+    let pairs = |[count, sure]: [usize; 2], what: &str| {
+        format!("{count} {what} ({sure} told apart by the criterion below)")
+    };
+    let on = match column.on.as_str() {
+        "" => String::new(),
+        on => format!(" on {on}"),
+    };
+    Some(format!(
+        "{verdict}: of {all} pairs of rows that it orders by {}{on}, {}, {}.",
+        column.label,
+        pairs(same, "come in the same order"),
+        pairs(other, "in the opposite one"),
+    ))
 }
 
 fn label(experiment: &Experiment, row: &str) -> String {

@@ -25,8 +25,10 @@ pub struct Record {
     pub cell: String,
     /// Row id.
     pub row: String,
-    /// What was done, as in [`crate::spec::Measure::name`], or `search`.
+    /// What was done, as in [`crate::spec::Measure::name`], or `search` or `pretrain`.
     pub measure: String,
+    /// Recipe of a training, or the data set of a run of the paper profile.
+    pub on: String,
     /// `mini` or `paper`.
     pub profile: String,
     /// Smallest size, only to see that everything runs.
@@ -66,6 +68,9 @@ pub struct Record {
 pub struct Measurement {
     /// Name of what was measured, such as `top1_error`.
     pub metric: String,
+    /// The result where it is no number.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub words: String,
     /// The number; NaN (null in the file) where training diverged.
     #[serde(deserialize_with = "nan_if_null")]
     pub value: f64,
@@ -91,6 +96,14 @@ impl Measurement {
             value,
             unit: unit.to_owned(),
             ..Self::default()
+        }
+    }
+
+    /// A result in words.
+    pub fn in_words(metric: &str, words: impl Into<String>) -> Self {
+        Self {
+            words: words.into(),
+            ..Self::new(metric, f64::NAN, "")
         }
     }
 

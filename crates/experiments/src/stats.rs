@@ -15,15 +15,37 @@ pub fn sd(values: &[f64]) -> f64 {
     (squares / (values.len() - 1) as f64).sqrt()
 }
 
-/// Standard deviation of two samples taken together about their own means.
-pub fn pooled_sd(a: &[f64], b: &[f64]) -> f64 {
-    let freedom = (a.len() + b.len()).saturating_sub(2);
-    if freedom == 0 {
-        return 0.0;
+/// Two-sided p value of Student's t test that the mean of these differences is zero; 1 for fewer than two.
+pub fn paired_test(differences: &[f64]) -> f64 {
+    let n = differences.len();
+    if n < 2 {
+        return 1.0;
     }
-    let sum = sd(a).powi(2) * a.len().saturating_sub(1) as f64
-        + sd(b).powi(2) * b.len().saturating_sub(1) as f64;
-    (sum / freedom as f64).sqrt()
+    let (m, s) = (mean(differences), sd(differences));
+    if s == 0.0 {
+        return if m == 0.0 { 1.0 } else { 0.0 };
+    }
+    outside(m / s * (n as f64).sqrt(), n - 1)
+}
+
+/// Probability that Student's t of so many degrees of freedom is farther from zero than `t`
+/// (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+fn outside(t: f64, freedom: usize) -> f64 {
+    let angle = (t.abs() / (freedom as f64).sqrt()).atan();
+    let (sin, cos) = angle.sin_cos();
+    let first = if freedom % 2 == 1 { cos } else { 1.0 };
+    let (mut term, mut sum) = (first, 0.0);
+    let mut k = 2 + freedom % 2;
+    while k <= freedom {
+        sum += term;
+        term *= cos * cos * (k - 1) as f64 / k as f64;
+        k += 2;
+    }
+    let inside = match freedom % 2 {
+        1 => (angle + sin * sum) * std::f64::consts::FRAC_2_PI,
+        _ => sin * sum,
+    };
+    (1.0 - inside).clamp(0.0, 1.0)
 }
 
 /// A number for people: three significant digits, or as many decimals as asked for.
@@ -64,7 +86,30 @@ mod tests {
         assert_eq!(mean(&[1.0, 2.0, 3.0]), 2.0);
         assert_eq!(sd(&[1.0, 2.0, 3.0]), 1.0);
         assert_eq!(sd(&[5.0]), 0.0);
-        assert_eq!(pooled_sd(&[1.0, 2.0, 3.0], &[7.0, 8.0, 9.0]), 1.0);
+    }
+
+    /// Quantiles of tables: t(0.975) and t(0.995).
+    #[test]
+    fn probabilities_of_student() {
+        for (t, freedom, p) in [
+            (12.706, 1, 0.05),
+            (4.303, 2, 0.05),
+            (3.182, 3, 0.05),
+            (2.776, 4, 0.05),
+            (2.571, 5, 0.05),
+            (2.306, 8, 0.05),
+            (2.145, 14, 0.05),
+            (9.925, 2, 0.01),
+            (3.355, 8, 0.01),
+            (0.0, 7, 1.0),
+        ] {
+            let found = outside(t, freedom);
+            assert!((found - p).abs() < 2e-4, "{t} {freedom}: {found}");
+            assert_eq!(found, outside(-t, freedom));
+        }
+        assert_eq!(paired_test(&[1.0]), 1.0);
+        assert_eq!(paired_test(&[1.0, 1.0]), 0.0);
+        assert_eq!(paired_test(&[0.0, 0.0]), 1.0);
     }
 
     #[test]

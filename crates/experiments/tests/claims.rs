@@ -3,12 +3,14 @@
 
 mod common;
 
-use common::{info, small};
-use isqrt_experiments::claims::{CRITERION, Outcome, Verdict, decide};
+use common::{infos, small};
+use isqrt_experiments::claims::{CRITERION, Outcome, Verdict, decide, ordering};
+use isqrt_experiments::plan::Infos;
 use isqrt_experiments::plan::{Plan, Request};
 use isqrt_experiments::record::{EpochRecord, Measurement, Record, Store};
 use isqrt_experiments::results::Results;
-use isqrt_experiments::spec::{Claim, ClaimKind, Experiment};
+use isqrt_experiments::spec::{Claim, ClaimKind, Experiment, PaperValue};
+use isqrt_models::RepresentationSpec;
 
 /// Errors of `five` and of `gap`, one value a seed, decided by one claim.
 fn verdict(kind: ClaimKind, five: &[f64], gap: &[f64]) -> Verdict {
@@ -27,6 +29,7 @@ fn claim(kind: ClaimKind) -> Claim {
         text: "five is ahead".into(),
         kind,
         metric: "top1_error".into(),
+        on: String::new(),
         rows: if kind == ClaimKind::Plateau {
             vec!["gap".into(), "five".into()]
         } else {
@@ -37,6 +40,18 @@ fn claim(kind: ClaimKind) -> Claim {
 }
 
 fn decide_with(experiment: &Experiment, five: &[Vec<f64>], gap: &[Vec<f64>]) -> Verdict {
+    with_results(experiment, five, gap, |results| {
+        decide(experiment, results).remove(0)
+    })
+}
+
+/// What somebody makes of records with these curves.
+fn with_results<T>(
+    experiment: &Experiment,
+    five: &[Vec<f64>],
+    gap: &[Vec<f64>],
+    look: impl FnOnce(&Results<'_>) -> T,
+) -> T {
     let dir = tempfile::tempdir().unwrap();
     let mut store = Store::open(dir.path()).unwrap();
     let request = Request {
@@ -46,7 +61,7 @@ fn decide_with(experiment: &Experiment, five: &[Vec<f64>], gap: &[Vec<f64>]) -> 
     let plan = Plan::new(
         std::slice::from_ref(experiment),
         &request,
-        Some(&info()),
+        &infos(),
         &store,
         |_| String::new(),
     );
@@ -64,6 +79,7 @@ fn decide_with(experiment: &Experiment, five: &[Vec<f64>], gap: &[Vec<f64>]) -> 
         store
             .append(Record {
                 row: cell.row.clone(),
+                on: cell.on.clone(),
                 seed: cell.seed,
                 key: cell.key.clone(),
                 main: Measurement::new("top1_error", *curve.last().unwrap(), "%"),
@@ -72,15 +88,14 @@ fn decide_with(experiment: &Experiment, five: &[Vec<f64>], gap: &[Vec<f64>]) -> 
             })
             .unwrap();
     }
-    let results = Results::new(&plan.experiments[0], &store);
-    decide(experiment, &results).remove(0)
+    look(&Results::new(&plan.experiments[0], &store))
 }
 
 #[test]
-fn ahead_by_more_than_the_spread_in_every_seed_is_seen() {
+fn ahead_beyond_chance_is_seen() {
     let v = verdict(ClaimKind::Less, &[2.0, 2.2, 1.9], &[21.0, 22.0, 20.0]);
     assert_eq!(v.outcome, Outcome::Seen);
-    assert!(v.because[0].contains("smaller in 3 of 3 seeds"), "{v:?}");
+    assert!(v.because[0].contains("3 pairs, p < 0.001"), "{v:?}");
     assert!(v.because[0].contains("difference -18.97"), "{v:?}");
 }
 
@@ -91,13 +106,54 @@ fn the_same_numbers_swapped_are_the_opposite() {
 }
 
 #[test]
-fn within_the_spread_or_with_seeds_that_disagree_nothing_is_seen() {
-    // Every seed agrees, the mean difference is below the spread.
-    let v = verdict(ClaimKind::Less, &[1.0, 2.0, 3.0], &[1.1, 2.1, 3.1]);
-    assert_eq!(v.outcome, Outcome::NotSeen);
-    // The mean difference exceeds the spread, one seed disagrees.
+fn what_chance_may_do_is_not_seen() {
+    // Runs of one seed differ by as much in each: small, but sure.
+    let v = verdict(ClaimKind::Less, &[1.0, 2.0, 3.0], &[1.1, 2.11, 3.1]);
+    assert_eq!(v.outcome, Outcome::Seen);
+    // Two of three seeds agree.
     let v = verdict(ClaimKind::Less, &[1.0, 1.1, 2.0], &[3.0, 3.1, 1.9]);
     assert_eq!(v.outcome, Outcome::NotSeen);
+    assert!(v.because[0].contains("p = 0."), "{v:?}");
+}
+
+#[test]
+fn the_order_of_the_rows_is_held_against_the_papers() {
+    let paper = |value| PaperValue {
+        metric: "top1_error".into(),
+        on: String::new(),
+        value,
+        setting: String::new(),
+        source: "a table".into(),
+        verified: true,
+    };
+    let mut e = small();
+    e.rows[0].paper = vec![paper(24.7)];
+    e.rows[1].paper = vec![paper(22.1)];
+    let sentence = |five: &[f64], gap: &[f64]| {
+        let flat = |v: &[f64]| v.iter().map(|e| vec![*e]).collect::<Vec<_>>();
+        with_results(&e, &flat(five), &flat(gap), |results| {
+            ordering(&e, &e.columns[0], results)
+        })
+    };
+    let said = |five: &[f64], gap: &[f64]| sentence(five, gap).unwrap();
+    let text = said(&[5.0, 5.1, 5.2], &[20.0, 20.2, 20.1]);
+    assert!(
+        text.starts_with("The paper's order was found here, every pair beyond chance"),
+        "{text}"
+    );
+    assert!(text.contains("of 1 pairs"), "{text}");
+    let text = said(&[5.0, 9.1, 5.2], &[5.1, 8.0, 7.0]);
+    assert!(text.contains("but not every pair beyond chance"), "{text}");
+    let text = said(&[20.0, 20.2, 20.1], &[5.0, 5.1, 5.2]);
+    assert!(
+        text.starts_with("The paper's order was not found here"),
+        "{text}"
+    );
+    e.rows[1].paper.clear();
+    let none = with_results(&e, &[vec![1.0]], &[vec![2.0]], |results| {
+        ordering(&e, &e.columns[0], results)
+    });
+    assert_eq!(none, None);
 }
 
 #[test]
@@ -123,7 +179,7 @@ fn a_plateau_is_no_difference_beyond_the_spread() {
 #[test]
 fn no_worse_is_level_or_better() {
     let better = verdict(ClaimKind::NoWorse, &[1.0, 1.1], &[4.0, 4.1]);
-    let worse = verdict(ClaimKind::NoWorse, &[4.0, 4.1], &[1.0, 1.1]);
+    let worse = verdict(ClaimKind::NoWorse, &[4.0, 4.1], &[1.0, 1.11]);
     assert_eq!(
         (better.outcome, worse.outcome),
         (Outcome::Seen, Outcome::NotSeen)
@@ -137,7 +193,7 @@ fn fewer_epochs_to_the_error_that_the_other_ends_with() {
     let v = verdict_of_curves(ClaimKind::FewerEpochs, &fast, &slow);
     assert_eq!(v.outcome, Outcome::Seen);
     assert!(
-        v.because[0].contains("epochs 1, 1 and 3, 3 by seed"),
+        v.because[0].contains("epochs 1, 1 and 3, 3 by run"),
         "{v:?}"
     );
     let v = verdict_of_curves(ClaimKind::FewerEpochs, &slow, &fast);
@@ -159,13 +215,13 @@ fn fewer_epochs_are_not_counted_where_a_training_diverged() {
 #[test]
 fn the_report_states_the_criterion_of_every_kind() {
     for words in [
-        "over seeds",
+        "paired t test",
         "timings",
         "distances",
         "plateau",
         "No worse",
         "Fewer epochs",
-        "One seed",
+        "One run",
         "diverged",
     ] {
         assert!(CRITERION.contains(words), "{words}");
@@ -177,7 +233,7 @@ fn timings_need_quartiles_that_do_not_overlap() {
     let time = |fast: (f64, f64, f64), slow: (f64, f64, f64)| {
         let mut e = small();
         e.rows[0].measures = vec![isqrt_experiments::spec::Measure::LayerTime];
-        e.rows[0].head.as_mut().unwrap().name = isqrt_experiments::spec::HeadName::Mpn;
+        e.rows[0].head = Some(RepresentationSpec::new("mpn"));
         e.rows[1].measures = vec![isqrt_experiments::spec::Measure::LayerTime];
         e.claims = vec![Claim {
             metric: "forward_ms".into(),
@@ -188,7 +244,7 @@ fn timings_need_quartiles_that_do_not_overlap() {
         let plan = Plan::new(
             std::slice::from_ref(&e),
             &Request::default(),
-            None,
+            &Infos::default(),
             &store,
             |_| String::new(),
         );

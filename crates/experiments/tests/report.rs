@@ -29,7 +29,7 @@ fn both_forms_show_every_cell_the_paper_and_what_was_not_run() {
             "G²DeNet", // rows
             "20.2",
             "5.1",
-            "(2 seeds)",
+            "(2 runs)",
             "0.500", // ours
             "0.41",
             "4.76",
@@ -38,7 +38,7 @@ fn both_forms_show_every_cell_the_paper_and_what_was_not_run() {
             "comes later", // not run
             "seen here",
             "second order is ahead of first order",
-            "2 of 2 seeds", // claims
+            "2 pairs", // claims
             "31.5",
             "25.5",
             "recorded before", // rates
@@ -90,6 +90,45 @@ fn rendering_again_gives_the_same_page() {
     let before = page(dir.path());
     report::write(dir.path()).unwrap();
     assert_eq!(page(dir.path()), before);
+}
+
+#[test]
+fn tables_are_written_for_other_programs() {
+    let dir = tempfile::tempdir().unwrap();
+    run_small(dir.path(), &Request::default(), 99).unwrap();
+    let read =
+        |name: &str| fs::read_to_string(dir.path().join("report/tables").join(name)).unwrap();
+    let csv = read("small.csv");
+    let mut reader = csv::Reader::from_reader(csv.as_bytes());
+    let head = reader.headers().unwrap().clone();
+    let lines: Vec<csv::StringRecord> = reader.records().map(|r| r.unwrap()).collect();
+    let find = |row: &str, metric: &str, column: &str| {
+        let at = |name| head.iter().position(|h| h == name).unwrap();
+        let line = lines
+            .iter()
+            .find(|l| &l[at("row")] == row && &l[at("metric")] == metric);
+        line.unwrap()[at(column)].to_owned()
+    };
+    assert_eq!(find("five", "forward_ms", "ours"), "0.5");
+    assert_eq!(find("five", "forward_ms", "paper"), "0.41");
+    assert_eq!(find("five", "forward_ms", "paper_verified"), "false");
+    assert_eq!(
+        find("five", "forward_ms", "difference"),
+        (0.5 - 0.41_f64).to_string()
+    );
+    assert_eq!(find("later", "forward_ms", "paper_source"), "README");
+    assert_eq!(find("gap", "top1_error", "runs"), "2");
+    let tex = read("small.tex");
+    for part in [
+        "\\toprule",
+        "\\midrule",
+        "\\bottomrule",
+        "N = 5",
+        "G$^2$DeNet",
+        "0.41$^{*}$",
+    ] {
+        assert!(tex.contains(part), "{part} in {tex}");
+    }
 }
 
 #[test]

@@ -3,17 +3,16 @@
 
 mod common;
 
-use common::{MadeUp, info, plan_small, run_of, run_small, small, twin};
+use common::{MadeUp, info, infos_of, plan_small, run_of, run_small, small, twin};
 use isqrt_experiments::Error;
 use isqrt_experiments::plan::{Plan, Profile, Request, State, Work};
 use isqrt_experiments::record::{DataInfo, FILE, Store};
 use isqrt_experiments::results::Results;
-use isqrt_experiments::run::{Data, Lab, Outcome, Tick};
+use isqrt_experiments::run::{Lab, Outcome, Task, Tick};
 use isqrt_experiments::spec::Experiment;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
-use std::ops::ControlFlow;
 
 const ALL: usize = 5;
 
@@ -104,17 +103,17 @@ fn fresh_runs_everything_again_and_the_latest_record_counts() {
         fresh: true,
         ..Request::default()
     };
-    let mut lab = MadeUp {
+    let lab = MadeUp {
         shift: 30.0,
         ..MadeUp::new(99)
     };
-    let (summary, heard) = run_of(&[small()], dir.path(), &fresh, &mut lab).unwrap();
+    let (summary, heard) = run_of(&[small()], dir.path(), &fresh, &lab).unwrap();
     assert_eq!((summary.ran, heard.records.len()), (ALL, ALL));
     let store = Store::read(dir.path()).unwrap();
     assert_eq!(store.records().len(), 2 * ALL);
     let plan = plan_small(&Request::default(), &store);
     let results = Results::new(&plan.experiments[0], &store);
-    let sample = |row, metric| results.sample(row, metric).unwrap().numbers();
+    let sample = |row, metric| results.sample(row, metric, "").unwrap().numbers();
     // 20 and 0.5 without the shift; the rate adds 0.2, the second seed 0.01.
     assert_eq!(sample("gap", "top1_error"), [50.2, 50.21]);
     assert_eq!(sample("five", "forward_ms"), [30.5]);
@@ -141,11 +140,11 @@ fn experiments_that_share_cells_each_have_the_latest_result() {
             fresh,
             ..Request::default()
         };
-        let mut lab = MadeUp {
+        let lab = MadeUp {
             shift,
             ..MadeUp::new(strength)
         };
-        run_of(&both, dir.path(), &request, &mut lab).unwrap()
+        run_of(&both, dir.path(), &request, &lab).unwrap()
     };
     // Enough strength for the cells of one: the other has nothing to run.
     for (fresh, shift) in [(false, 0.0), (true, 1.0), (true, 2.0)] {
@@ -156,7 +155,8 @@ fn experiments_that_share_cells_each_have_the_latest_result() {
         assert_eq!(ours, theirs, "shift {shift}");
         assert_eq!(ours[&("five/layer-time".to_owned(), None)], 1.5 + shift);
         // What is heard of is the cell that was finished.
-        let told: Vec<_> = heard.records.iter().map(|r| &r.experiment).collect();
+        let mut told: Vec<_> = heard.records.iter().map(|r| &r.experiment).collect();
+        told.sort();
         assert_eq!(told, [["small"; ALL], ["twin"; ALL]].concat());
         for r in &heard.records {
             assert_eq!(r.main.value, ours[&(r.cell.clone(), r.seed)], "{}", r.cell);
@@ -172,11 +172,11 @@ fn a_shared_cell_that_diverged_is_not_copied_again_and_again() {
     let dir = dir();
     let both = [small(), twin(str::to_owned)];
     for _ in 0..3 {
-        let mut lab = MadeUp {
+        let lab = MadeUp {
             stable: 0.0,
             ..MadeUp::new(ALL)
         };
-        run_of(&both, dir.path(), &Request::default(), &mut lab).unwrap();
+        run_of(&both, dir.path(), &Request::default(), &lab).unwrap();
         let store = Store::read(dir.path()).unwrap();
         assert_eq!(store.records().len(), 2 * ALL);
     }
@@ -185,19 +185,13 @@ fn a_shared_cell_that_diverged_is_not_copied_again_and_again() {
 struct Broken;
 
 impl Lab for Broken {
-    fn run(
-        &mut self,
-        work: &Work,
-        _seed: Option<u64>,
-        _data: Option<&Data>,
-        _tick: &mut Tick<'_>,
-    ) -> Result<Outcome, Error> {
-        match work {
+    fn run(&self, task: &Task<'_>, tick: &mut Tick<'_>) -> Result<Outcome, Error> {
+        match task.work {
             Work::Train(_) => Err(Error::Cell {
                 cell: "training of e10net".into(),
                 message: "it broke".into(),
             }),
-            _ => MadeUp::new(1).run(work, None, None, &mut |_, _| ControlFlow::Continue(())),
+            _ => MadeUp::new(1).run(task, tick),
         }
     }
 }
@@ -205,13 +199,17 @@ impl Lab for Broken {
 #[test]
 fn a_cell_that_fails_is_named_with_experiment_and_seed() {
     let dir = dir();
-    let error = run_of(&[small()], dir.path(), &Request::default(), &mut Broken)
+    let request = Request {
+        seeds: Some(1),
+        ..Request::default()
+    };
+    let error = run_of(&[small()], dir.path(), &request, &Broken)
         .err()
         .unwrap();
-    assert_eq!(
-        error.to_string(),
-        "small gap/train seed 0: training of e10net: it broke"
-    );
+    // The two trainings run side by side.
+    let told = ["gap", "five"]
+        .map(|row| format!("small {row}/train on small seed 0: training of e10net: it broke"));
+    assert!(told.contains(&error.to_string()), "{error}");
 }
 
 #[test]
@@ -221,7 +219,7 @@ fn a_batch_is_no_larger_than_the_training_part_and_the_record_says_so() {
     let plan = |train| {
         let info = DataInfo { train, ..info() };
         let request = Request::default();
-        Plan::new(&[small()], &request, Some(&info), &store, str::to_owned)
+        Plan::new(&[small()], &request, &infos_of(info), &store, str::to_owned)
     };
     let batches = |train| -> Vec<usize> {
         let plan = plan(train).unwrap();
@@ -258,7 +256,7 @@ fn the_plan_knows_what_is_done_and_how_long_the_rest_takes() {
     let store = Store::read(dir.path()).unwrap();
     let plan = plan_small(&request, &store);
     assert_eq!(plan.todo().count(), ALL);
-    assert!(plan.seconds_left() > 0.0);
+    assert!(plan.seconds_left(1) > 0.0);
     run_small(dir.path(), &request, 99).unwrap();
     let store = Store::read(dir.path()).unwrap();
     let plan = plan_small(&request, &store);
@@ -268,7 +266,7 @@ fn the_plan_knows_what_is_done_and_how_long_the_rest_takes() {
             .iter()
             .all(|c| c.state == State::Done)
     );
-    assert_eq!(plan.seconds_left(), 0.0);
+    assert_eq!(plan.seconds_left(1), 0.0);
 }
 
 #[test]
@@ -314,11 +312,11 @@ fn rates_that_a_search_found_can_be_read_back() {
             .replace("than = \"gap\"", "than = \"average pooling\"")
             .replace("[\"gap\", \"five\"]", "[\"average pooling\", \"five\"]")
     });
-    let mut lab = MadeUp {
+    let lab = MadeUp {
         stable: 0.15,
         ..MadeUp::new(99)
     };
-    run_of(&[small(), other], dir.path(), &request, &mut lab).unwrap();
+    run_of(&[small(), other], dir.path(), &request, &lab).unwrap();
     let text = fs::read_to_string(dir.path().join("rates.toml")).unwrap();
     let part: Experiment = toml::from_str(&text).unwrap();
     let heads = &part.rates["small"].heads;
@@ -340,7 +338,7 @@ fn the_paper_profile_times_but_does_not_train() {
     let summary = run_small(dir.path(), &request, 99).unwrap();
     assert_eq!((summary.ran, summary.not_run), (1, 2));
     let page = fs::read_to_string(dir.path().join("report/index.html")).unwrap();
-    assert!(page.contains("needs ImageNet and a later version"));
+    assert!(page.contains("no recipe of the paper profile is written for it"));
 }
 
 #[test]
@@ -388,4 +386,106 @@ fn a_record_holds_what_is_needed_to_judge_it() {
             assert_eq!(r["more"][0]["paper_verified"], false);
         }
     }
+}
+
+/// Fine-tuning from a network that another recipe trains, which several rows share.
+fn fine_tuned() -> Experiment {
+    let mut e = twin(str::to_owned);
+    let mut tuned = e.recipes["small"].clone();
+    tuned.start = Some("small".to_owned());
+    e.recipes.insert("tuned".to_owned(), tuned);
+    let rates = e.rates["small"].clone();
+    e.rates.insert("tuned".to_owned(), rates);
+    e.train_on = vec!["tuned".to_owned()];
+    for row in &mut e.rows {
+        row.start_head = Some(isqrt_models::RepresentationSpec::new("gap"));
+    }
+    e
+}
+
+fn plan_of_tuned(request: &Request, store: &Store) -> Plan {
+    let tuned = DataInfo {
+        recipe: "tuned".into(),
+        fingerprint: "def".into(),
+        ..info()
+    };
+    let mut infos = infos_of(info());
+    infos.own.insert("tuned".to_owned(), tuned);
+    Plan::new(&[fine_tuned()], request, &infos, store, str::to_owned).unwrap()
+}
+
+#[test]
+fn a_network_that_others_start_from_is_trained_once_and_first() {
+    let dir = dir();
+    let request = Request::default();
+    let go = |strength| {
+        let mut store = Store::open(dir.path()).unwrap();
+        let mut plan = plan_of_tuned(&request, &store);
+        let lab = MadeUp::new(strength);
+        let images = isqrt_experiments::run::Library::default();
+        let mut heard = common::Heard::default();
+        let args = (&mut plan, &request, dir.path(), &mut store, &images);
+        let (plan, request, dir, store, images) = args;
+        let done = isqrt_experiments::run::run(plan, request, dir, store, images, &lab, &mut heard);
+        done.map(|summary| (summary, heard))
+    };
+    let (summary, heard) = go(99).unwrap();
+    // One timing, one network to start from, two rows of two seeds.
+    assert_eq!(summary.ran, 6);
+    let names: Vec<&str> = heard.records.iter().map(|r| r.measure.as_str()).collect();
+    assert_eq!(names[1], "pretrain", "{names:?}");
+    let first = heard.records[1].key.clone();
+    let trained = heard.records.iter().filter(|r| r.measure == "train");
+    assert!(trained.clone().all(|r| r.config["start"] == first.as_str()));
+    assert_eq!(trained.count(), 4);
+    assert_eq!(go(0).unwrap().0.skipped, 6);
+    // Its weights are lost: nothing needs them, so nothing is done.
+    fs::remove_dir_all(dir.path().join("weights")).unwrap();
+    assert_eq!(go(0).unwrap().0.skipped, 6);
+    // One more seed needs them.
+    let records = fs::read_to_string(dir.path().join(FILE)).unwrap();
+    let kept: Vec<&str> = records
+        .lines()
+        .filter(|l| !l.contains("\"seed\":1"))
+        .collect();
+    fs::write(dir.path().join(FILE), kept.join("\n") + "\n").unwrap();
+    let (summary, heard) = go(99).unwrap();
+    assert_eq!((summary.ran, summary.skipped), (3, 3));
+    assert_eq!(heard.records[0].measure, "pretrain");
+}
+
+#[test]
+fn rows_can_be_asked_for_alone() {
+    let dir = dir();
+    let request = Request {
+        rows: vec!["five".to_owned()],
+        ..Request::default()
+    };
+    let first = run_small(dir.path(), &request, 99).unwrap();
+    assert_eq!((first.ran, first.not_run), (3, 2));
+    let all = run_small(dir.path(), &Request::default(), 99).unwrap();
+    assert_eq!((all.ran, all.skipped), (2, 3));
+}
+
+#[test]
+fn quick_and_thorough_change_epochs_and_seeds() {
+    use isqrt_experiments::plan::Effort;
+    let dir = dir();
+    let store = Store::read(dir.path()).unwrap();
+    let of = |effort| {
+        let request = Request {
+            effort,
+            ..Request::default()
+        };
+        let plan = plan_small(&request, &store);
+        let cells = &plan.experiments[0].cells;
+        let epochs = cells.iter().find_map(|c| match &c.work {
+            Some(Work::Train(t)) => Some(t.recipe.epochs),
+            _ => None,
+        });
+        (epochs.unwrap(), cells.len())
+    };
+    assert_eq!(of(Effort::Usual), (3, ALL));
+    assert_eq!(of(Effort::Quick), (1, ALL));
+    assert_eq!(of(Effort::Thorough), (6, ALL + 4));
 }

@@ -20,6 +20,7 @@ pub mod approximant;
 pub mod bench;
 pub mod bilinear;
 mod config;
+mod count;
 pub mod eig;
 mod error;
 mod kernel;
@@ -37,6 +38,7 @@ pub mod simd {
 }
 
 pub use config::{CovPool, Kernel, Memory, Output, PreNormalization, Root, Side};
+pub use count::Factorisations;
 pub use error::{Error, Result};
 pub use layer::Description;
 pub use schedule::{Polynomial, Schedule};

@@ -2,6 +2,7 @@
 //! root by eigendecomposition. Slow and simple; tests and `isqrt bench` compare against it.
 
 use crate::config::{PreNormalization, Root};
+use crate::count::{Factorisation, count};
 use crate::schedule::{Polynomial, degree};
 use crate::{Error, Result};
 use faer::diag::Diag;
@@ -309,6 +310,7 @@ pub fn exact(x: &Mat<f64>, upstream: &Mat<f64>) -> Result<(Mat<f64>, Mat<f64>)> 
 /// Eigenvalues in rising order and eigenvectors of a symmetric matrix, on one thread; `None` if
 /// the iteration does not converge.
 pub fn eigen<T: Number>(a: &Mat<T>) -> Option<(Vec<T>, Mat<T>)> {
+    count(Factorisation::Eig);
     let n = a.nrows();
     let (mut values, mut vectors) = (Diag::<T>::zeros(n), Mat::zeros(n, n));
     let scratch = evd::self_adjoint_evd_scratch::<T>(
@@ -332,6 +334,7 @@ pub fn eigen<T: Number>(a: &Mat<T>) -> Option<(Vec<T>, Mat<T>)> {
 /// Singular values in falling order and both factors of a square matrix, on one thread; `None`
 /// if the iteration does not converge.
 pub fn singular<T: Number>(a: &Mat<T>) -> Option<(Vec<T>, Mat<T>, Mat<T>)> {
+    count(Factorisation::Svd);
     let n = a.nrows();
     let mut values = Diag::<T>::zeros(n);
     let (mut left, mut right) = (Mat::zeros(n, n), Mat::zeros(n, n));
@@ -357,6 +360,7 @@ pub fn singular<T: Number>(a: &Mat<T>) -> Option<(Vec<T>, Mat<T>, Mat<T>)> {
 /// The solution `X` of `aX = b` for a positive definite `a`, on one thread; `None` if it is not
 /// (to working precision).
 pub(crate) fn cholesky_solve<T: Number>(mut a: Mat<T>, mut b: Mat<T>) -> Option<Mat<T>> {
+    count(Factorisation::Cholesky);
     let n = a.nrows();
     let scratch = llt::factor::cholesky_in_place_scratch::<T>(n, Par::Seq, Default::default()).or(
         llt::solve::solve_in_place_scratch::<T>(n, b.ncols(), Par::Seq),

@@ -493,6 +493,21 @@ fn key_of(what: &str) -> &str {
 }
 
 impl Spec {
+    /// Leaves everything in it that a run can do, as short as it can be.
+    pub fn shrink(&mut self) {
+        self.epochs = 1;
+        // A curve that begins with a warm-up may need more epochs than there are.
+        self.schedule = isqrt_nn::Schedule::Constant { warmup_epochs: 0.0 };
+        self.evaluation.every = 1;
+        self.checkpoints.every_steps = Some(1);
+        self.log.every_steps = 1;
+        let diagnostics = DiagnosticsSpec {
+            every_steps: 1,
+            images: 1,
+        };
+        self.diagnostics.get_or_insert(diagnostics).every_steps = 1;
+    }
+
     /// What the engine needs of it, for so many classes.
     #[must_use]
     pub fn config(&self, classes: usize) -> TrainConfig {

@@ -3,12 +3,12 @@
 use super::data::list_options;
 use crate::output;
 use crate::progress::{Display, say};
-use anyhow::bail;
+use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use isqrt_datasets::Broken;
-use isqrt_experiments::plan::{Plan, Profile, Request, State, needs_data};
+use isqrt_experiments::plan::{Effort, Infos, Plan, Profile, Request, State, needs_data};
 use isqrt_experiments::record::Store;
-use isqrt_experiments::run::{self, Data, RealLab, Source};
+use isqrt_experiments::run::{self, RealLab, Source};
 use isqrt_experiments::spec::{Experiment, Library};
 use isqrt_experiments::stats::duration;
 use std::path::{Path, PathBuf};
@@ -20,9 +20,12 @@ use std::path::{Path, PathBuf};
 /// loses at most the running cell.
 #[derive(Args)]
 #[command(after_help = "Examples:
-  isqrt reproduce                                  all experiments on the embedded images
+  isqrt reproduce                                  all tables and figures, small, in minutes
+  isqrt reproduce --quick                          a look at all of them
   isqrt reproduce iterations --data my/images      one experiment on your own images
-  isqrt reproduce --dry-run                        only the plan")]
+  isqrt reproduce fine-grained --row vgg-isqrt     one row of a table
+  isqrt reproduce --dry-run                        only the plan
+  isqrt reproduce --profile paper --data /data --dry-run   what the paper's own protocol would take")]
 pub struct Reproduce {
     /// Experiments to run [default: all]
     #[arg(value_name = "ID")]
@@ -30,9 +33,20 @@ pub struct Reproduce {
     /// Small networks in minutes, or the paper's protocol
     #[arg(long, value_enum, default_value_t = ProfileArg::Mini)]
     profile: ProfileArg,
-    /// Folder, archive or list of images in any layout of data/README.md [default: embedded textures]
+    /// Images to train on: a folder, archive or list in any layout of data/README.md [default: small sets
+    /// that the program makes]; with --profile paper the folder that holds imagenet, cub, aircraft, cars
+    /// and weights
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
+    /// Only these rows of the tables
+    #[arg(long = "row", value_name = "ROW")]
+    rows: Vec<String>,
+    /// A sixth of the epochs and fewest repeats: a look at everything
+    #[arg(long, conflicts_with = "thorough")]
+    quick: bool,
+    /// Twice the epochs and repeats, two seeds more
+    #[arg(long)]
+    thorough: bool,
     /// Labels to read, where a set has several (FGVC-Aircraft: variant, family, manufacturer)
     #[arg(long, value_name = "NAME", requires = "data")]
     labels: Option<String>,
@@ -90,7 +104,27 @@ impl Reproduce {
             None => Library::embedded(),
         };
         let experiments = library.load_many(&self.ids)?;
+        check_rows(&experiments, &self.rows)?;
+        let out = self.out_dir();
+        let paper = matches!(self.profile, ProfileArg::Paper);
+        // A dry run writes nothing that stays.
+        let scratch = tempfile::tempdir().context("cannot make a folder")?;
+        let specs = match self.dry_run {
+            true => scratch.path().join("specs"),
+            false => out.join("specs"),
+        };
+        if paper {
+            library.write(&specs)?;
+        }
         let request = Request {
+            effort: match (self.quick, self.thorough) {
+                (true, _) => Effort::Quick,
+                (_, true) => Effort::Thorough,
+                _ => Effort::Usual,
+            },
+            rows: self.rows.clone(),
+            root: self.data.clone().filter(|_| paper),
+            specs,
             profile: match self.profile {
                 ProfileArg::Mini => Profile::Mini,
                 ProfileArg::Paper => Profile::Paper,
@@ -100,9 +134,11 @@ impl Reproduce {
             search: self.search,
             fresh: self.fresh,
         };
-        let out = self.out_dir();
+        if paper && !self.dry_run {
+            say("measuring a step of each network");
+        }
         let data = self.open_data(&experiments, &request, &out)?;
-        let info = data.as_ref().map(Found::info);
+        let infos = data.infos();
         let mut store = if self.dry_run {
             Store::read(&out)?
         } else {
@@ -112,23 +148,22 @@ impl Reproduce {
             say(&format!("warning: {warning}"));
         }
         let command = |id: &str| self.command(id, threads);
-        let mut plan = Plan::new(&experiments, &request, info, &store, command)?;
-        self.show_plan(&plan, json, info.map(|i| i.name.as_str()))?;
+        let mut plan = Plan::new(&experiments, &request, &infos, &store, command)?;
+        self.show_plan(&plan, json, &infos)?;
+        let Found::Images(images) = data else {
+            return Ok(());
+        };
         if self.dry_run {
             return Ok(());
         }
-        let images = match &data {
-            Some(Found::Images(data)) => Some(data.as_ref()),
-            _ => None,
-        };
         let mut display = Display::new(json);
         let done = run::run(
             &mut plan,
             &request,
             &out,
             &mut store,
-            images,
-            &mut RealLab::default(),
+            &images,
+            &RealLab::default(),
             &mut display,
         );
         display.end();
@@ -153,7 +188,9 @@ impl Reproduce {
         if let Some(out) = &self.out {
             return out.clone();
         }
+        let paper = matches!(self.profile, ProfileArg::Paper);
         let name = match (&self.data, self.smoke) {
+            _ if paper => "paper".to_owned(),
             (_, true) => "smoke".to_owned(),
             (None, _) => "reproduce".to_owned(),
             (Some(dir), _) => {
@@ -165,39 +202,39 @@ impl Reproduce {
         Path::new("out").join(name)
     }
 
-    /// The images, if anything is trained. A dry run writes none of the embedded ones.
+    /// The images, if anything is trained. A dry run writes none of the program's own.
     fn open_data(
         &self,
         experiments: &[Experiment],
         request: &Request,
         out: &Path,
-    ) -> anyhow::Result<Option<Found>> {
+    ) -> anyhow::Result<Found> {
         let trained: Vec<&Experiment> = experiments
             .iter()
             .filter(|e| needs_data(e, request))
             .collect();
         if trained.is_empty() {
-            return Ok(None);
+            return Ok(Found::Images(run::Library::default()));
         }
         let source = match &self.data {
             Some(dir) => {
                 let options = list_options(self.labels.clone(), self.cache.clone());
-                Source::Folder(dir.clone(), options)
+                Source::Users(dir.clone(), options)
             }
-            None => Source::Embedded(out.join("data")),
+            None => Source::Own(out.join("data")),
         };
         if self.dry_run
-            && let Some(info) = source.describe_unwritten(&trained, self.smoke)?
+            && let Some(infos) = source.describe_unwritten(&trained, self.smoke)?
         {
-            return Ok(Some(Found::Described(info)));
+            return Ok(Found::Described(infos));
         }
         let broken = self
             .skip_broken
             .map_or(Broken::Fail, |percent| Broken::Skip {
                 most: percent / 100.0,
             });
-        let data = Data::open(&source, &trained, self.smoke, broken)?;
-        Ok(Some(Found::Images(Box::new(data))))
+        let images = run::Library::open(&source, &trained, self.smoke, broken)?;
+        Ok(Found::Images(images))
     }
 
     /// The command that runs one experiment again.
@@ -219,8 +256,14 @@ impl Reproduce {
         if matches!(self.profile, ProfileArg::Paper) {
             words.push("--profile paper".to_owned());
         }
-        if self.search {
-            words.push("--search".to_owned());
+        for (flag, wanted) in [
+            ("--quick", self.quick),
+            ("--thorough", self.thorough),
+            ("--search", self.search),
+        ] {
+            if wanted {
+                words.push(flag.to_owned());
+            }
         }
         if self.smoke {
             words.push("--smoke".to_owned());
@@ -229,7 +272,7 @@ impl Reproduce {
         words.join(" ")
     }
 
-    fn show_plan(&self, plan: &Plan, json: bool, data: Option<&str>) -> anyhow::Result<()> {
+    fn show_plan(&self, plan: &Plan, json: bool, data: &Infos) -> anyhow::Result<()> {
         if json {
             if self.dry_run {
                 for p in &plan.experiments {
@@ -270,8 +313,12 @@ impl Reproduce {
             rows,
             1,
         )?;
-        if let Some(data) = data {
-            output::line(&format!("data: {data}"))?;
+        let names: std::collections::BTreeSet<&str> = (data.own.values())
+            .chain(&data.users)
+            .map(|info| info.name.as_str())
+            .collect();
+        for name in names {
+            output::line(&format!("data: {name}"))?;
         }
         for reason in reasons {
             output::line(&format!("not run: {reason}"))?;
@@ -287,21 +334,44 @@ impl Reproduce {
                 ))?;
             }
         }
-        output::line(&format!("estimate: {}", duration(plan.seconds_left())))
+        let threads = run::threads();
+        let left = plan.seconds_left(threads);
+        if matches!(self.profile, ProfileArg::Paper) {
+            let text = "estimate: {} hours on this device (cpu, {} threads), from a measured step of each network";
+            let text = text.replacen("{}", &format!("{:.1}", left / 3600.0), 1);
+            return output::line(&text.replacen("{}", &threads.to_string(), 1));
+        }
+        output::line(&format!(
+            "estimate: {}, trainings side by side on {threads} threads",
+            duration(left)
+        ))
     }
+}
+
+/// Rows that are asked for are there.
+fn check_rows(experiments: &[Experiment], rows: &[String]) -> anyhow::Result<()> {
+    for row in rows {
+        if experiments.iter().all(|e| e.row(row).is_none()) {
+            let all = experiments.iter().flat_map(|e| &e.rows);
+            let near = isqrt_models::nearest(row, all.map(|r| r.id.as_str()));
+            let hint = isqrt_models::hint(near.as_deref());
+            bail!("--row {row}: no experiment of this run has such a row{hint}");
+        }
+    }
+    Ok(())
 }
 
 /// The images, or only what is known of them without writing them.
 enum Found {
-    Images(Box<Data>),
-    Described(isqrt_experiments::record::DataInfo),
+    Images(run::Library),
+    Described(Infos),
 }
 
 impl Found {
-    fn info(&self) -> &isqrt_experiments::record::DataInfo {
+    fn infos(&self) -> Infos {
         match self {
-            Self::Images(data) => &data.info,
-            Self::Described(info) => info,
+            Self::Images(images) => images.infos(),
+            Self::Described(infos) => infos.clone(),
         }
     }
 }

@@ -4,10 +4,10 @@ use crate::output::{self, show};
 use crate::progress::{Training, say};
 use anyhow::Context;
 use clap::Args;
+use isqrt_train::SpecFile;
 use isqrt_train::data::RunData;
 use isqrt_train::plan::Plan;
 use isqrt_train::run::{Resume, RunResult, SvmOutcome, run};
-use isqrt_train::{Spec, SpecFile};
 use std::path::PathBuf;
 
 /// Train a network as an experiment file says
@@ -79,7 +79,7 @@ impl Train {
             let updates = usize::from(updates);
             let batch = file.spec.batch;
             few = Some([updates.saturating_mul(batch), batch]);
-            smoke(&mut file.spec);
+            file.spec.shrink();
         }
         if !json {
             say(&format!("reading {}", self.spec.display()));
@@ -124,22 +124,6 @@ impl Train {
         }
         Ok(stopped)
     }
-}
-
-/// A spec with everything in it that a run can do, as short as it can be.
-fn smoke(spec: &mut Spec) {
-    spec.epochs = 1;
-    // A curve that begins with a warm-up may need more epochs than there are.
-    spec.schedule = isqrt_nn::Schedule::Constant { warmup_epochs: 0.0 };
-    spec.evaluation.every = 1;
-    spec.checkpoints.every_steps = Some(1);
-    spec.log.every_steps = 1;
-    spec.diagnostics
-        .get_or_insert(isqrt_train::spec::DiagnosticsSpec {
-            every_steps: 1,
-            images: 1,
-        })
-        .every_steps = 1;
 }
 
 /// What came out of the SVMs, as a sentence.

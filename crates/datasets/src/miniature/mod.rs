@@ -173,10 +173,7 @@ pub(crate) fn write_as(
         return Err(Error::Config(format!(
             "a miniature of {} classes with {} training and {} held-out images each, sides from {low} to \
              {high}; expected 2 to {} classes, 2 to 1000 and 1 to 1000 images, sides from 16 to 1024",
-            options.classes,
-            options.train,
-            options.held_out,
-            most
+            options.classes, options.train, options.held_out, most
         )));
     }
     match std::fs::read_dir(dir) {

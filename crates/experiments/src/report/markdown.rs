@@ -39,6 +39,9 @@ fn render_section(out: &mut String, s: &Section, criterion: &str) {
         s.title, s.id, s.paper_item, s.about
     );
     table(out, &s.table);
+    for sentence in &s.orderings {
+        let _ = writeln!(out, "\n**{sentence}**");
+    }
     let _ = writeln!(out, "\n{}\n", s.caveat);
     for v in &s.verdicts {
         let _ = writeln!(
@@ -52,11 +55,11 @@ fn render_section(out: &mut String, s: &Section, criterion: &str) {
     if !s.verdicts.is_empty() {
         let _ = writeln!(out, "\n{criterion}");
     }
-    if let Some(rates) = &s.rates {
+    for rates in &s.rates {
         let _ = writeln!(
             out,
-            "\nLearning rates, validation error in % ({}):\n",
-            rates.note
+            "\nLearning rates with `{}`, validation error in % ({}):\n",
+            rates.recipe, rates.note
         );
         let mut head = vec!["head".to_owned(), "rate".to_owned()];
         head.extend(rates.grid.iter().cloned());
@@ -114,6 +117,9 @@ fn entry(e: &Entry) -> String {
     }
     if e.unverified {
         text.push_str(" (unverified)");
+    }
+    if !e.difference.is_empty() {
+        let _ = write!(text, " ({} to the paper)", e.difference);
     }
     text
 }

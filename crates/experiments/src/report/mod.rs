@@ -1,11 +1,12 @@
-//! The report of a run folder: `report/index.html`, one self-contained page, and
-//! `report/report.md`, both from the same [`model::Page`]. [`runs`] has that of training runs.
+//! The report of a run folder: `report/index.html`, one self-contained page, `report/report.md`, and
+//! `report/tables/*.csv` and `*.tex`, all from the same [`model::Page`]. [`runs`] has that of training runs.
 
 mod html;
 mod markdown;
 pub mod model;
 pub mod plot;
 pub mod runs;
+mod tables;
 
 use crate::error::{Error, Result};
 use crate::files::write_atomically;
@@ -69,6 +70,14 @@ pub fn write(dir: &Path) -> Result<PathBuf> {
 /// [`Error::Io`] if a file cannot be written.
 pub fn render(dir: &Path, plan: &Plan, store: &Store) -> Result<PathBuf> {
     let page = model::Page::new(plan, store);
+    for section in &page.sections {
+        let tables = dir.join("report").join("tables");
+        crate::files::make_dir(&tables)?;
+        for (ending, text) in [("csv", &section.csv), ("tex", &section.latex)] {
+            let path = tables.join(format!("{}.{ending}", section.id));
+            write_atomically(&path, text.as_bytes())?;
+        }
+    }
     let path = page_path(dir);
     write_atomically(
         &path,

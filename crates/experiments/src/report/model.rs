@@ -2,9 +2,10 @@
 //! as sentences.
 
 use super::plot::{BarPlot, LinePlot, Point, Series};
+use super::tables;
 use crate::claims::{self, Verdict};
 use crate::machine::{Machine, date};
-use crate::plan::{Plan, Planned, State};
+use crate::plan::{Effort, Plan, Planned, State};
 use crate::record::{DataInfo, Record, Store};
 use crate::results::{Results, Sample};
 use crate::spec::{Column, Experiment, Figure, FigureKind, Row};
@@ -52,12 +53,18 @@ pub struct Section {
     pub facts: Vec<(String, String)>,
     /// The table.
     pub table: Table,
+    /// The table with a line a number, as comma-separated values.
+    pub csv: String,
+    /// The table for LaTeX, with booktabs.
+    pub latex: String,
+    /// Whether the paper's order of the rows was found, a sentence a column.
+    pub orderings: Vec<String>,
     /// Claims and how they came out.
     pub verdicts: Vec<Verdict>,
     /// Drawings.
     pub figures: Vec<Drawing>,
-    /// The learning-rate grid.
-    pub rates: Option<RatesTable>,
+    /// The learning-rate grids, one a recipe.
+    pub rates: Vec<RatesTable>,
     /// What was not run, and why.
     pub not_run: Vec<String>,
     /// Every number with its seed.
@@ -91,8 +98,10 @@ pub struct Heading {
 pub struct Entry {
     /// What is shown.
     pub text: String,
-    /// Smaller print after it: the spread, the number of seeds.
+    /// Smaller print after it: the spread, the number of runs.
     pub note: String,
+    /// Ours less the paper's number, where both are there.
+    pub difference: String,
     /// `paper`, `ours`, `missing`, `label` or empty.
     pub class: String,
     /// A paper value that was not checked against its source.
@@ -113,6 +122,8 @@ pub struct Drawing {
 /// Validation errors of the learning-rate search.
 #[derive(Clone, Debug, Serialize)]
 pub struct RatesTable {
+    /// Recipe.
+    pub recipe: String,
     /// How they were found.
     pub note: String,
     /// Rates of the grid.
@@ -221,6 +232,7 @@ fn data_text(d: &DataInfo) -> String {
 impl Section {
     fn new(planned: &Planned, store: &Store, results: &Results<'_>) -> Self {
         let e = &planned.experiment;
+        let table = table(planned, results);
         Self {
             id: e.id.clone(),
             title: e.title.clone(),
@@ -228,7 +240,14 @@ impl Section {
             about: e.about.clone(),
             caveat: e.caveat.clone(),
             facts: facts(planned, results),
-            table: table(planned, results),
+            csv: tables::csv(planned, results),
+            latex: tables::latex(e, &table),
+            table,
+            orderings: e
+                .columns
+                .iter()
+                .filter_map(|column| claims::ordering(e, column, results))
+                .collect(),
             verdicts: claims::decide(e, results),
             figures: e
                 .figures
@@ -240,33 +259,36 @@ impl Section {
                 .collect(),
             rates: rates(planned, store),
             not_run: not_run(planned, results),
-            numbers: numbers(results),
+            numbers: numbers(planned, results),
             command: planned.command.clone(),
         }
     }
 }
 
 fn facts(planned: &Planned, results: &Results<'_>) -> Vec<(String, String)> {
-    let mut facts = vec![(
-        "profile".to_owned(),
-        format!(
-            "{}{}",
-            planned.profile.name(),
-            if planned.smoke {
-                ", smallest size: a test of the program, not a result"
-            } else {
-                ""
-            }
-        ),
-    )];
-    if let Some(data) = &planned.data {
-        facts.push(("data".to_owned(), data_text(data)));
-        if let Some(r) = planned.experiment.recipes.get(&data.recipe) {
+    let effort = match planned.effort {
+        Effort::Usual => "",
+        Effort::Quick => ", quick: a sixth of the epochs",
+        Effort::Thorough => ", thorough: twice the epochs",
+    };
+    let smoke = match planned.smoke {
+        true => ", smallest size: a test of the program, not a result",
+        false => "",
+    };
+    let profile = format!("{}{effort}{smoke}", planned.profile.name());
+    let mut facts = vec![("profile".to_owned(), profile)];
+    for (name, data) in &planned.data {
+        facts.push((format!("data of {name}"), data_text(data)));
+        if let Some(r) = planned.experiment.recipes.get(name) {
+            let start = match &r.start {
+                Some(start) => format!("; starts from a network trained as {start}"),
+                None => String::new(),
+            };
             facts.push((
-                "training".to_owned(),
+                format!("training on {name}"),
                 format!(
-                    "{}, {} epochs, batch {}, SGD momentum {}, weight decay {}, cosine schedule; \
-                     images {} in training, {} in evaluation",
+                    "{} where the row names no other, {} epochs, batch {}, SGD momentum {}, weight decay \
+                     {}, cosine schedule; images {} in training, {} in evaluation{start}",
                     r.backbone,
                     r.epochs,
                     r.batch,
@@ -309,7 +331,8 @@ fn table(planned: &Planned, results: &Results<'_>) -> Table {
     for column in &e.columns {
         let mut settings: Vec<&str> = Vec::new();
         for value in e.rows.iter().flat_map(|r| &r.paper) {
-            if value.metric == column.metric && !settings.contains(&value.setting.as_str()) {
+            let here = value.metric == column.metric && value.on == column.on;
+            if here && !settings.contains(&value.setting.as_str()) {
                 settings.push(&value.setting);
             }
         }
@@ -347,7 +370,7 @@ fn paper_entry(row: &Row, column: &Column, setting: &str) -> Entry {
     let found = row
         .paper
         .iter()
-        .find(|p| p.metric == column.metric && p.setting == setting);
+        .find(|p| p.metric == column.metric && p.on == column.on && p.setting == setting);
     found.map_or_else(Entry::default, |p| Entry {
         text: format!("{}", p.value),
         class: "paper".to_owned(),
@@ -358,25 +381,36 @@ fn paper_entry(row: &Row, column: &Column, setting: &str) -> Entry {
 }
 
 fn our_entry(planned: &Planned, row: &Row, column: &Column, results: &Results<'_>) -> Entry {
-    if let Some(sample) = results.sample(&row.id, &column.metric) {
+    if let Some(sample) = results.sample(&row.id, &column.metric, &column.on) {
+        let text = match sample.words() {
+            Some(words) => words.to_owned(),
+            None if column.metric.contains("_to:") && sample.mean().is_nan() => "never".to_owned(),
+            None => show(sample.mean(), column.digits),
+        };
+        let paper = row.paper_value(&column.metric, &column.on);
+        let difference = paper
+            .map(|p| sample.mean() - p.value)
+            .filter(|d| d.is_finite())
+            .map_or_else(String::new, |d| {
+                let sign = if d < 0.0 { "\u{2212}" } else { "+" };
+                format!("{sign}{}", show(d.abs(), column.digits))
+            });
         return Entry {
-            text: show(sample.mean(), column.digits),
+            text,
             note: spread(&sample, column.digits),
+            difference,
             class: "ours".to_owned(),
             ..Entry::default()
         };
     }
     // Empty where this metric is not meant to be measured for this row.
-    let concerns = row
-        .measures
-        .iter()
-        .any(|m| metrics_of(*m).contains(&column.metric.as_str()));
+    let concerns = row.measures.iter().any(|m| yields(*m, &column.metric));
     let refused = planned
         .cells
         .iter()
         .any(|c| c.row == row.id && matches!(c.state, State::NotRun(_)));
     let text = match (row.not_run.is_some(), concerns) {
-        (true, _) => "not yet run",
+        (true, _) => "not run",
         (_, true) if refused => "not run",
         (_, true) => "not yet run",
         _ => return Entry::default(),
@@ -388,26 +422,40 @@ fn our_entry(planned: &Planned, row: &Row, column: &Column, results: &Results<'_
     }
 }
 
-/// What each measure yields.
-fn metrics_of(measure: crate::spec::Measure) -> &'static [&'static str] {
+/// Whether a measure yields a metric.
+fn yields(measure: crate::spec::Measure, metric: &str) -> bool {
     use crate::spec::Measure as M;
-    match measure {
-        M::Train => &["top1_error"],
+    let names: &[&str] = match measure {
+        M::Train => &[
+            "top1_error",
+            "accuracy",
+            "top5_error",
+            "train_seconds",
+            "epochs_to",
+            "seconds_to",
+        ],
         M::LayerTime => &["forward_backward_ms", "forward_ms", "backward_ms"],
         M::RootError => &["root_error", "gradient_error", "products"],
         M::DecompositionTime => &["single_ms", "batch_ms"],
-    }
+        M::NetworkTime => &["network_ms", "network_forward_ms", "parameters"],
+        M::Throughput => &["images_per_s"],
+        M::Scaling => &["ms", "memory", "exponent", "memory_exponent"],
+        M::Precision => &["f32_error", "f32_gradient_error"],
+        M::Abilities => &["forward_by", "backward_by", "gradient_check", "thread_gain"],
+    };
+    names.contains(&metric.split(':').next().unwrap_or(metric))
 }
 
 fn spread(sample: &Sample, digits: Option<usize>) -> String {
     match sample.values.as_slice() {
-        [(None, one)] => match (one.low, one.high) {
+        _ if sample.words().is_some() => String::new(),
+        [((_, None), one)] => match (one.low, one.high) {
             (Some(low), Some(high)) => format!("{}–{}", show(low, digits), show(high, digits)),
             _ => String::new(),
         },
-        [_] => "1 seed".to_owned(),
+        [_] => "1 run".to_owned(),
         many => format!(
-            "± {} ({} seeds)",
+            "± {} ({} runs)",
             show(sd(&sample.numbers()), digits),
             many.len()
         ),
@@ -422,13 +470,18 @@ fn not_run(planned: &Planned, results: &Results<'_>) -> Vec<String> {
         }
     }
     let mut missing: BTreeMap<String, usize> = BTreeMap::new();
-    for cell in planned.cells.iter().filter(|c| !c.is_search()) {
+    for cell in planned.cells.iter().filter(|c| c.is_shown()) {
         match &cell.state {
-            State::NotRun(why) => lines.push(format!("{}: {why}", cell.label)),
+            State::NotRun(why) => {
+                let line = format!("{}: {why}", cell.label);
+                if !lines.contains(&line) {
+                    lines.push(line);
+                }
+            }
             _ => {
                 let there = results
                     .of_row(&cell.row)
-                    .any(|r| r.seed == cell.seed && r.measure == cell.measure.name());
+                    .any(|r| r.key == cell.key && r.measure == cell.measure.name());
                 if !there {
                     *missing
                         .entry(format!("{} ({})", cell.label, cell.measure.name()))
@@ -446,18 +499,22 @@ fn not_run(planned: &Planned, results: &Results<'_>) -> Vec<String> {
     lines
 }
 
-/// Every number: cell, seed, metric, value, unit, time, commit.
-fn numbers(results: &Results<'_>) -> Vec<Vec<String>> {
+/// Every number: cell, seed, metric, value, unit, time, commit, and the command that measures it again.
+fn numbers(planned: &Planned, results: &Results<'_>) -> Vec<Vec<String>> {
     let line = |r: &Record, m: &crate::record::Measurement| {
         vec![
             r.cell.clone(),
             r.seed.map_or_else(|| "–".to_owned(), |s| s.to_string()),
             m.metric.clone(),
-            show(m.value, None),
+            match m.words.as_str() {
+                "" => show(m.value, None),
+                words => words.to_owned(),
+            },
             m.unit.clone(),
             duration(r.seconds),
             date(r.finished),
             r.commit.clone(),
+            format!("{} --row {}", planned.command, r.row),
         ]
     };
     results
@@ -466,20 +523,22 @@ fn numbers(results: &Results<'_>) -> Vec<Vec<String>> {
         .collect()
 }
 
-fn rates(planned: &Planned, store: &Store) -> Option<RatesTable> {
+fn rates(planned: &Planned, store: &Store) -> Vec<RatesTable> {
+    let names = planned.data.keys();
+    names
+        .filter_map(|on| rates_of(planned, on, store))
+        .collect()
+}
+
+fn rates_of(planned: &Planned, on: &str, store: &Store) -> Option<RatesTable> {
     let e = &planned.experiment;
-    let data = planned.data.as_ref()?;
-    let recorded = e.rates.get(&data.recipe)?;
-    let trained: Vec<&Row> = e
-        .rows
-        .iter()
-        .filter(|r| r.measures.contains(&crate::spec::Measure::Train))
-        .collect();
+    let recorded = e.rates.get(on)?;
+    let is_here = |row: &&Row| planned.cells.iter().any(|c| c.row == row.id && c.on == on);
     let mut rows = Vec::new();
-    for row in trained {
+    for row in e.rows.iter().filter(is_here) {
         let (lr, outcome) = if planned.search {
             planned
-                .search_outcome(&row.id, store)
+                .search_outcome(&row.id, on, store)
                 .map_or((None, Vec::new()), |(lr, grid)| (Some(lr), grid))
         } else {
             match recorded.heads.get(&row.id) {
@@ -512,10 +571,12 @@ fn rates(planned: &Planned, store: &Store) -> Option<RatesTable> {
         )
     };
     Some(RatesTable {
+        recipe: on.to_owned(),
         note,
         grid: recorded.grid.iter().map(f64::to_string).collect(),
         rows,
     })
+    .filter(|table| !table.rows.is_empty())
 }
 
 fn draw(e: &Experiment, figure: &Figure, results: &Results<'_>) -> String {
@@ -523,6 +584,7 @@ fn draw(e: &Experiment, figure: &Figure, results: &Results<'_>) -> String {
         FigureKind::X => draw_x(e, figure, results),
         FigureKind::Epochs => draw_epochs(e, figure, results),
         FigureKind::Bars => draw_bars(e, figure, results),
+        FigureKind::Sweep => draw_sweep(e, figure, results),
     }
     .unwrap_or_else(|| "<p class=\"missing\">nothing measured yet</p>".to_owned())
 }
@@ -545,7 +607,7 @@ fn draw_x(e: &Experiment, figure: &Figure, results: &Results<'_>) -> Option<Stri
     let curve = |rows: &[String], label: &str| {
         let points: Vec<Point> = rows
             .iter()
-            .filter_map(|r| Some(point(e.row(r)?.x?, &results.sample(r, metric)?)))
+            .filter_map(|r| Some(point(e.row(r)?.x?, &results.sample(r, metric, &figure.on)?)))
             .collect();
         (!points.is_empty()).then(|| Series {
             label: label.to_owned(),
@@ -557,7 +619,7 @@ fn draw_x(e: &Experiment, figure: &Figure, results: &Results<'_>) -> Option<Stri
     let mut series: Vec<Series> = curve(&figure.rows, &figure.label).into_iter().collect();
     series.extend(curve(&figure.also, &figure.also_label));
     for row in &figure.levels {
-        if let Some(sample) = results.sample(row, metric) {
+        if let Some(sample) = results.sample(row, metric, &figure.on) {
             series.push(Series {
                 label: label_of(e, row),
                 points: vec![point(0.0, &sample)],
@@ -578,7 +640,7 @@ fn plot(figure: &Figure, series: Vec<Series>) -> Option<String> {
         x_label: figure.x_label.clone(),
         y_label: figure.y_label.clone(),
         log: figure.log,
-        log_x: false,
+        log_x: figure.log_x,
         series,
     };
     Some(plot.svg())
@@ -587,7 +649,7 @@ fn plot(figure: &Figure, series: Vec<Series>) -> Option<String> {
 fn draw_epochs(e: &Experiment, figure: &Figure, results: &Results<'_>) -> Option<String> {
     let mut series = Vec::new();
     for row in &figure.rows {
-        let curves = results.curves(row);
+        let curves = results.curves(row, &figure.on);
         let length = curves.iter().map(|(_, c)| c.len()).min().unwrap_or(0);
         let points: Vec<Point> = (0..length)
             .map(|i| {
@@ -611,6 +673,22 @@ fn draw_epochs(e: &Experiment, figure: &Figure, results: &Results<'_>) -> Option
     plot(figure, series)
 }
 
+fn draw_sweep(e: &Experiment, figure: &Figure, results: &Results<'_>) -> Option<String> {
+    let series = figure.rows.iter().filter_map(|row| {
+        let places = figure.places.iter().zip(&figure.metrics);
+        let points: Vec<Point> = places
+            .filter_map(|(x, metric)| Some(point(*x, &results.sample(row, metric, &figure.on)?)))
+            .collect();
+        (!points.is_empty()).then(|| Series {
+            label: label_of(e, row),
+            points,
+            level: false,
+            dots: true,
+        })
+    });
+    plot(figure, series.collect())
+}
+
 fn draw_bars(e: &Experiment, figure: &Figure, results: &Results<'_>) -> Option<String> {
     let groups: Vec<(String, Vec<Option<Point>>)> = figure
         .rows
@@ -619,7 +697,7 @@ fn draw_bars(e: &Experiment, figure: &Figure, results: &Results<'_>) -> Option<S
             let bars = figure
                 .metrics
                 .iter()
-                .map(|m| results.sample(row, m).map(|s| point(0.0, &s)))
+                .map(|m| results.sample(row, m, &figure.on).map(|s| point(0.0, &s)))
                 .collect();
             (label_of(e, row), bars)
         })

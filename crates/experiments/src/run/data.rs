@@ -1,78 +1,182 @@
-//! The images that networks are trained on: the embedded set, or a folder.
+//! The images of a run: the program's own sets or the user's, listed, split and decoded.
 
 use crate::error::Result;
+use crate::plan::{Infos, own_recipes};
 use crate::record::DataInfo;
 use crate::spec::{Experiment, Recipe};
-use isqrt_datasets::{Broken, DataSet, ListOptions, Pipeline, Sample, e10, list, list_with, split};
+use isqrt_datasets::textures::Set;
+use isqrt_datasets::{Broken, DataSet, ListOptions, Pipeline, Sample, list, list_with, split};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// Seed of the embedded set and of the split of a folder without a validation part.
+/// Seed of the program's own sets and of the split of a folder without a validation part.
 const SEED: u64 = 1;
 
 /// Where images come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// The embedded set, written below this folder if it is not there yet.
-    Embedded(PathBuf),
+    /// The program's own sets, written below this folder if they are not there yet.
+    Own(PathBuf),
     /// A folder, an archive or a list in any layout that is known, and how it is read.
-    Folder(PathBuf, ListOptions),
+    Users(PathBuf, ListOptions),
+}
+
+/// Decoded images by recipe.
+#[derive(Debug, Default)]
+pub struct Library {
+    sets: BTreeMap<String, Data>,
+    /// Whether they are the user's.
+    users: bool,
+}
+
+impl Library {
+    /// Opens what these experiments train on. A smoke run takes a few images a class.
+    ///
+    /// # Errors
+    /// Those of [`Data::open`]; [`crate::Error::Spec`] if experiments have different recipes of one name.
+    pub fn open(
+        source: &Source,
+        experiments: &[&Experiment],
+        smoke: bool,
+        broken: Broken,
+    ) -> Result<Self> {
+        let mut library = Self::default();
+        match source {
+            Source::Own(home) => {
+                for (name, recipe) in recipes(experiments)? {
+                    let data = Data::own(home, name, recipe, smoke)?;
+                    library.sets.insert(name.to_owned(), data);
+                }
+            }
+            Source::Users(root, options) => {
+                let from_scratch = from_scratch(experiments);
+                if !from_scratch.is_empty() {
+                    let data = Data::open(root, options, &from_scratch, smoke, broken)?;
+                    library.sets.insert(data.info.recipe.clone(), data);
+                }
+                library.users = true;
+            }
+        }
+        Ok(library)
+    }
+
+    /// Those of a recipe.
+    pub fn get(&self, recipe: &str) -> Option<&Data> {
+        self.sets.get(recipe)
+    }
+
+    /// What is known of them.
+    pub fn infos(&self) -> Infos {
+        let infos = self
+            .sets
+            .iter()
+            .map(|(name, d)| (name.clone(), d.info.clone()));
+        match self.users {
+            true => Infos {
+                own: BTreeMap::new(),
+                users: infos.map(|(_, info)| info).next(),
+            },
+            false => Infos {
+                own: infos.collect(),
+                users: None,
+            },
+        }
+    }
 }
 
 impl Source {
-    /// What is known of embedded images that are not there, or not all of them, without writing
-    /// any; none if all are there, or for a folder.
+    /// What is known of the program's own sets where some are not written, without writing any; none if
+    /// all are there, or for the user's images.
     ///
     /// # Errors
-    /// As [`Data::open`] where the experiments' recipes do not fit.
+    /// As [`Library::open`] where the experiments' recipes do not fit.
     pub fn describe_unwritten(
         &self,
         experiments: &[&Experiment],
         smoke: bool,
-    ) -> Result<Option<DataInfo>> {
-        let Self::Embedded(dir) = self else {
+    ) -> Result<Option<Infos>> {
+        let Self::Own(home) = self else {
             return Ok(None);
         };
-        let sizes = sizes(smoke);
-        if e10::is_written(&embedded_root(dir, smoke), SEED, sizes)? {
-            return Ok(None);
+        let (mut infos, mut all) = (Infos::default(), true);
+        for (name, recipe) in recipes(experiments)? {
+            let set = Set::named(&recipe.data)?;
+            all &= set.is_written(home, SEED, smoke)?;
+            let sizes = set.sizes(smoke);
+            let (_, _, side) = pipelines(recipe)?;
+            let val = match sizes.val {
+                0 => (sizes.train as f64 * isqrt_datasets::VAL_SHARE).round() as usize,
+                val => val,
+            };
+            let info = DataInfo {
+                name: own_name(set),
+                note: "not written yet".to_owned(),
+                classes: set.classes,
+                train: (sizes.train - if sizes.val == 0 { val } else { 0 }) * set.classes,
+                val: val * set.classes,
+                test: sizes.test * set.classes,
+                side,
+                recipe: name.to_owned(),
+                ..DataInfo::default()
+            };
+            infos.own.insert(name.to_owned(), info);
         }
-        let (recipe_name, recipe) = recipe_for(experiments, e10::IMAGE_SIDE as u32)?;
-        let (_, _, side) = pipelines(recipe)?;
-        Ok(Some(DataInfo {
-            name: embedded_name(),
-            note: "not written yet".to_owned(),
-            fingerprint: String::new(),
-            classes: e10::CLASSES,
-            train: sizes.train * e10::CLASSES,
-            val: sizes.val * e10::CLASSES,
-            test: sizes.test * e10::CLASSES,
-            side,
-            recipe: recipe_name.to_owned(),
-            skipped: Vec::new(),
-        }))
+        Ok((!all).then_some(infos))
     }
 }
 
-fn embedded_root(dir: &Path, smoke: bool) -> PathBuf {
-    dir.join(if smoke { "e10-smoke" } else { "e10" })
+fn own_name(set: &Set) -> String {
+    format!("{}: {} (seed {SEED})", set.name, set.about)
 }
 
-fn embedded_name() -> String {
-    format!("E10, embedded textures (seed {SEED})")
+/// The recipes that experiments go through on the program's own sets; one name means one recipe.
+fn recipes<'a>(experiments: &[&'a Experiment]) -> Result<BTreeMap<&'a str, &'a Recipe>> {
+    let mut all: BTreeMap<&str, (&Experiment, &Recipe)> = BTreeMap::new();
+    for e in experiments {
+        for name in own_recipes(e) {
+            let Some(recipe) = e.recipes.get(name) else {
+                continue;
+            };
+            let (first, known) = *all.entry(name).or_insert((e, recipe));
+            if known.data != recipe.data || known.transforms() != recipe.transforms() {
+                return Err(spec(
+                    e,
+                    format!(
+                        "recipe `{name}` makes other inputs than that of `{}`: give one of them another name",
+                        first.id
+                    ),
+                ));
+            }
+        }
+    }
+    Ok(all
+        .into_iter()
+        .map(|(name, (_, recipe))| (name, recipe))
+        .collect())
+}
+
+fn spec(experiment: &Experiment, message: String) -> crate::Error {
+    crate::Error::Spec {
+        file: format!("{}.toml", experiment.id),
+        line: None,
+        message,
+    }
+}
+
+fn from_scratch<'a>(experiments: &[&'a Experiment]) -> Vec<&'a Experiment> {
+    let all = experiments.iter().copied();
+    all.filter(|e| e.from_scratch()).collect()
 }
 
 /// The recipe that all these experiments have for images of this side.
 fn recipe_for<'a>(experiments: &[&'a Experiment], side: u32) -> Result<(&'a str, &'a Recipe)> {
-    let spec = |experiment: &Experiment, message| crate::Error::Spec {
-        file: format!("{}.toml", experiment.id),
-        line: None,
-        message,
-    };
     let mut chosen: Option<(&Experiment, &str, &Recipe)> = None;
     for experiment in experiments {
         let (name, recipe) = experiment.recipe_for(side).ok_or_else(|| {
-            let message = format!("no recipe is for images of {side} pixels");
-            spec(experiment, message)
+            spec(
+                experiment,
+                format!("no recipe is for images of {side} pixels"),
+            )
         })?;
         match chosen {
             None => chosen = Some((experiment, name, recipe)),
@@ -109,6 +213,14 @@ pub struct Data {
 }
 
 impl Data {
+    /// One of the program's own sets, by the loader of its layout.
+    fn own(home: &Path, name: &str, recipe: &Recipe, smoke: bool) -> Result<Self> {
+        let set = Set::named(&recipe.data)?;
+        let root = set.write(home, SEED, smoke)?;
+        let parts = split(list(&root)?, SEED)?;
+        Self::decode(&parts, own_name(set), (name, recipe), Broken::Fail, smoke)
+    }
+
     /// Lists, splits and decodes; the size of the first image selects the experiments' recipe, and
     /// the recipe the size of all. A smoke run takes a few images a class.
     ///
@@ -116,20 +228,13 @@ impl Data {
     /// Those of `isqrt-datasets`, which name the path; [`crate::Error::Spec`] if no recipe fits, or
     /// if the experiments have different ones for these images.
     pub fn open(
-        source: &Source,
+        root: &Path,
+        options: &ListOptions,
         experiments: &[&Experiment],
         smoke: bool,
         broken: Broken,
     ) -> Result<Self> {
-        let (listing, name) = match source {
-            Source::Embedded(dir) => {
-                let root = embedded_root(dir, smoke);
-                e10::generate(&root, SEED, sizes(smoke))?;
-                (list(&root)?, embedded_name())
-            }
-            Source::Folder(root, options) => (list_with(root, options)?, folder_name(root)),
-        };
-        let mut parts = split(listing, SEED)?;
+        let mut parts = split(list_with(root, options)?, SEED)?;
         if smoke {
             for part in [&mut parts.train, &mut parts.val, &mut parts.test] {
                 keep_few(part, parts.classes.len());
@@ -140,12 +245,21 @@ impl Data {
             _ => parts.train.iter().find_map(|sample| sample.decode().ok()),
         };
         let side = side.map_or(0, |image| image.width.min(image.height) as u32);
-        let (recipe_name, recipe) = recipe_for(experiments, side)?;
+        let recipe = recipe_for(experiments, side)?;
+        Self::decode(&parts, folder_name(root), recipe, broken, smoke)
+    }
+
+    fn decode(
+        parts: &isqrt_datasets::Split,
+        name: String,
+        (recipe_name, recipe): (&str, &Recipe),
+        broken: Broken,
+        smoke: bool,
+    ) -> Result<Self> {
         let (train, eval, side) = pipelines(recipe)?;
         // What is random is left to the loader.
         let (train, _) = train.split_random();
-        let classes = parts.classes.len();
-        let mut set = DataSet::decode(&parts, &train, &eval, broken)?;
+        let mut set = DataSet::decode(parts, &train, &eval, broken)?;
         if smoke {
             set.note.push_str("; a few images a class");
         }
@@ -153,7 +267,7 @@ impl Data {
             name,
             note: set.note.clone(),
             fingerprint: set.fingerprint(),
-            classes,
+            classes: parts.classes.len(),
             train: set.train.len(),
             val: set.val.len(),
             test: set.test.len(),
@@ -162,18 +276,6 @@ impl Data {
             skipped: set.skipped.clone(),
         };
         Ok(Self { info, set })
-    }
-}
-
-fn sizes(smoke: bool) -> e10::Sizes {
-    if smoke {
-        e10::Sizes {
-            train: 8,
-            val: 4,
-            test: 4,
-        }
-    } else {
-        e10::Sizes::default()
     }
 }
 

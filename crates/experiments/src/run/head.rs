@@ -1,63 +1,41 @@
-//! From the head of an experiment to the layer of `isqrt-linalg`.
+//! From the head of a row to a layer that can be run and timed alone.
 
 use crate::error::{Error, Result};
-use crate::spec::{Head, HeadName, Minimax};
-use candle_core::Tensor;
-use isqrt_linalg::eig::MpnCov;
-use isqrt_linalg::{CovPool, Schedule};
+use candle_core::{DType, Device, Tensor};
+use isqrt_models::{Representation, RepresentationSpec};
+use isqrt_nn::{Mode, Vars};
 
-/// A pooling layer that can be timed.
-pub(super) enum Layer {
-    /// Covariance, with or without an iterated root.
-    Pool(CovPool),
-    /// Exact root by eigendecomposition.
-    Mpn(MpnCov),
+/// A pooling head without a network.
+pub(super) struct Layer {
+    head: Box<dyn Representation>,
+    /// Its parameters, if it has any.
+    _vars: Vars,
 }
 
 impl Layer {
-    /// The layer of a head.
+    /// The layer of a head for maps of so many channels.
     ///
     /// # Errors
-    /// [`Error::Cell`] for a head that is no covariance layer.
-    pub(super) fn new(head: &Head) -> Result<Self> {
-        match head.name {
-            HeadName::Cov => Ok(Self::Pool(CovPool::plain())),
-            HeadName::Isqrt => Ok(Self::Pool(CovPool::with_schedule(schedule(head)?))),
-            HeadName::Mpn => Ok(Self::Mpn(MpnCov::default())),
-            HeadName::Gap | HeadName::Eig | HeadName::Svd => Err(failed(
-                "only the covariance layers `cov`, `isqrt` and `mpn` can be timed",
-            )),
-        }
+    /// [`Error::Cell`] for a head that does not exist.
+    pub(super) fn new(head: &RepresentationSpec, channels: usize, dtype: DType) -> Result<Self> {
+        let mut vars = Vars::new(1, dtype, &Device::Cpu);
+        let built = head
+            .entry()
+            .and_then(|entry| entry.build(&head.options, channels, vars.root()));
+        let head = built.map_err(failed)?;
+        // Masks of dropout follow the step.
+        vars.set_step(0);
+        Ok(Self { head, _vars: vars })
     }
 
-    /// Features to representation.
+    /// Features `(B, d, M)` to representation.
     ///
     /// # Errors
     /// [`Error::Cell`] with the layer's message.
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::Pool(pool) => pool.forward(x),
-            Self::Mpn(mpn) => mpn.forward(x),
-        }
-        .map_err(failed)
-    }
-}
-
-/// The schedule of an `isqrt` head.
-///
-/// # Errors
-/// [`Error::Cell`] where it has none.
-pub(super) fn schedule(head: &Head) -> Result<Schedule> {
-    let steps = head.steps.unwrap_or(0);
-    let lower = head.lower.unwrap_or(0.0);
-    match (head.iterations, head.schedule) {
-        (Some(iterations), None) => Ok(Schedule::NewtonSchulz { iterations }),
-        (None, Some(Minimax::Cubic)) => Ok(Schedule::Cubic { steps, lower }),
-        (None, Some(Minimax::Quintic)) => Ok(Schedule::Quintic { steps, lower }),
-        (None, Some(Minimax::Nonic)) => Ok(Schedule::Nonic { steps, lower }),
-        _ => Err(failed(
-            "head `isqrt` needs either `iterations` or `schedule`",
-        )),
+        let (batch, channels, positions) = x.dims3().map_err(failed)?;
+        let maps = x.reshape((batch, channels, positions, 1)).map_err(failed)?;
+        self.head.forward(&maps, Mode::Train).map_err(failed)
     }
 }
 

@@ -4,18 +4,19 @@ use super::Tick;
 use super::head::{Layer, failed};
 use crate::error::{Error, Result};
 use crate::record::Measurement;
-use crate::spec::{Head, LayerSettings};
-use candle_core::Var;
+use crate::spec::LayerSettings;
+use candle_core::{DType, Var};
 use isqrt_linalg::bench::synthetic_features;
+use isqrt_models::RepresentationSpec;
 use std::time::Instant;
 
 /// Median and quartiles, in milliseconds an image, of forward + backward, forward, and backward.
 pub(super) fn run(
-    head: &Head,
+    head: &RepresentationSpec,
     settings: &LayerSettings,
     tick: &mut Tick<'_>,
 ) -> Result<Vec<Measurement>> {
-    let layer = Layer::new(head)?;
+    let layer = Layer::new(head, settings.dim, DType::F32)?;
     let features = synthetic_features(settings.batch, settings.dim, settings.positions);
     let x = Var::from_tensor(&features.map_err(failed)?).map_err(failed)?;
     let repeats = settings.repeats.max(3);

@@ -1,10 +1,11 @@
 //! Distance of an iterated root from the exact one, and of its gradient from the exact gradient.
 
-use super::head::{failed, schedule};
+use super::head::failed;
 use crate::error::Result;
 use crate::record::Measurement;
-use crate::spec::{Head, HeadName, LayerSettings};
+use crate::spec::{LayerSettings, schedule};
 use isqrt_linalg::bench::{iterations, synthetic_features};
+use isqrt_models::RepresentationSpec;
 use std::time::Duration;
 
 /// Images that the distances are averaged over.
@@ -12,12 +13,9 @@ const IMAGES: usize = 4;
 
 /// Relative distances, mean over a few synthetic feature maps, and symmetric products of the
 /// forward pass.
-pub(super) fn run(head: &Head, settings: &LayerSettings) -> Result<Vec<Measurement>> {
+pub(super) fn run(head: &RepresentationSpec, settings: &LayerSettings) -> Result<Vec<Measurement>> {
     let features = synthetic_features(IMAGES, settings.dim, settings.positions).map_err(failed)?;
-    let schedules = match head.name {
-        HeadName::Isqrt => vec![schedule(head)?],
-        _ => Vec::new(),
-    };
+    let schedules: Vec<_> = schedule(head).map_err(failed)?.into_iter().collect();
     // The rows of the schedules, then that of the eigendecomposition: the first is the one wanted.
     let rows = iterations(&features, &schedules, Duration::ZERO).map_err(failed)?;
     let row = rows.first().ok_or_else(|| failed("nothing was measured"))?;

@@ -1,29 +1,31 @@
 //! Training a small network with one head.
 
-use super::{Data, Outcome, Tick};
+use super::{Outcome, Task, Tick};
 use crate::error::{Error, Result};
-use crate::plan::Training;
+use crate::files::make_dir;
+use crate::plan::{Training, Work};
 use crate::record::{EpochRecord, Measurement};
-use crate::spec::{Head, HeadName};
-use isqrt_models::{ModelSpec, RepresentationSpec};
-use isqrt_train::{EpochMetrics, Job, Observer, OptimiserSpec, StepInfo, TrainConfig, train};
+use isqrt_models::checkpoint::{self, LoadOptions};
+use isqrt_models::{ModelSpec, Network};
+use isqrt_train::{EpochMetrics, Job, Observer, OptimiserSpec, StepInfo, TrainConfig, Trainer};
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Trains on the training part and reports the error on the test part, or for a search on the
-/// validation part. A training that diverged has an error that is not a number.
-pub(super) fn run(
-    training: &Training,
-    seed: u64,
-    search: bool,
-    data: Option<&Data>,
-    tick: &mut Tick<'_>,
-) -> Result<Outcome> {
+/// validation part. A training that diverged has an error that is not a number. Weights of a network that
+/// others start from are kept.
+pub(super) fn run(training: &Training, task: &Task<'_>, tick: &mut Tick<'_>) -> Result<Outcome> {
+    let search = matches!(task.work, Work::Search(_));
+    let keep = matches!(task.work, Work::Pretrain(_)).then_some(&task.keep);
+    let seed = task.seed.unwrap_or(0);
     let failed = |message: String| Error::Cell {
         cell: format!("training of {}", training.recipe.backbone.name),
         message,
     };
-    let data = data.ok_or_else(|| failed("there are no images to train on".to_owned()))?;
+    let data = task
+        .data
+        .ok_or_else(|| failed("there are no images to train on".to_owned()))?;
     let lr = training
         .lr
         .ok_or_else(|| failed("the learning rate is not known".to_owned()))?;
@@ -33,6 +35,9 @@ pub(super) fn run(
     let augment = pipeline.split_random().1.steps;
     let set = &data.set;
     let eval = if search { &set.val } else { &set.test };
+    if let Some(folder) = keep.and_then(|path| path.parent()) {
+        make_dir(folder)?;
+    }
     let mut watch = Watch {
         tick,
         epochs: Vec::new(),
@@ -41,7 +46,17 @@ pub(super) fn run(
         stopped: false,
     };
     let result = Job::in_memory(&config, &augment, Arc::clone(&set.train), Arc::clone(eval))
-        .and_then(|job| train(job, &mut watch));
+        .and_then(Trainer::new)
+        .and_then(|mut trainer| {
+            if let Some(weights) = &task.start {
+                trainer.start_from(|network| begin(network, weights))?;
+            }
+            let result = trainer.run(&mut watch)?;
+            if let Some(path) = keep {
+                trainer.network().save(path)?;
+            }
+            Ok(result)
+        });
     if watch.stopped {
         return Err(Error::Stopped);
     }
@@ -53,9 +68,15 @@ pub(super) fn run(
     let mut measurements = match result {
         Ok(r) => vec![
             Measurement::new(metric, r.top1_error, "%"),
+            Measurement::new("accuracy", 100.0 - r.top1_error, "%"),
+            Measurement::new(
+                "top5_error",
+                r.evaluation.as_ref().map_or(f64::NAN, |e| e.error5()),
+                "%",
+            ),
             Measurement::new(
                 "correct",
-                r.evaluation.map_or(0, |e| e.correct) as f64,
+                r.evaluation.as_ref().map_or(0, |e| e.correct) as f64,
                 "images",
             ),
             Measurement::new("parameters", r.parameters as f64, "values"),
@@ -75,11 +96,7 @@ pub(super) fn run(
 fn config(training: &Training, lr: f64, seed: u64, classes: usize) -> TrainConfig {
     let recipe = &training.recipe;
     TrainConfig {
-        model: ModelSpec::new(
-            recipe.backbone.clone(),
-            representation(&training.head),
-            classes,
-        ),
+        model: ModelSpec::new(recipe.backbone.clone(), training.head.clone(), classes),
         epochs: recipe.epochs,
         batch: recipe.batch,
         accumulate: 1,
@@ -103,24 +120,14 @@ fn config(training: &Training, lr: f64, seed: u64, classes: usize) -> TrainConfi
     }
 }
 
-/// The head under its name in the registry, with its options.
-fn representation(head: &Head) -> RepresentationSpec {
-    let name = match head.name {
-        HeadName::Gap => "gap",
-        HeadName::Cov => "cov",
-        HeadName::Isqrt => "isqrt",
-        HeadName::Mpn => "mpn",
-        HeadName::Eig => "eig",
-        HeadName::Svd => "svd",
+/// Weights of a network of the same backbone, and of the same head where that has any; not its classifier.
+fn begin(network: &mut Network, weights: &Path) -> isqrt_train::Result<()> {
+    let options = LoadOptions {
+        partial: true,
+        ..LoadOptions::default()
     };
-    let options = serde_json::to_value(head).unwrap_or_default();
-    let mut spec = RepresentationSpec::new(name);
-    for (key, value) in options.as_object().into_iter().flatten() {
-        if key != "name" {
-            spec = spec.with(key, value.clone());
-        }
-    }
-    spec
+    checkpoint::load(network, weights, &options)?;
+    Ok(())
 }
 
 /// Passes steps on as fractions and keeps the epochs.
@@ -164,8 +171,10 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::record::DataInfo;
+    use crate::run::Data;
     use crate::spec::Recipe;
     use isqrt_datasets::{DataSet, ImageSet};
+    use isqrt_models::RepresentationSpec;
 
     fn images(count: usize, salt: usize) -> Arc<ImageSet> {
         const SIDE: usize = 16;
@@ -194,21 +203,28 @@ mod tests {
                 note: String::new(),
             },
         };
-        for name in [HeadName::Gap, HeadName::Cov, HeadName::Mpn] {
+        for name in ["gap", "cov", "mpn"] {
             let training = Training {
-                head: Head {
-                    name,
-                    ..Head::default()
-                },
+                head: RepresentationSpec::new(name),
                 recipe: Recipe {
                     backbone: "e10net".into(),
                     batch: 16,
                     ..Recipe::default()
                 },
                 lr: Some(1e30),
+                start_head: None,
+                start: String::new(),
+            };
+            let work = Work::Train(training.clone());
+            let task = Task {
+                work: &work,
+                seed: Some(0),
+                data: Some(&data),
+                start: None,
+                keep: "nowhere".into(),
             };
             let tick: &mut Tick<'_> = &mut |_, _| ControlFlow::Continue(());
-            let outcome = run(&training, 0, false, Some(&data), tick).unwrap();
+            let outcome = run(&training, &task, tick).unwrap();
             assert_eq!(outcome.measurements[0].metric, "top1_error");
             assert!(outcome.measurements[0].value.is_nan(), "{outcome:?}");
         }

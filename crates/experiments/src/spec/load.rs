@@ -4,12 +4,13 @@
 //! in; then the parts are merged (tables key by key, everything else replaced) and read again.
 
 use super::{
-    Experiment, FigureKind, HeadName, Measure, Row, check_decomposition_size, check_size, embedded,
+    Experiment, FigureKind, Measure, Recipe, Row, check_decomposition_size, check_size, embedded,
 };
 use crate::error::{Error, Result};
 use candle_core::{DType, Device};
+use isqrt_datasets::textures;
 use isqrt_linalg::Schedule;
-use isqrt_models::{BackboneSpec, hint, nearest};
+use isqrt_models::{BackboneSpec, RepresentationSpec, hint, nearest};
 use isqrt_nn::Vars;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -47,6 +48,21 @@ impl Library {
             .map(|(p, t)| (p.to_owned(), t.to_owned()))
             .collect();
         Self { files }
+    }
+
+    /// Writes all files below a folder, where `isqrt train` can read the recipes of the paper profile.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if a file cannot be written.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        for (path, text) in &self.files {
+            let path = dir.join(path);
+            if let Some(folder) = path.parent() {
+                crate::files::make_dir(folder)?;
+            }
+            crate::files::write_atomically(&path, text.as_bytes())?;
+        }
+        Ok(())
     }
 
     /// Ids of all experiments, in alphabetical order; parts in `_base/` are none.
@@ -88,7 +104,7 @@ impl Library {
         Ok(experiment)
     }
 
-    /// Reads several experiments, all of them if `ids` is empty.
+    /// Reads several experiments, all of them if `ids` is empty, in the order of the report.
     ///
     /// # Errors
     /// As [`Library::load`].
@@ -103,10 +119,12 @@ impl Library {
             });
         }
         let mut seen = BTreeSet::new();
-        ids.iter()
-            .filter(|id| seen.insert(id.as_str()))
+        let loaded = ids.iter().filter(|id| seen.insert(id.as_str()));
+        let mut experiments = loaded
             .map(|id| self.load(id))
-            .collect()
+            .collect::<Result<Vec<Experiment>>>()?;
+        experiments.sort_by_key(|e| e.order);
+        Ok(experiments)
     }
 
     fn merged(&self, path: &str, stack: &mut Vec<String>) -> Result<toml::Table> {
@@ -142,7 +160,7 @@ fn read_dir(dir: &Path, prefix: &str, files: &mut BTreeMap<String, String>) -> R
             .file_name()
             .map(|n| n.to_string_lossy().into_owned())
             .unwrap_or_default();
-        if path.is_dir() && prefix.is_empty() {
+        if path.is_dir() && prefix.is_empty() && name != "records" {
             read_dir(&path, &format!("{name}/"), files)?;
         } else if name.ends_with(".toml") {
             let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
@@ -240,39 +258,25 @@ fn check(e: &Experiment, file: &str) -> Result<()> {
             return fail(format!("there is no row `{id}`{near}"));
         }
     }
-    let trains = e.rows.iter().any(|r| r.measures.contains(&Measure::Train));
-    if trains && (e.recipes.is_empty() || e.seeds == 0) {
-        return fail("rows are trained, so `recipes` and `seeds` of at least 1 are needed".into());
+    let trains = e.trains();
+    if trains && (e.train_on.is_empty() || e.seeds == 0) {
+        return fail("rows are trained, so `train_on` and `seeds` of at least 1 are needed".into());
     }
     for (name, recipe) in &e.recipes {
-        if recipe.backbone.name.is_empty() || recipe.batch == 0 {
-            return fail(format!("recipe `{name}` needs `backbone`, `batch`"));
+        if let Err(message) = check_recipe(name, recipe) {
+            return fail(format!("recipe `{name}`: {message}"));
         }
-        if recipe.epochs == 0 {
-            return fail(format!("recipe `{name}`: `epochs` must be at least 1"));
+    }
+    for name in &e.train_on {
+        if let Err(message) = check_use(e, name) {
+            return fail(message);
         }
-        if let Err(error) = recipe.pipelines() {
-            return fail(format!("recipe `{name}`: {error}"));
-        }
-        let mut vars = Vars::new(0, DType::F32, &Device::Cpu);
-        let BackboneSpec { options, .. } = &recipe.backbone;
-        let checked = recipe
-            .backbone
-            .entry()
-            .and_then(|entry| match options.is_empty() {
-                true => Ok(()),
-                // Only building tells whether the options are right.
-                false => entry.build(options, vars.root()).map(drop),
-            });
-        if let Err(error) = checked {
-            return fail(format!("recipe `{name}`: {error}"));
-        }
-        let grid = e.rates.get(name).map_or(&[][..], |r| r.grid.as_slice());
-        if trains && grid.is_empty() {
-            return fail(format!("recipe `{name}` has no `rates.{name}.grid`"));
-        }
-        if grid.iter().any(|lr| !is_rate(*lr)) {
-            return fail(format!("`rates.{name}.grid` must hold positive numbers"));
+    }
+    if trains {
+        for (name, rates) in &e.rates {
+            if rates.grid.is_empty() || rates.grid.iter().any(|lr| !is_rate(*lr)) {
+                return fail(format!("`rates.{name}.grid` must hold positive numbers"));
+            }
         }
     }
     for figure in &e.figures {
@@ -296,12 +300,75 @@ fn is_rate(lr: f64) -> bool {
     lr > 0.0 && lr.is_finite()
 }
 
-/// Every row that is trained has a rate for every recipe.
+/// A recipe alone.
+fn check_recipe(name: &str, recipe: &Recipe) -> std::result::Result<(), String> {
+    if recipe.backbone.name.is_empty() || recipe.batch == 0 || recipe.epochs == 0 {
+        return Err("it needs `backbone`, and `batch` and `epochs` of at least 1".into());
+    }
+    if recipe.data.is_empty() == recipe.up_to_side.is_none() {
+        return Err(
+            "it needs either `data`, one of the program's own sets, or `up_to_side`".into(),
+        );
+    }
+    if !recipe.data.is_empty() {
+        textures::Set::named(&recipe.data).map_err(|e| e.to_string())?;
+    }
+    if recipe.start.as_deref() == Some(name) {
+        return Err("`start` names itself".into());
+    }
+    recipe.pipelines()?;
+    check_backbone(&recipe.backbone)
+}
+
+fn check_backbone(backbone: &BackboneSpec) -> std::result::Result<(), String> {
+    let mut vars = Vars::new(0, DType::F32, &Device::Cpu);
+    let BackboneSpec { options, .. } = backbone;
+    backbone
+        .entry()
+        .and_then(|entry| match options.is_empty() {
+            true => Ok(()),
+            // Only building tells whether the options are right.
+            false => entry.build(options, vars.root()).map(drop),
+        })
+        .map_err(|e| e.to_string())
+}
+
+/// A recipe that rows go through: there, on a data set, and after one that is there as well.
+fn check_use(e: &Experiment, name: &str) -> std::result::Result<(), String> {
+    let find = |name: &str| {
+        let near = || hint(nearest(name, e.recipes.keys().map(String::as_str)).as_deref());
+        e.recipes
+            .get(name)
+            .ok_or_else(|| format!("there is no recipe `{name}`{}", near()))
+    };
+    let recipe = find(name)?;
+    if recipe.data.is_empty() {
+        return Err(format!("`train_on`: recipe `{name}` names no `data`"));
+    }
+    if let Some(start) = &recipe.start
+        && find(start)?.start.is_some()
+    {
+        return Err(format!(
+            "recipe `{name}` starts from `{start}`, which itself starts from another"
+        ));
+    }
+    Ok(())
+}
+
+/// Every row that is trained has a rate for every recipe that it may go through.
 fn check_rates(e: &Experiment, row: &Row) -> std::result::Result<(), String> {
     if !row.measures.contains(&Measure::Train) {
         return Ok(());
     }
-    for name in e.recipes.keys() {
+    let mut names: BTreeSet<&str> = e.train_on.iter().map(String::as_str).collect();
+    if e.from_scratch() {
+        names.extend(
+            (e.recipes.iter())
+                .filter(|(_, r)| r.up_to_side.is_some())
+                .map(|(name, _)| name.as_str()),
+        );
+    }
+    for name in names {
         let rates = e.rates.get(name);
         match rates.and_then(|r| r.heads.get(&row.id)) {
             Some(head) if is_rate(head.lr) => {}
@@ -327,13 +394,32 @@ fn check_rates(e: &Experiment, row: &Row) -> std::result::Result<(), String> {
 fn check_sizes(e: &Experiment, row: &Row) -> std::result::Result<(), String> {
     for measure in &row.measures {
         match measure {
-            Measure::LayerTime | Measure::RootError => {
+            Measure::LayerTime | Measure::RootError | Measure::Precision | Measure::Abilities => {
                 check_size(e.layer.batch, e.layer.dim, e.layer.positions)
                     .map_err(|m| format!("`[layer]`: {m}"))?;
             }
             Measure::DecompositionTime => {
                 check_decomposition_size(e.decomposition.batch, e.decomposition.dim)
                     .map_err(|m| format!("`[decomposition]`: {m}"))?;
+            }
+            Measure::NetworkTime | Measure::Throughput => {
+                let n = &e.network;
+                let batches = n.batches.iter().copied().chain([n.batch]);
+                check_backbone(&n.backbone).map_err(|m| format!("`[network]`: {m}"))?;
+                for batch in batches {
+                    check_size(batch, 3 * n.side, n.side)
+                        .map_err(|m| format!("`[network]`: {m}"))?;
+                }
+                if n.classes == 0 || (*measure == Measure::Throughput && n.batches.is_empty()) {
+                    return Err(
+                        "`[network]` needs `classes`, and `batches` for a throughput".into(),
+                    );
+                }
+            }
+            Measure::Scaling => {
+                for [batch, dim, positions, _] in e.scaling.sizes() {
+                    check_size(batch, dim, positions).map_err(|m| format!("`[scaling]`: {m}"))?;
+                }
             }
             Measure::Train => {}
         }
@@ -349,49 +435,71 @@ fn check_row(row: &Row) -> std::result::Result<(), String> {
         };
     }
     let head = row.head.as_ref().ok_or("`measures` need a `head`")?;
-    let measures = |measure| row.measures.contains(&measure);
-    if measures(Measure::LayerTime) && head.name == HeadName::Gap {
-        return Err("`layer-time` needs a covariance layer: `cov`, `isqrt` or `mpn`".into());
+    if let Some(backbone) = &row.backbone {
+        check_backbone(backbone)?;
     }
-    let decomposes = match head.name {
-        HeadName::Eig | HeadName::Svd => true,
-        HeadName::Isqrt => head.iterations == Some(5) && head.schedule.is_none(),
-        _ => false,
-    };
-    if measures(Measure::DecompositionTime) && !decomposes {
-        return Err(
-            "`decomposition-time` needs head `eig`, `svd`, or `isqrt` with `iterations = 5`".into(),
-        );
+    if let Some(head) = &row.start_head {
+        check_head(head)?;
     }
-    let most = Schedule::MOST_STEPS;
-    let over = |steps: Option<usize>| steps.is_some_and(|s| s > most);
-    if over(head.iterations) || over(head.steps) {
-        return Err(format!("`iterations` and `steps` must be at most {most}"));
+    if matches!(head.name.as_str(), "eig" | "svd") {
+        if row.measures == [Measure::DecompositionTime] {
+            return Ok(());
+        }
+        return Err("a bare decomposition can only be timed (`decomposition-time`)".into());
     }
-    match head.name {
-        HeadName::Isqrt => match (head.iterations, head.schedule) {
-            (Some(0), _) => Err("`iterations` must be at least 1".into()),
-            (Some(_), None) => Ok(()),
-            (None, Some(_)) => match (head.steps, head.lower) {
-                (Some(steps), Some(lower)) if steps > 0 && lower > 0.0 && lower < 1.0 => Ok(()),
-                _ => Err(
-                    "a minimax schedule needs `steps` of at least 1 and `lower` between 0 and 1"
+    check_head(head)?;
+    let schedule = schedule(head)?;
+    for measure in &row.measures {
+        match measure {
+            Measure::LayerTime | Measure::Scaling | Measure::Precision | Measure::Abilities
+                if matches!(head.name.as_str(), "gap" | "flat") =>
+            {
+                return Err(format!(
+                    "`{}` needs a layer of second order, not `{}`",
+                    measure.name(),
+                    head.name
+                ));
+            }
+            Measure::DecompositionTime
+                if schedule != Some(Schedule::NewtonSchulz { iterations: 5 }) =>
+            {
+                return Err(
+                    "`decomposition-time` needs head `eig`, `svd`, or `isqrt` with 5 iterations"
                         .into(),
-                ),
-            },
-            _ => Err("head `isqrt` needs either `iterations` or `schedule`".into()),
-        },
-        HeadName::Eig | HeadName::Svd
-            if row
-                .measures
-                .iter()
-                .any(|m| *m != Measure::DecompositionTime) =>
-        {
-            Err("a bare decomposition can only be timed (`decomposition-time`)".into())
+                );
+            }
+            Measure::RootError if schedule.is_none() && head.name != "mpn" => {
+                return Err(
+                    "`root-error` needs a head `isqrt` with trace normalisation, or `mpn`".into(),
+                );
+            }
+            Measure::Scaling if schedule.is_none() => {
+                return Err("`scaling` needs a head `isqrt`".into());
+            }
+            _ => {}
         }
-        HeadName::Gap | HeadName::Cov if row.measures.contains(&Measure::RootError) => {
-            Err("there is no root whose error could be measured".into())
-        }
-        _ => Ok(()),
+    }
+    Ok(())
+}
+
+/// Building tells whether name and options are right.
+fn check_head(head: &RepresentationSpec) -> std::result::Result<(), String> {
+    let mut vars = Vars::new(0, DType::F32, &Device::Cpu);
+    head.entry()
+        .and_then(|entry| entry.build(&head.options, 8, vars.root()))
+        .map(drop)
+        .map_err(|e| e.to_string())
+}
+
+/// The steps of an `isqrt` head; none of another head.
+///
+/// # Errors
+/// A sentence where options do not fit.
+pub(crate) fn schedule(head: &RepresentationSpec) -> std::result::Result<Option<Schedule>, String> {
+    match head.name.as_str() {
+        "isqrt" => isqrt_models::representations::isqrt::layer(&head.options)
+            .map(|pool| pool.root.map(|root| root.schedule))
+            .map_err(|e| e.to_string()),
+        _ => Ok(None),
     }
 }

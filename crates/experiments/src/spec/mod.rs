@@ -10,10 +10,11 @@ mod load;
 mod size;
 
 pub use load::Library;
+pub(crate) use load::schedule;
 pub use size::{check_decomposition_size, check_size};
 
 use isqrt_datasets::Pipeline;
-use isqrt_models::BackboneSpec;
+use isqrt_models::{BackboneSpec, RepresentationSpec};
 pub use isqrt_train::Transforms;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -35,13 +36,21 @@ pub struct Experiment {
     pub about: String,
     /// What a reader must know before comparing our column with the paper's.
     pub caveat: String,
+    /// Place in the report; experiments of one place stand by name.
+    pub order: u32,
     /// Seeds of a training row: 0, 1, ... `seeds - 1`.
     pub seeds: u64,
+    /// Recipes that every training row goes through, each on the data set that it names.
+    pub train_on: Vec<String>,
     /// Shape and effort of the timing of the layer.
     pub layer: LayerSettings,
     /// Shape and effort of the timing of decompositions.
     pub decomposition: DecompositionSettings,
-    /// How networks are trained, by the size of the images.
+    /// Network, images and effort of the timing of whole networks.
+    pub network: NetworkSettings,
+    /// Sizes at which time and memory of the layer are measured.
+    pub scaling: ScalingSettings,
+    /// How small networks are trained, and on what.
     pub recipes: BTreeMap<String, Recipe>,
     /// Learning rates found by a search, by recipe.
     pub rates: BTreeMap<String, Rates>,
@@ -102,12 +111,106 @@ impl Default for DecompositionSettings {
     }
 }
 
+/// A whole network with the head of a row, and what it is fed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NetworkSettings {
+    /// Name in the registry of backbones, or a table with the name and its options.
+    pub backbone: BackboneSpec,
+    /// Side of the images.
+    pub side: usize,
+    /// Classes.
+    pub classes: usize,
+    /// Images at once.
+    pub batch: usize,
+    /// Timed repeats; the median is reported.
+    pub repeats: usize,
+    /// Numbers of images at once of a throughput.
+    pub batches: Vec<usize>,
+}
+
+impl Default for NetworkSettings {
+    fn default() -> Self {
+        Self {
+            backbone: BackboneSpec::new(""),
+            side: 224,
+            classes: 1000,
+            batch: 8,
+            repeats: 3,
+            batches: Vec::new(),
+        }
+    }
+}
+
+/// Sizes around one in the middle: in each series one of the four grows and the others stay.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ScalingSettings {
+    /// Channels `d`.
+    pub dims: Vec<usize>,
+    /// Positions `M`.
+    pub positions: Vec<usize>,
+    /// Images `B`.
+    pub batches: Vec<usize>,
+    /// Steps `N`.
+    pub iterations: Vec<usize>,
+    /// Timed repeats; the median is reported.
+    pub repeats: usize,
+}
+
+impl Default for ScalingSettings {
+    fn default() -> Self {
+        Self {
+            dims: vec![64, 128, 256, 512],
+            positions: vec![16, 49, 196, 784],
+            batches: vec![1, 4, 16, 64],
+            iterations: vec![1, 2, 3, 5, 7, 10],
+            repeats: 3,
+        }
+    }
+}
+
+impl ScalingSettings {
+    /// Images, channels, positions and steps where none of them grows.
+    pub const MIDDLE: [usize; 4] = [8, 256, 196, 5];
+
+    /// Name, place in [`Self::MIDDLE`] and values of each series.
+    pub fn series(&self) -> [(&'static str, usize, &[usize]); 4] {
+        [
+            ("B", 0, &self.batches),
+            ("d", 1, &self.dims),
+            ("M", 2, &self.positions),
+            ("N", 3, &self.iterations),
+        ]
+    }
+
+    /// All sizes: images, channels, positions, steps.
+    pub fn sizes(&self) -> impl Iterator<Item = [usize; 4]> {
+        self.series().into_iter().flat_map(|(_, place, values)| {
+            values.iter().map(move |value| {
+                let mut size = Self::MIDDLE;
+                size[place] = *value;
+                size
+            })
+        })
+    }
+}
+
 /// How a small network is trained.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Recipe {
-    /// Used when the images' shorter side is at most this.
-    pub up_to_side: u32,
+    /// Which of the program's own data sets (`isqrt_datasets::textures`) it is for; none for images
+    /// that the user brings.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub data: String,
+    /// For images that the user brings: used when their shorter side is at most this.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub up_to_side: Option<u32>,
+    /// The recipe that a network of the same backbone is trained with first; its weights, without
+    /// the classifier, are where this training starts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start: Option<String>,
     /// What becomes of training images: the name of a preset (`isqrt data presets`) or a list of steps.
     pub train_transforms: Transforms,
     /// The same for the images that are evaluated on; nothing random, and inputs of the same size.
@@ -130,7 +233,9 @@ pub struct Recipe {
 impl Default for Recipe {
     fn default() -> Self {
         Self {
-            up_to_side: u32::MAX,
+            data: String::new(),
+            up_to_side: None,
+            start: None,
             train_transforms: Transforms::Preset("small32-eval".to_owned()),
             eval_transforms: Transforms::Preset("small32-eval".to_owned()),
             backbone: BackboneSpec::new(""),
@@ -216,9 +321,20 @@ pub struct Row {
     /// Place on the x axis of figures.
     #[serde(default)]
     pub x: Option<f64>,
-    /// The pooling head or the decomposition.
-    #[serde(default)]
-    pub head: Option<Head>,
+    /// The pooling head as a network's spec has it, or `eig` and `svd` for the timing of a bare
+    /// decomposition.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head: Option<RepresentationSpec>,
+    /// Backbone instead of the recipe's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backbone: Option<BackboneSpec>,
+    /// Head of the network that a fine-tuning starts from, where it is another than the row's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_head: Option<RepresentationSpec>,
+    /// What the row is trained with in the paper profile: files of `isqrt train` below
+    /// `experiments/`, by the folder below the data root that they need.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub paper_runs: BTreeMap<String, String>,
     /// What is measured; empty if nothing is.
     #[serde(default)]
     pub measures: Vec<Measure>,
@@ -230,63 +346,12 @@ pub struct Row {
     pub paper: Vec<PaperValue>,
 }
 
-/// A pooling head, or what takes its place in a timing.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Head {
-    /// Which one.
-    pub name: HeadName,
-    /// Newton-Schulz steps of `isqrt`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub iterations: Option<usize>,
-    /// Schedule of `isqrt` other than Newton-Schulz.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub schedule: Option<Minimax>,
-    /// Steps of the minimax schedule.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub steps: Option<usize>,
-    /// Lower bound of the square roots of the eigenvalues of `A` that matter, in (0, 1); the
-    /// minimax schedule is made for it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub lower: Option<f64>,
-}
-
-/// Names of heads and decompositions.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum HeadName {
-    /// Global average pooling.
-    #[default]
-    Gap,
-    /// Covariance without a root.
-    Cov,
-    /// iSQRT-COV.
-    Isqrt,
-    /// MPN-COV: exact root by eigendecomposition.
-    Mpn,
-    /// An eigendecomposition alone (timing only).
-    Eig,
-    /// A singular value decomposition alone (timing only).
-    Svd,
-}
-
-/// Families of minimax schedules.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Minimax {
-    /// `T = aI + bM`.
-    Cubic,
-    /// `T = aI + bM + cM^2`.
-    Quintic,
-    /// `T` up to `M^4`.
-    Nonic,
-}
-
 /// What is done with a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Measure {
-    /// Train a network with this head, once for each seed; metric `top1_error` in percent.
+    /// Train a network with this head, once for each seed and recipe; `top1_error`, `top5_error` and
+    /// `accuracy` in percent, `train_seconds`.
     Train,
     /// Time the layer; `forward_backward_ms`, `forward_ms`, `backward_ms` an image.
     LayerTime,
@@ -294,6 +359,20 @@ pub enum Measure {
     RootError,
     /// Time one matrix and a batch; `single_ms`, `batch_ms` a matrix.
     DecompositionTime,
+    /// Time a whole network with this head; `network_ms`, `network_forward_ms` an image.
+    NetworkTime,
+    /// Images a second, forward and backward, of a whole network, for each batch on one thread and
+    /// on all: `images_per_s:BATCH:1` and `images_per_s:BATCH:all`.
+    Throughput,
+    /// Time and memory of the layer at growing sizes: `ms:d=64`, ..., and the exponents of fitted
+    /// powers, `exponent:d`, ...; `memory:d=64`, ... and `memory_exponent:d`, ...
+    Scaling,
+    /// Distance of results in single precision from double precision; `f32_error`,
+    /// `f32_gradient_error`.
+    Precision,
+    /// What the layer is and does, found out by running it: `forward_by`, `backward_by` (words),
+    /// `gradient_check`, `thread_gain`.
+    Abilities,
 }
 
 impl Measure {
@@ -304,6 +383,11 @@ impl Measure {
             Self::LayerTime => "layer-time",
             Self::RootError => "root-error",
             Self::DecompositionTime => "decomposition-time",
+            Self::NetworkTime => "network-time",
+            Self::Throughput => "throughput",
+            Self::Scaling => "scaling",
+            Self::Precision => "precision",
+            Self::Abilities => "abilities",
         }
     }
 }
@@ -314,6 +398,9 @@ impl Measure {
 pub struct PaperValue {
     /// Which of our metrics it stands beside.
     pub metric: String,
+    /// Of which recipe, where rows are trained with several.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub on: String,
     /// The number, in the unit of the metric.
     pub value: f64,
     /// Where it was measured, when the paper gives several; each becomes a column.
@@ -330,8 +417,12 @@ pub struct PaperValue {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Column {
-    /// Which metric.
+    /// Which metric. `epochs_to:ROW` and `seconds_to:ROW` are those until the error that ROW ends with is
+    /// reached, seed by seed.
     pub metric: String,
+    /// Of which recipe, where rows are trained with several.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub on: String,
     /// Heading.
     pub label: String,
     /// Unit, as shown.
@@ -350,8 +441,14 @@ pub struct Figure {
     pub title: String,
     /// What is drawn.
     pub kind: FigureKind,
-    /// Metrics drawn, one series each unless `rows` groups say otherwise.
+    /// Metrics drawn, one series each; for `sweep` the points of each row's curve.
     pub metrics: Vec<String>,
+    /// Places of the metrics of a `sweep` on the x axis.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub places: Vec<f64>,
+    /// Of which recipe, where rows are trained with several.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub on: String,
     /// Rows on the curve, in order (for `x`), or the rows to compare (for `epochs` and `bars`).
     pub rows: Vec<String>,
     /// A second curve of other rows (for `x`), such as other schedules.
@@ -373,6 +470,9 @@ pub struct Figure {
     /// Logarithmic y axis.
     #[serde(default)]
     pub log: bool,
+    /// Logarithmic x axis.
+    #[serde(default)]
+    pub log_x: bool,
 }
 
 /// Kinds of plots.
@@ -385,6 +485,8 @@ pub enum FigureKind {
     Epochs,
     /// A metric as a bar for each row.
     Bars,
+    /// Several metrics of each row as a curve.
+    Sweep,
 }
 
 /// A sentence of the paper in a form that numbers can decide.
@@ -397,6 +499,9 @@ pub struct Claim {
     pub kind: ClaimKind,
     /// Metric that is compared; less is better.
     pub metric: String,
+    /// Of which recipe; without it, all that rows are trained with, pair by pair.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub on: String,
     /// Rows that should come out better, or that should form the plateau.
     pub rows: Vec<String>,
     /// Row that should come out worse; unused by `plateau`.
@@ -418,6 +523,15 @@ pub enum ClaimKind {
     FewerEpochs,
 }
 
+impl Row {
+    /// The paper's number, the first where it gives several settings.
+    pub fn paper_value(&self, metric: &str, on: &str) -> Option<&PaperValue> {
+        self.paper
+            .iter()
+            .find(|p| p.metric == metric && (p.on.is_empty() || on.is_empty() || p.on == on))
+    }
+}
+
 impl Experiment {
     /// The row with this id.
     pub fn row(&self, id: &str) -> Option<&Row> {
@@ -429,13 +543,37 @@ impl Experiment {
         self.columns.iter().find(|c| c.metric == metric)
     }
 
-    /// The recipe for images whose shorter side is `side` pixels: the one with the smallest
-    /// `up_to_side` that is large enough.
+    /// Repeats of all timings.
+    pub(crate) fn repeats(&mut self) -> [&mut usize; 4] {
+        [
+            &mut self.layer.repeats,
+            &mut self.decomposition.repeats,
+            &mut self.network.repeats,
+            &mut self.scaling.repeats,
+        ]
+    }
+
+    /// Whether some row is trained.
+    pub fn trains(&self) -> bool {
+        self.rows
+            .iter()
+            .any(|r| r.measures.contains(&Measure::Train))
+    }
+
+    /// Whether rows are trained from initial weights, as they can be on anybody's images.
+    pub fn from_scratch(&self) -> bool {
+        self.train_on
+            .iter()
+            .all(|name| self.recipes.get(name).is_some_and(|r| r.start.is_none()))
+    }
+
+    /// The recipe for images of the user's whose shorter side is `side` pixels: the one with the
+    /// smallest `up_to_side` that is large enough.
     pub fn recipe_for(&self, side: u32) -> Option<(&str, &Recipe)> {
         self.recipes
             .iter()
-            .filter(|(_, r)| side <= r.up_to_side)
-            .min_by_key(|(_, r)| r.up_to_side)
-            .map(|(name, r)| (name.as_str(), r))
+            .filter_map(|(name, r)| Some((r.up_to_side.filter(|most| side <= *most)?, name, r)))
+            .min_by_key(|(most, ..)| *most)
+            .map(|(_, name, r)| (name.as_str(), r))
     }
 }

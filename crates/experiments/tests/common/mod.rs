@@ -1,18 +1,20 @@
 //! A small experiment, a lab that makes numbers up, and a run with both.
 #![allow(dead_code, clippy::unwrap_used)]
 
-use isqrt_experiments::plan::{Plan, Request, Training, Work};
+use isqrt_experiments::plan::{Infos, Plan, Request, Training, Work};
 use isqrt_experiments::record::{DataInfo, EpochRecord, Measurement, Record, Store};
-use isqrt_experiments::run::{Data, Lab, Outcome, Progress, Summary, Tick, run};
-use isqrt_experiments::spec::{Experiment, HeadName, Library};
+use isqrt_experiments::run::{self, Lab, Outcome, Progress, Step, Summary, Task, Tick, run};
+use isqrt_experiments::spec::{Experiment, Library};
 use isqrt_experiments::{Error, Result};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub const SMALL: &str = r#"
 extends = ["_base/part.toml"]
 title = "A small experiment"
 paper_item = "Table 0"
 seeds = 2
+train_on = ["small"]
 columns = [
   { metric = "top1_error", label = "error", unit = "%", digits = 1 },
   { metric = "forward_ms", label = "FP", unit = "ms" },
@@ -51,6 +53,7 @@ y_label = "error (%)"
 
 pub const PART: &str = r#"
 [recipes.small]
+data = "e10"
 backbone = "e10net"
 epochs = 3
 batch = 8
@@ -80,6 +83,17 @@ pub fn small() -> Experiment {
     library().load("small").unwrap()
 }
 
+pub fn infos() -> Infos {
+    infos_of(info())
+}
+
+pub fn infos_of(info: DataInfo) -> Infos {
+    Infos {
+        own: [(info.recipe.clone(), info)].into(),
+        users: None,
+    }
+}
+
 pub fn info() -> DataInfo {
     DataInfo {
         name: "made up".into(),
@@ -97,7 +111,7 @@ pub fn info() -> DataInfo {
 /// Numbers that depend on the work and `shift` alone; fails when its strength is used up, as a
 /// kill would. Trainings with a rate above `stable` diverge.
 pub struct MadeUp {
-    pub strength: usize,
+    pub strength: AtomicUsize,
     pub shift: f64,
     pub stable: f64,
 }
@@ -105,7 +119,7 @@ pub struct MadeUp {
 impl MadeUp {
     pub fn new(strength: usize) -> Self {
         Self {
-            strength,
+            strength: strength.into(),
             shift: 0.0,
             stable: f64::INFINITY,
         }
@@ -113,20 +127,14 @@ impl MadeUp {
 }
 
 impl Lab for MadeUp {
-    fn run(
-        &mut self,
-        work: &Work,
-        seed: Option<u64>,
-        _data: Option<&Data>,
-        _tick: &mut Tick<'_>,
-    ) -> Result<Outcome> {
-        self.strength = self.strength.checked_sub(1).ok_or(Error::Stopped)?;
+    fn run(&self, task: &Task<'_>, _tick: &mut Tick<'_>) -> Result<Outcome> {
+        let less = |strength: usize| strength.checked_sub(1);
+        self.strength
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less)
+            .map_err(|_| Error::Stopped)?;
+        let seed = task.seed;
         let train = |t: &Training| {
-            let base = if t.head.name == HeadName::Gap {
-                20.0
-            } else {
-                5.0
-            };
+            let base = if t.head.name == "gap" { 20.0 } else { 5.0 };
             let lr = t.lr.unwrap();
             let value = base + lr + seed.unwrap() as f64 * 0.01 + self.shift;
             let value = if lr > self.stable { f64::NAN } else { value };
@@ -145,8 +153,14 @@ impl Lab for MadeUp {
             let ms = ms + self.shift;
             Measurement::with_spread(metric, ms, 0.9 * ms, 1.1 * ms, "ms/image")
         };
-        Ok(match work {
-            Work::Train(t) | Work::Search(t) => train(t),
+        Ok(match task.work {
+            Work::Train(t) | Work::Search(t) | Work::Pretrain(t) => {
+                if let Work::Pretrain(_) = task.work {
+                    std::fs::create_dir_all(task.keep.parent().unwrap()).unwrap();
+                    std::fs::write(&task.keep, "weights").unwrap();
+                }
+                train(t)
+            }
             _ => Outcome {
                 measurements: vec![timed("forward_backward_ms", 1.5), timed("forward_ms", 0.5)],
                 epochs: Vec::new(),
@@ -162,14 +176,14 @@ pub struct Heard {
 }
 
 impl Progress for Heard {
-    fn finished(&mut self, record: &Record) {
+    fn finished(&mut self, _step: &Step<'_>, record: &Record) {
         self.records.push(record.clone());
     }
 }
 
 /// Plans and runs the small experiment in a folder.
 pub fn run_small(dir: &Path, request: &Request, strength: usize) -> Result<Summary> {
-    run_of(&[small()], dir, request, &mut MadeUp::new(strength)).map(|(summary, _)| summary)
+    run_of(&[small()], dir, request, &MadeUp::new(strength)).map(|(summary, _)| summary)
 }
 
 /// Plans and runs some experiments in a folder.
@@ -177,12 +191,20 @@ pub fn run_of(
     experiments: &[Experiment],
     dir: &Path,
     request: &Request,
-    lab: &mut dyn Lab,
+    lab: &dyn Lab,
 ) -> Result<(Summary, Heard)> {
     let mut store = Store::open(dir)?;
     let mut plan = plan_of(experiments, request, &store);
     let mut heard = Heard::default();
-    let summary = run(&mut plan, request, dir, &mut store, None, lab, &mut heard)?;
+    let summary = run(
+        &mut plan,
+        request,
+        dir,
+        &mut store,
+        &run::Library::default(),
+        lab,
+        &mut heard,
+    )?;
     Ok((summary, heard))
 }
 
@@ -192,5 +214,5 @@ pub fn plan_small(request: &Request, store: &Store) -> Plan {
 
 pub fn plan_of(experiments: &[Experiment], request: &Request, store: &Store) -> Plan {
     let command = |id: &str| format!("isqrt reproduce {id}");
-    Plan::new(experiments, request, Some(&info()), store, command).unwrap()
+    Plan::new(experiments, request, &infos(), store, command).unwrap()
 }

@@ -8,6 +8,7 @@ mod reduction;
 mod residual;
 pub mod resnet;
 pub mod shufflenet;
+pub mod small_chain;
 pub mod small_resnet;
 pub mod tinyresnet;
 pub mod vgg;
@@ -85,11 +86,15 @@ pub trait BackboneEntry: Sync {
 pub const BACKBONES: &[&dyn BackboneEntry] = &[
     &e10net::E10NET,
     &tinyresnet::TINY_RESNET,
+    &small_chain::ALEXNET_SMALL,
+    &small_chain::VGG_SMALL,
     &resnet::RESNET18,
     &resnet::RESNET34,
     &resnet::RESNET50,
     &resnet::RESNET101,
     &resnet::RESNET152,
+    &small_resnet::RESNET8,
+    &small_resnet::RESNET14,
     &small_resnet::RESNET20,
     &small_resnet::RESNET32,
     &small_resnet::RESNET44,

@@ -1,7 +1,7 @@
 //! Residual networks for images of 32 and 64 pixels: three stages of 16, 32 and 64 channels, a 3x3
 //! convolution before them.
 //!
-//! `resnet20` to `resnet110`: depth 6n + 2, basic blocks (He et al. 2016, section 4.2; names as
+//! `resnet8` to `resnet110`: depth 6n + 2, basic blocks (He et al. 2016, section 4.2; names as
 //! torchvision's larger ones). Shortcuts that change the shape are 1x1 convolutions with batch norm, as
 //! in the authors' code for CIFAR-100 (XuChunqiao/Tensorflow-Fast-MPNCOV,
 //! `src/network/mpncov_cifar_model.py`); section 4.2 pads with zeros instead, which has 0.27 million
@@ -13,8 +13,8 @@
 //! that file.
 //!
 //! Options: `last_stride` (2, or 1: the last stage keeps the resolution), `reduction` (a 1x1
-//! convolution to so many channels with batch norm and ReLU; none by default) and `stem_stride` (1; 2 for
-//! 64x64 images). Covariance heads take `last_stride = 1`, which gives 16x16x64 of a 32x32 image, and for
+//! convolution to so many channels with batch norm and ReLU; none by default), `stem_stride` (1; 2 for
+//! 64x64 images) and `stem_kernel` (3; 5 or 7, as networks for large images begin). Covariance heads take `last_stride = 1`, which gives 16x16x64 of a 32x32 image, and for
 //! the 256 channels of bottlenecks `reduction = 128`, both as in that file.
 
 use candle_core::Tensor;
@@ -26,8 +26,10 @@ use serde::Deserialize;
 use super::reduction::{check_stride, leave_blocks, reduce};
 use super::residual::Block;
 use super::{Backbone, BackboneEntry, Options};
-use crate::Result;
+use crate::{Error, Result};
 
+pub(super) const RESNET8: Entry = entry("resnet8", Kind::Basic, 1);
+pub(super) const RESNET14: Entry = entry("resnet14", Kind::Basic, 2);
 pub(super) const RESNET20: Entry = entry("resnet20", Kind::Basic, 3);
 pub(super) const RESNET32: Entry = entry("resnet32", Kind::Basic, 5);
 pub(super) const RESNET44: Entry = entry("resnet44", Kind::Basic, 7);
@@ -63,6 +65,7 @@ struct Keys {
     last_stride: usize,
     reduction: Option<usize>,
     stem_stride: usize,
+    stem_kernel: usize,
 }
 
 impl Default for Keys {
@@ -71,6 +74,7 @@ impl Default for Keys {
             last_stride: 2,
             reduction: None,
             stem_stride: 1,
+            stem_kernel: 3,
         }
     }
 }
@@ -88,15 +92,15 @@ impl BackboneEntry for Entry {
         match self.kind {
             Kind::Basic => {
                 "residual network of basic blocks for small images; 32x32 images to 8x8x64; options \
-                 last_stride (2 or 1), reduction (to so many channels), stem_stride (1 or 2)"
+                 last_stride (2 or 1), reduction (to so many channels), stem_stride (1 or 2), stem_kernel (3, 5 or 7)"
             }
             Kind::PreBasic => {
                 "pre-activation network of basic blocks for small images; 32x32 images to 8x8x64; \
-                 options last_stride (2 or 1), reduction (to so many channels), stem_stride (1 or 2)"
+                 options last_stride (2 or 1), reduction (to so many channels), stem_stride (1 or 2), stem_kernel (3, 5 or 7)"
             }
             Kind::PreBottleneck => {
                 "pre-activation network of bottlenecks for small images; 32x32 images to 8x8x256; \
-                 options last_stride (2 or 1), reduction (to so many channels), stem_stride (1 or 2)"
+                 options last_stride (2 or 1), reduction (to so many channels), stem_stride (1 or 2), stem_kernel (3, 5 or 7)"
             }
         }
     }
@@ -115,14 +119,28 @@ impl BackboneEntry for Entry {
         check_stride(self.name, "last_stride", keys.last_stride)?;
         check_stride(self.name, "stem_stride", keys.stem_stride)?;
 
-        let options = Conv::new(keys.stem_stride, 1);
+        let kernel = keys.stem_kernel;
+        if !matches!(kernel, 3 | 5 | 7) {
+            return Err(Error::Options {
+                name: self.name.to_owned(),
+                message: format!("stem_kernel = {kernel}: expected 3, 5 or 7"),
+            });
+        }
+        let options = Conv::new(keys.stem_stride, kernel / 2);
         let stem = match self.kind {
             Kind::Basic => {
                 let names = ("conv1", "bn1");
                 let stride = keys.stem_stride;
-                Stem::Norm(ConvNorm::new(&mut scope, names, (3, 16), 3, stride, true)?)
+                Stem::Norm(ConvNorm::new(
+                    &mut scope,
+                    names,
+                    (3, 16),
+                    kernel,
+                    stride,
+                    true,
+                )?)
             }
-            _ => Stem::Plain(Conv2d::new(scope.sub("conv1"), 3, 16, 3, options)?),
+            _ => Stem::Plain(Conv2d::new(scope.sub("conv1"), 3, 16, kernel, options)?),
         };
         let expansion = if self.kind == Kind::PreBottleneck {
             4

@@ -11,7 +11,8 @@
 //! # Options
 //! The steps in one of four ways: `iterations = 5` (Newton-Schulz, the default); `schedule = "cubic"`,
 //! `"quintic"` or `"nonic"` with `steps` and `lower`; `coefficients = [[a, b, c], ...]`. Further
-//! `pre_normalization` (`"trace"`, `"frobenius"`, `"spectral"`, `"none"`), `post_compensation` (true),
+//! `pre_normalization` (`"trace"`, `"frobenius"`, `"spectral"`, `"none"`), `post_compensation` (true, false, or
+//! `"batch_norm"`: each entry normalised over the batch instead, which the paper tried),
 //! `side` (`"auto"`, `"covariance"`, `"gram"`), `memory` (`"keep"`, `"lean"`), `output`.
 //!
 //! # Cost and memory
@@ -21,11 +22,13 @@
 //!
 //! # Known troubles
 //! `N = 5` is far from the exact root where `d` is large: it damps small eigenvalues, and released weights
-//! rely on that. Zero eigenvalues grow in `Z` by 1.5 a step, which overwhelms f32 after
-//! some 40 steps.
+//! rely on that. Zero eigenvalues grow in `Z` by 1.5 a step, and rounding with them: in f32 some fifteen steps
+//! are too many where the covariance has no full rank (`docs/numerics.md`).
 
+use candle_core::Tensor;
 use isqrt_linalg::{CovPool, Memory, PreNormalization, Root, Schedule, Side};
-use isqrt_nn::Scope;
+use isqrt_nn::layers::BatchNorm2d;
+use isqrt_nn::{Mode, Scope};
 use serde::Deserialize;
 
 use super::cov::Covariance;
@@ -53,11 +56,51 @@ impl RepresentationEntry for Entry {
         &self,
         options: &Options,
         channels: usize,
-        _scope: Scope<'_>,
+        mut scope: Scope<'_>,
     ) -> Result<Box<dyn Representation>> {
-        let pool = options.read::<Keys>(self.name())?.pool()?;
+        let keys = options.read::<Keys>(self.name())?;
+        let normalised = matches!(keys.post_compensation, Compensation::Word(Word::BatchNorm));
+        let pool = keys.pool()?;
         pool.validate()?;
-        Ok(Box::new(Covariance { pool, channels }))
+        let root = Covariance { pool, channels };
+        if !normalised {
+            return Ok(Box::new(root));
+        }
+        let norm = BatchNorm2d::new(scope.sub("bn"), root.out_dim(), false)?;
+        Ok(Box::new(Normalised { root, norm }))
+    }
+}
+
+/// The layer that options describe, without the batch norm that may follow.
+///
+/// # Errors
+/// [`Error::Options`] for an option that there is not or whose value it cannot take.
+pub fn layer(options: &Options) -> Result<CovPool> {
+    let pool = options.read::<Keys>(ISQRT.name())?.pool()?;
+    pool.validate()?;
+    Ok(pool)
+}
+
+/// A root whose entries are normalised over the batch, where others are multiplied by `√(tr Σ)`.
+struct Normalised {
+    root: Covariance,
+    norm: BatchNorm2d,
+}
+
+impl Representation for Normalised {
+    fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        let y = self.root.forward(x, mode)?;
+        let (batch, width) = y.dims2()?;
+        let y = self.norm.forward(&y.reshape((batch, width, 1, 1))?, mode)?;
+        Ok(y.flatten_from(1)?)
+    }
+
+    fn out_dim(&self) -> usize {
+        self.root.out_dim()
+    }
+
+    fn triangle(&self) -> Option<usize> {
+        self.root.triangle()
     }
 }
 
@@ -71,10 +114,31 @@ struct Keys {
     lower: Option<f64>,
     coefficients: Option<Vec<[f64; 3]>>,
     pre_normalization: Norm,
-    post_compensation: Option<bool>,
+    post_compensation: Compensation,
     side: RunsOn,
     memory: Keeps,
     output: Form,
+}
+
+/// What follows the iteration.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(untagged)]
+enum Compensation {
+    /// Multiplication by the root of the divisor, or nothing.
+    Is(bool),
+    Word(Word),
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Word {
+    BatchNorm,
+}
+
+impl Default for Compensation {
+    fn default() -> Self {
+        Self::Is(true)
+    }
 }
 
 words!(Norm => PreNormalization { Trace, Frobenius, Spectral, None });
@@ -94,7 +158,7 @@ impl Keys {
         let root = Root {
             schedule: self.schedule()?,
             pre_normalization: self.pre_normalization.into(),
-            post_compensation: self.post_compensation.unwrap_or(true),
+            post_compensation: matches!(self.post_compensation, Compensation::Is(true)),
             side: self.side.into(),
             memory: self.memory.into(),
         };
