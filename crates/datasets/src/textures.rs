@@ -54,7 +54,7 @@ pub const SETS: &[Set] = &[
         name: "mini-imagenet",
         about: "materials in ImageNet's layout",
         classes: 15,
-        train: 120,
+        train: 60,
         test: 100,
         kind: Kind::Materials(
             "imagenet",

@@ -7,10 +7,12 @@
 //! - [`record`]: the append-only `records.jsonl` of a run folder
 //! - [`results`]: the records of one experiment, by row and metric
 //! - [`claims`]: sentences about the paper's claims, decided by the numbers
-//! - [`report`]: `report/index.html` and `report/report.md`
+//! - [`report`]: `report/index.html`, `report/report.md` and tables for other programs
+//! - [`archive`]: results that stay in the repository, and the pages made of them
 //!
 //! Nothing here prints or exits: progress goes to a [`run::Progress`], errors are [`Error`]s.
 
+pub mod archive;
 pub mod claims;
 mod error;
 pub mod files;

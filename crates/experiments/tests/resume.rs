@@ -212,6 +212,25 @@ fn a_cell_that_fails_is_named_with_experiment_and_seed() {
     assert!(told.contains(&error.to_string()), "{error}");
 }
 
+struct Panics;
+
+impl Lab for Panics {
+    fn run(&self, task: &Task<'_>, tick: &mut Tick<'_>) -> Result<Outcome, Error> {
+        match task.work {
+            Work::Train(_) => panic!("a fault"),
+            _ => MadeUp::new(1).run(task, tick),
+        }
+    }
+}
+
+#[test]
+fn a_training_that_panics_ends_the_run_with_an_error() {
+    let dir = dir();
+    let error = run_of(&[small()], dir.path(), &Request::default(), &Panics);
+    let error = error.err().unwrap().to_string();
+    assert!(error.contains("panicked"), "{error}");
+}
+
 #[test]
 fn a_batch_is_no_larger_than_the_training_part_and_the_record_says_so() {
     let dir = dir();

@@ -260,7 +260,13 @@ pub fn iterations(
     });
     let exact: Vec<(Mat<f64>, Mat<f64>)> = exact_images
         .par_iter()
-        .map(|x| reference::exact(x, &upstream))
+        .enumerate()
+        .map(|(image, x)| {
+            reference::exact(x, &upstream).map_err(|error| match error {
+                Error::Decomposition { what, .. } => Error::Decomposition { index: image, what },
+                other => other,
+            })
+        })
         .collect::<Result<_>>()?;
     let seeded: Vec<f32> = reference::triangle(&upstream)
         .iter()

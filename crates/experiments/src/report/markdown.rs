@@ -90,8 +90,36 @@ fn render_section(out: &mut String, s: &Section, criterion: &str) {
     let _ = writeln!(out, "\nAgain: `{}`", s.command);
 }
 
+/// A kept result: table, what it says of the paper, and where it comes from.
+pub(crate) fn result(out: &mut String, s: &Section, name: &str) {
+    // Writing into a String cannot fail.
+    let _ = writeln!(
+        out,
+        "\n## {}\n\n`{name}`. {}. {}\n",
+        s.title, s.paper_item, s.about
+    );
+    table(out, &s.table);
+    for sentence in &s.orderings {
+        let _ = writeln!(out, "\n**{sentence}**");
+    }
+    if !s.caveat.is_empty() {
+        let _ = writeln!(out, "\n{}", s.caveat);
+    }
+    if !s.verdicts.is_empty() {
+        out.push('\n');
+    }
+    for v in &s.verdicts {
+        let because = v.because.join(" ");
+        let _ = writeln!(out, "- **{}**: {}. {because}", v.words, v.text);
+    }
+    out.push('\n');
+    for (name, value) in &s.facts {
+        let _ = writeln!(out, "- {name}: {value}");
+    }
+}
+
 /// A table with its headings.
-pub(super) fn table(out: &mut String, table: &Table) {
+pub(crate) fn table(out: &mut String, table: &Table) {
     let mut head = Vec::new();
     for h in &table.head {
         let mut text = h.label.clone();

@@ -2,7 +2,7 @@
 //! `report/tables/*.csv` and `*.tex`, all from the same [`model::Page`]. [`runs`] has that of training runs.
 
 mod html;
-mod markdown;
+pub(crate) mod markdown;
 pub mod model;
 pub mod plot;
 pub mod runs;

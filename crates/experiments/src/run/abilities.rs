@@ -14,7 +14,7 @@ use std::time::Instant;
 /// Sizes of the gradient's check: double precision, few enough that all is quick.
 const SMALL: [usize; 3] = [2, 16, 24];
 /// Step of the central difference, relative to the features' size of about one.
-const STEP: f64 = 1e-5;
+const STEP: f64 = 1e-7;
 /// Passes of which the fastest counts.
 const PASSES: usize = 3;
 

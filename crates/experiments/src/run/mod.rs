@@ -26,10 +26,11 @@ use crate::report;
 use crate::spec::{Experiment, Row};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Is told how a run goes on. All methods do nothing by default.
 pub trait Progress {
@@ -144,8 +145,8 @@ pub struct Summary {
 /// A cell by its place in the plan: experiment, cell.
 type Place = (usize, usize);
 
-/// Runs the cells of a plan that are not done. The report is written after each of them, so that
-/// it is never behind the records.
+/// Runs the cells of a plan that are not done. The report is written again and again meanwhile, at most
+/// [`REPORT`] behind the records, and whatever the end.
 ///
 /// # Errors
 /// The first cell that fails; what was done before it, and beside it, is recorded.
@@ -165,6 +166,7 @@ pub fn run(
         threads: threads(),
         of,
         begun: 0,
+        reported: Instant::now(),
         summary: Summary::default(),
         plan,
         request,
@@ -175,12 +177,20 @@ pub fn run(
         progress,
     };
     run.begin()?;
-    run.alone()?;
-    run.side_by_side()?;
+    let done = run.alone().and_then(|()| run.side_by_side());
+    run.plan.write(dir)?;
+    report::write(dir)?;
+    done?;
     write_rates(run.plan, dir, run.store)?;
     report::write(dir)?;
     Ok(run.summary)
 }
+
+/// How far the report may be behind the records.
+const REPORT: Duration = Duration::from_secs(2);
+
+/// How often a training tells how far it is.
+const TELL: Duration = Duration::from_millis(100);
 
 /// A run under way.
 struct Run<'a> {
@@ -197,6 +207,8 @@ struct Run<'a> {
     /// Cells that were to be run when it began.
     of: usize,
     begun: usize,
+    /// When the report was last written.
+    reported: Instant,
     summary: Summary,
 }
 
@@ -317,6 +329,19 @@ impl Run<'_> {
                             .filter(|t| !t.start.is_empty())
                             .map(|t| weights_of(dir, &t.start));
                         let keep = keep.join(format!("{}.safetensors", cell.key));
+                        let mut told = Instant::now();
+                        let mut tick = |fraction, words: &str| {
+                            if told.elapsed() >= TELL {
+                                told = Instant::now();
+                                let tick = Message::Tick(fraction, words.to_owned());
+                                // Nobody listens any more only where the run is over.
+                                let _ = sender.send((place, tick));
+                            }
+                            match stop.load(Ordering::Relaxed) {
+                                true => ControlFlow::Break(()),
+                                false => ControlFlow::Continue(()),
+                            }
+                        };
                         let outcome = cell.work.as_ref().map(|work| {
                             let task = Task {
                                 work,
@@ -325,17 +350,7 @@ impl Run<'_> {
                                 start,
                                 keep,
                             };
-                            on_one_thread(|| {
-                                lab.run(&task, &mut |fraction, words| {
-                                    let tick = Message::Tick(fraction, words.to_owned());
-                                    // Nobody listens any more only where the run is over.
-                                    let _ = sender.send((place, tick));
-                                    match stop.load(Ordering::Relaxed) {
-                                        true => ControlFlow::Break(()),
-                                        false => ControlFlow::Continue(()),
-                                    }
-                                })
-                            })
+                            on_one_thread(|| lab.run(&task, &mut tick))
                         });
                         let outcome = outcome.unwrap_or_else(|| Ok(Outcome::default()));
                         let _ = sender.send((place, Message::Done(Box::new(outcome))));
@@ -479,8 +494,11 @@ impl Run<'_> {
         self.summary.ran += 1;
         self.plan.experiments[e].cells[c].state = State::Done;
         self.plan.estimate(self.store);
-        self.plan.write(self.dir)?;
-        report::write(self.dir)?;
+        if self.reported.elapsed() >= REPORT {
+            self.plan.write(self.dir)?;
+            report::write(self.dir)?;
+            self.reported = Instant::now();
+        }
         if let Some(record) = own_record(&self.plan.experiments[e], &cell, self.store) {
             let names = self.names(place);
             let step = self.step(&cell, &names, number);
@@ -500,12 +518,17 @@ fn weights_of(dir: &Path, key: &str) -> PathBuf {
     dir.join("weights").join(format!("{key}.safetensors"))
 }
 
-/// Does it with a pool of one thread, so that trainings beside each other leave each other alone.
+/// Does it with a pool of one thread, so that trainings beside each other leave each other alone. A panic
+/// becomes an error: the others would wait for its result without end.
 fn on_one_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    match rayon::ThreadPoolBuilder::new().num_threads(1).build() {
-        Ok(pool) => pool.install(work),
-        Err(e) => Err(Error::Unsupported(format!("no thread for a training: {e}"))),
-    }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build();
+    let pool = pool.map_err(|e| Error::Unsupported(format!("no thread for a training: {e}")))?;
+    catch_unwind(AssertUnwindSafe(|| pool.install(work))).unwrap_or_else(|_| {
+        Err(Error::Cell {
+            cell: "training".to_owned(),
+            message: "panicked, which is a fault of the program: see above".to_owned(),
+        })
+    })
 }
 
 /// What searches have found, in the form of `experiments/_base/rates.toml`.

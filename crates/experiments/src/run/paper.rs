@@ -61,8 +61,7 @@ impl Run {
         let weights = match &file.spec.start {
             None => None,
             Some(start) => {
-                let name = start.weights.file_name().unwrap_or_default();
-                let path = root.join("weights").join(name);
+                let path = root.join("weights").join(weights_name(&start.weights));
                 if !path.is_file() {
                     return Err(format!(
                         "{} is not there: the network to start from",
@@ -142,6 +141,21 @@ impl Run {
     }
 }
 
+/// The file's name, or for a checkpoint in a run folder that of the folder.
+fn weights_name(path: &Path) -> String {
+    let name = |path: &Path| {
+        let name = path.file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
+    };
+    let run = path
+        .parent()
+        .filter(|folder| folder.ends_with("checkpoints"));
+    match run.and_then(Path::parent) {
+        Some(run) => format!("{}.safetensors", name(run)),
+        None => name(path),
+    }
+}
+
 /// Quoted, so that a folder called `1` stays a name.
 fn setting(key: &str, path: &Path) -> String {
     format!("{key}={}", toml::Value::from(path.display().to_string()))
@@ -202,5 +216,24 @@ impl Console for Watch<'_, '_> {
             seconds: m.seconds,
         });
         ControlFlow::Continue(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_of_a_run_bear_its_name() {
+        for (path, name) in [
+            ("weights/a.safetensors", "a.safetensors"),
+            (
+                "runs/cub-1/checkpoints/last.safetensors",
+                "cub-1.safetensors",
+            ),
+            ("last.safetensors", "last.safetensors"),
+        ] {
+            assert_eq!(weights_name(Path::new(path)), name);
+        }
     }
 }

@@ -46,6 +46,10 @@ pub(super) fn run(training: &Training, task: &Task<'_>, tick: &mut Tick<'_>) -> 
         stopped: false,
     };
     let result = Job::in_memory(&config, &augment, Arc::clone(&set.train), Arc::clone(eval))
+        .map(|job| Job {
+            eval_every: training.recipe.eval_every,
+            ..job
+        })
         .and_then(Trainer::new)
         .and_then(|mut trainer| {
             if let Some(weights) = &task.start {

@@ -302,8 +302,11 @@ fn is_rate(lr: f64) -> bool {
 
 /// A recipe alone.
 fn check_recipe(name: &str, recipe: &Recipe) -> std::result::Result<(), String> {
-    if recipe.backbone.name.is_empty() || recipe.batch == 0 || recipe.epochs == 0 {
-        return Err("it needs `backbone`, and `batch` and `epochs` of at least 1".into());
+    let counts = [recipe.batch, recipe.epochs, recipe.eval_every];
+    if recipe.backbone.name.is_empty() || counts.contains(&0) {
+        return Err(
+            "it needs `backbone`, and `batch`, `epochs` and `eval_every` of at least 1".into(),
+        );
     }
     if recipe.data.is_empty() == recipe.up_to_side.is_none() {
         return Err(

@@ -219,6 +219,8 @@ pub struct Recipe {
     pub backbone: BackboneSpec,
     /// Passes over the training images.
     pub epochs: usize,
+    /// Epochs from one look at the images that errors are reported on to the next; the last has one always.
+    pub eval_every: usize,
     /// Images in a step.
     pub batch: usize,
     /// Of SGD.
@@ -240,6 +242,7 @@ impl Default for Recipe {
             eval_transforms: Transforms::Preset("small32-eval".to_owned()),
             backbone: BackboneSpec::new(""),
             epochs: 1,
+            eval_every: 1,
             batch: 64,
             momentum: 0.9,
             weight_decay: 5e-4,
@@ -305,9 +308,18 @@ pub struct Rates {
 pub struct HeadRate {
     /// The chosen rate.
     pub lr: f64,
-    /// Pairs of rate and validation error in percent, the whole grid.
-    #[serde(default)]
+    /// Pairs of rate and validation error in percent, the whole grid; not a number where it diverged.
+    #[serde(default, deserialize_with = "nan_if_null")]
     pub outcome: Vec<[f64; 2]>,
+}
+
+/// JSON has no number for what diverged and null in its place.
+fn nan_if_null<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Vec<[f64; 2]>, D::Error> {
+    let pairs = Vec::<[Option<f64>; 2]>::deserialize(d)?;
+    let numbers = pairs
+        .into_iter()
+        .map(|pair| pair.map(|v| v.unwrap_or(f64::NAN)));
+    Ok(numbers.collect())
 }
 
 /// One method, one line of the table.

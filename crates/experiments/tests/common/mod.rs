@@ -61,7 +61,7 @@ batch = 8
 grid = [0.1, 0.2]
 fallback = 0.1
 [rates.small.heads]
-gap = { lr = 0.2, outcome = [[0.1, 31.5], [0.2, 25.5]] }
+gap = { lr = 0.2, outcome = [[0.1, 31.5], [0.2, 25.5], [0.4, nan]] }
 [layer]
 batch = 2
 dim = 8

@@ -8,8 +8,8 @@
 //! the shapes of the five convolutions, two groups in the second, fourth and fifth (Krizhevsky et al.
 //! 2012), biases, batch norm and ReLU after each, no local response norm beside batch norm, Gaussian
 //! initial weights of deviation 0.01, no pooling after the fifth, 227x227 images, which give
-//! 13x13x256. Different here: ε of batch norm is 1e-5 (there 1e-4), and learning rates and decay of norms
-//! and biases are those of all parameters. Not verified: that the paper's tables were made with these
+//! 13x13x256. Different here: ε of batch norm is 1e-5 (there 1e-4), and norms and biases learn at the rate
+//! of all parameters (there at twice that). Not verified: that the paper's tables were made with these
 //! files, and pooling and hidden layers of the plain network that they compare with, for which the
 //! original's are taken (dropout left out, as beside batch norm there).
 //!
