@@ -71,7 +71,7 @@ fn every_command_has_help_with_an_example() {
     }
     // Paragraphs behind the first line are there too.
     for (words, part) in [
-        (&["reproduce", "--help"][..], "at most the running cell"),
+        (&["reproduce", "--help"][..], "at most the running cells"),
         (&["bench", "network", "--help"], "last stage at stride 1"),
         (&["convert", "--help"], "nothing in them is run"),
         (&["features", "--help"], "one a line, as bytes"),

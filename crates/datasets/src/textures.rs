@@ -203,6 +203,13 @@ impl Set {
             return Ok(dir);
         }
         let note = self.note_path(&dir);
+        if note.is_file() && !self.is_ours(&dir) {
+            return Err(Error::layout(
+                &dir,
+                "the folder holds what this program did not write",
+                "no folder, an empty one or an earlier set of this name: choose another place or move it away",
+            ));
+        }
         if note.is_file() {
             // An earlier one of ours that is not whole, or of other sizes.
             std::fs::remove_file(&note).map_err(Error::io(&note, "remove the file"))?;
@@ -241,6 +248,38 @@ impl Set {
             return Ok(false);
         };
         Ok(dir.is_dir() && note == self.note(seed, sizes, bytes_below(&dir)?))
+    }
+
+    /// Whether a folder that is not whole can only be what is left of this set: every file in it would be
+    /// written again.
+    fn is_ours(&self, dir: &Path) -> bool {
+        let Kind::Materials(layout, ..) = &self.kind else {
+            return false;
+        };
+        let known: &[&str] = match *layout {
+            "imagenet" => &["train", "val", "ILSVRC2012_devkit_t12"],
+            "cub" => &[
+                "images",
+                "parts",
+                "images.txt",
+                "image_class_labels.txt",
+                "train_test_split.txt",
+                "bounding_boxes.txt",
+                "classes.txt",
+            ],
+            "aircraft" => &["data"],
+            _ => &[
+                "cars_train",
+                "cars_test",
+                "devkit",
+                "cars_test_annos_withlabels.mat",
+            ],
+        };
+        let Ok(entries) = std::fs::read_dir(dir) else {
+            return true;
+        };
+        let mut names = entries.flatten().map(|entry| entry.file_name());
+        names.all(|name| known.iter().any(|k| name == *k))
     }
 
     fn note(&self, seed: u64, images_per_class: Sizes, bytes: u64) -> Note {

@@ -63,7 +63,7 @@ pub fn save(dir: &Path, archive: &Path, images: Option<&str>) -> Result<Vec<Stri
         let wanted = cells.filter(|c| !matches!(c.state, State::NotRun(_)) && !c.is_search());
         let mut records: Vec<&Record> = Vec::new();
         for cell in wanted {
-            let record = store.latest(&cell.key).filter(|_| !cell.key.is_empty());
+            let record = store.latest_of(id, cell).filter(|_| !cell.key.is_empty());
             records.push(record.ok_or_else(|| {
                 Error::Unsupported(format!(
                     "{id}: {} is not done yet; the same command goes on",
@@ -82,6 +82,7 @@ pub fn save(dir: &Path, archive: &Path, images: Option<&str>) -> Result<Vec<Stri
         // Paths and outputs of the machine that it ran on are nobody else's.
         planned.command = format!("isqrt reproduce {id}");
         planned.cells.retain(|c| !c.is_search());
+        planned.search = false;
         let spec = toml::to_string(&planned.experiment)
             .map_err(|e| Error::Unsupported(format!("{id}: {e}")))?;
         write_atomically(&folder.join("spec.toml"), spec.as_bytes())?;

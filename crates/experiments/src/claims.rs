@@ -24,7 +24,8 @@ several) tells the two apart at p < 0.05; for timings, the quartiles of the repe
 distances, which have no spread, are smaller. A plateau: neighbours are not told apart by that. No \
 worse: not larger by that. Fewer epochs: in every run, the final error of the other is reached in \
 fewer epochs. One run, or a training that diverged, decides nothing. The test is over weights and \
-order of the images, with one set of test images; p values are not corrected for the number of \
+order of the images, with one set of test images, and where networks are fine-tuned with one network \
+to start from: its runs are not independent, and their p values too small; p values are not corrected for the number of \
 claims, of which one in twenty is seen by chance.";
 
 /// Two rows are told apart by trainings below this p value.
@@ -130,7 +131,10 @@ fn together(outcomes: &[Outcome]) -> Outcome {
         .collect();
     match decided.first() {
         None => Outcome::NotRun,
-        Some(first) if decided.iter().all(|o| o == first) => *first,
+        Some(first) if decided.iter().all(|o| o == first) && decided.len() == outcomes.len() => {
+            *first
+        }
+        _ if decided.contains(&Outcome::Opposite) => Outcome::NotSeen,
         _ if decided.contains(&Outcome::Seen) => Outcome::Partly,
         _ => Outcome::NotSeen,
     }
@@ -314,9 +318,8 @@ pub fn ordering(experiment: &Experiment, column: &Column, results: &Results<'_>)
         (_, _, 0) => "The paper's order was not found whole here, nor was any pair of it refuted",
         _ => "The paper's order was not found here",
     };
-    let pairs = |[count, sure]: [usize; 2], what: &str| {
-        format!("{count} {what} ({sure} told apart by the criterion below)")
-    };
+    let pairs =
+        |[count, sure]: [usize; 2], what: &str| format!("{count} {what} ({sure} beyond chance)");
     let on = match column.on.as_str() {
         "" => String::new(),
         on => format!(" on {on}"),

@@ -484,6 +484,7 @@ impl Planned {
         let wanted = |cell: &Cell| rows.contains(&cell.row);
         let starts: BTreeSet<String> = (self.cells.iter().filter(|c| wanted(c)))
             .filter_map(|c| Some(c.work.as_ref()?.training()?.start.clone()))
+            .filter(|start| !start.is_empty())
             .collect();
         for cell in &mut self.cells {
             if cell.state == State::Todo && !wanted(cell) && !starts.contains(&cell.key) {
@@ -890,6 +891,10 @@ fn key(work: &Work, seed: Option<u64>, fingerprint: &str, machine: &Machine) -> 
 /// by how wrong it was for the cells of the same kind so far.
 fn estimate(cell: &Cell, data: &BTreeMap<String, DataInfo>, store: &Store) -> f64 {
     let Some(work) = &cell.work else { return 0.0 };
+    // Measured, not guessed.
+    if let Work::PaperRun(run) = work {
+        return run.seconds;
+    }
     let images = data.get(&cell.on).map_or(0, |d| d.train);
     let (mut alike, mut kind) = (Vec::new(), (0.0, 0.0));
     for record in store.records() {

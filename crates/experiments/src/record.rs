@@ -7,6 +7,7 @@
 use crate::error::{Error, Result};
 use crate::files::make_dir;
 use crate::machine::Machine;
+use crate::plan::Cell;
 use serde::{Deserialize, Deserializer, Serialize};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -258,6 +259,19 @@ impl Store {
     /// The latest record with this key.
     pub fn latest(&self, key: &str) -> Option<&Record> {
         self.records.iter().rev().find(|r| r.key == key)
+    }
+
+    /// The latest record of a cell, that under the experiment's own name where there is one.
+    pub fn latest_of(&self, experiment: &str, cell: &Cell) -> Option<&Record> {
+        let name = cell.name();
+        let latest = self.latest(&cell.key)?;
+        let own = self.records.iter().rev().find(|r| {
+            r.key == cell.key
+                && r.experiment == experiment
+                && r.cell == name
+                && (r.started, r.finished) == (latest.started, latest.finished)
+        });
+        Some(own.unwrap_or(latest))
     }
 
     /// Adds a record and waits until it is on the disk.

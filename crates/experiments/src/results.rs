@@ -30,7 +30,7 @@ impl<'a> Results<'a> {
             .cells
             .iter()
             .filter(|c| c.is_shown() && !c.key.is_empty())
-            .filter_map(|c| Some((c.row.as_str(), store.latest(&c.key)?)))
+            .filter_map(|c| Some((c.row.as_str(), store.latest_of(&planned.id, c)?)))
             .collect();
         Self { records }
     }

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 ///
 /// Shows the plan, runs the cells that are not done yet, records each, and writes
 /// report/index.html and report/report.md into the output folder. Stopping and starting again
-/// loses at most the running cell.
+/// loses at most the running cells.
 #[derive(Args)]
 #[command(after_help = "Examples:
   isqrt reproduce                                  all tables and figures, small, in minutes

@@ -27,12 +27,13 @@ pub(super) fn render(page: &Page) -> Result<String> {
         out.push_str("\nPaper values marked (unverified) were recalled, not read in the paper.\n");
     }
     for section in &page.sections {
-        render_section(&mut out, section, page.criterion);
+        render_section(&mut out, section);
     }
+    let _ = writeln!(out, "\n## How claims are decided\n\n{}", page.criterion);
     Ok(out)
 }
 
-fn render_section(out: &mut String, s: &Section, criterion: &str) {
+fn render_section(out: &mut String, s: &Section) {
     let _ = writeln!(
         out,
         "\n## {}\n\n`{}`. {}. {}\n",
@@ -51,9 +52,6 @@ fn render_section(out: &mut String, s: &Section, criterion: &str) {
             v.text,
             v.because.join(" ")
         );
-    }
-    if !s.verdicts.is_empty() {
-        let _ = writeln!(out, "\n{criterion}");
     }
     for rates in &s.rates {
         let _ = writeln!(

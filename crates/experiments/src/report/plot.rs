@@ -350,7 +350,15 @@ impl BarPlot {
                             i % COLOURS,
                             (px(p.y) - left).max(0.5)
                         );
-                        text(&mut svg, px(p.y) + 5.0, y + 9.5, "start", &show(p.y, None));
+                        let mut end = px(p.y);
+                        if let Some((low, high)) = p.bar.filter(|(a, b)| a < b) {
+                            let (a, b) = (px(low), px(high));
+                            line(&mut svg, "whisker", a, y + 5.0, b, y + 5.0);
+                            line(&mut svg, "whisker", a, y + 2.0, a, y + 8.0);
+                            line(&mut svg, "whisker", b, y + 2.0, b, y + 8.0);
+                            end = end.max(b);
+                        }
+                        text(&mut svg, end + 5.0, y + 9.5, "start", &show(p.y, None));
                     }
                     _ => text(&mut svg, left + 4.0, y + 9.5, "start", "not run"),
                 }
@@ -502,6 +510,26 @@ mod tests {
             }
             assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
         }
+    }
+
+    #[test]
+    fn bars_have_whiskers_where_there_is_a_spread() {
+        let bars = |bar| BarPlot {
+            title: "t".into(),
+            x_label: "ms".into(),
+            series: vec!["ours".into()],
+            groups: vec![(
+                "row".into(),
+                vec![Some(Point {
+                    x: 0.0,
+                    y: 2.0,
+                    bar,
+                })],
+            )],
+        };
+        assert_eq!(bars(Some((1.5, 2.5))).svg().matches("whisker").count(), 3);
+        assert_eq!(bars(Some((2.0, 2.0))).svg().matches("whisker").count(), 0);
+        assert_eq!(bars(None).svg().matches("whisker").count(), 0);
     }
 
     #[test]

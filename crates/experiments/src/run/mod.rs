@@ -178,9 +178,9 @@ pub fn run(
     };
     run.begin()?;
     let done = run.alone().and_then(|()| run.side_by_side());
-    run.plan.write(dir)?;
-    report::write(dir)?;
+    let shown = run.plan.write(dir).and_then(|()| report::write(dir));
     done?;
+    shown?;
     write_rates(run.plan, dir, run.store)?;
     report::write(dir)?;
     Ok(run.summary)
@@ -493,8 +493,8 @@ impl Run<'_> {
         }
         self.summary.ran += 1;
         self.plan.experiments[e].cells[c].state = State::Done;
-        self.plan.estimate(self.store);
         if self.reported.elapsed() >= REPORT {
+            self.plan.estimate(self.store);
             self.plan.write(self.dir)?;
             report::write(self.dir)?;
             self.reported = Instant::now();

@@ -85,7 +85,10 @@ pub(super) fn run(training: &Training, task: &Task<'_>, tick: &mut Tick<'_>) -> 
             ),
             Measurement::new("parameters", r.parameters as f64, "values"),
         ],
-        Err(e) if e.is_divergence() => vec![Measurement::new(metric, f64::NAN, "%")],
+        // Every number of it, or those of the other seeds would pass for all.
+        Err(e) if e.is_divergence() => [metric, "accuracy", "top5_error"]
+            .map(|metric| Measurement::new(metric, f64::NAN, "%"))
+            .into(),
         Err(e) => return Err(failed(e.to_string())),
     };
     let trained: f64 = watch.epochs.iter().map(|e| e.seconds).sum();
