@@ -8,6 +8,10 @@ default:
 reproduce *ARGS:
     cargo reproduce {{ARGS}}
 
+# Keep the results of out/reproduce and make the pages that show them.
+records:
+    cargo run --release --package isqrt -- report out/reproduce --archive experiments/records --results docs/results.md --tables README.md
+
 # All tests.
 test *ARGS:
     cargo test --workspace {{ARGS}}

@@ -313,13 +313,15 @@ pub fn ordering(experiment: &Experiment, column: &Column, results: &Results<'_>)
         return None;
     }
     let verdict = match (same[0] == all, same[0] == all && same[1] == all, other[1]) {
-        (_, true, _) => "The paper's order was found here, every pair beyond chance",
-        (true, ..) => "The paper's order was found here, but not every pair beyond chance",
+        (_, true, _) => "The paper's order was found here, every pair told apart by the criterion",
+        (true, ..) => {
+            "The paper's order was found here, but not every pair told apart by the criterion"
+        }
         (_, _, 0) => "The paper's order was not found whole here, nor was any pair of it refuted",
         _ => "The paper's order was not found here",
     };
     let pairs =
-        |[count, sure]: [usize; 2], what: &str| format!("{count} {what} ({sure} beyond chance)");
+        |[count, sure]: [usize; 2], what: &str| format!("{count} {what} ({sure} told apart)");
     let on = match column.on.as_str() {
         "" => String::new(),
         on => format!(" on {on}"),

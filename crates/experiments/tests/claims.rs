@@ -138,12 +138,12 @@ fn the_order_of_the_rows_is_held_against_the_papers() {
     let said = |five: &[f64], gap: &[f64]| sentence(five, gap).unwrap();
     let text = said(&[5.0, 5.1, 5.2], &[20.0, 20.2, 20.1]);
     assert!(
-        text.starts_with("The paper's order was found here, every pair beyond chance"),
+        text.starts_with("The paper's order was found here, every pair told apart"),
         "{text}"
     );
     assert!(text.contains("of 1 pairs"), "{text}");
     let text = said(&[5.0, 9.1, 5.2], &[5.1, 8.0, 7.0]);
-    assert!(text.contains("but not every pair beyond chance"), "{text}");
+    assert!(text.contains("but not every pair told apart"), "{text}");
     let text = said(&[20.0, 20.2, 20.1], &[5.0, 5.1, 5.2]);
     assert!(
         text.starts_with("The paper's order was not found here"),

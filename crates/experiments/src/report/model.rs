@@ -382,10 +382,14 @@ fn paper_entry(row: &Row, column: &Column, setting: &str) -> Entry {
 
 fn our_entry(planned: &Planned, row: &Row, column: &Column, results: &Results<'_>) -> Entry {
     if let Some(sample) = results.sample(&row.id, &column.metric, &column.on) {
+        // Runs that diverged, or never got there, are told of beside the mean of the others.
+        let mut finite = sample.numbers();
+        finite.retain(|v| v.is_finite());
         let text = match sample.words() {
             Some(words) => words.to_owned(),
-            None if column.metric.contains("_to:") && sample.mean().is_nan() => "never".to_owned(),
-            None => show(sample.mean(), column.digits),
+            None if column.metric.contains("_to:") && finite.is_empty() => "never".to_owned(),
+            None if finite.is_empty() => show(f64::NAN, None),
+            None => show(mean(&finite), column.digits),
         };
         let paper = row.paper_value(&column.metric, &column.on);
         let difference = paper
@@ -454,11 +458,18 @@ fn spread(sample: &Sample, digits: Option<usize>) -> String {
             _ => String::new(),
         },
         [_] => "1 run".to_owned(),
-        many => format!(
-            "± {} ({} runs)",
-            show(sd(&sample.numbers()), digits),
-            many.len()
-        ),
+        many => {
+            let mut finite = sample.numbers();
+            finite.retain(|v| v.is_finite());
+            let runs = match (finite.len(), many.len()) {
+                (n, all) if n == all => format!("{all} runs"),
+                (n, all) => format!("{n} of {all} runs, the others not"),
+            };
+            match finite.is_empty() {
+                true => format!("({} runs)", many.len()),
+                false => format!("± {} ({runs})", show(sd(&finite), digits)),
+            }
+        }
     }
 }
 

@@ -317,8 +317,14 @@ impl Run<'_> {
             let mut first_error = None;
             loop {
                 while running.len() < workers && first_error.is_none() {
-                    let Some(place) = self.next(&running)? else {
-                        break;
+                    let place = match self.next(&running) {
+                        Ok(Some(place)) => place,
+                        Ok(None) => break,
+                        Err(error) => {
+                            stop.store(true, Ordering::Relaxed);
+                            first_error = Some(error);
+                            break;
+                        }
                     };
                     let cell = self.cell(place).clone();
                     let number = self.start(place);

@@ -108,7 +108,10 @@ impl Run {
             few = Some([file.spec.batch, file.spec.batch]);
             file.spec.shrink();
         }
-        let name = self.spec.replace(['/', '.'], "-");
+        let mut name = self.spec.replace(['/', '.'], "-");
+        if self.smoke {
+            name.push_str("-smoke");
+        }
         let out = task.keep.join(format!("{name}-seed{seed}"));
         let data = RunData::open(&file, few).map_err(|e| failed(e.to_string()))?;
         let mut watch = Watch {
