@@ -176,7 +176,7 @@ pub fn results_page(archive: &Path) -> Result<String> {
     Ok(out)
 }
 
-/// The table of one kept result, for a page that shows it between the lines of [`put_table`].
+/// The table of one kept result, for a page that shows it, see [`put_tables`].
 ///
 /// # Errors
 /// As [`read()`]; [`Error::NotARun`] for a name that there is not.

@@ -146,7 +146,7 @@ pub struct Summary {
 type Place = (usize, usize);
 
 /// Runs the cells of a plan that are not done. The report is written again and again meanwhile, at most
-/// [`REPORT`] behind the records, and whatever the end.
+/// two seconds behind the records, and whatever the end.
 ///
 /// # Errors
 /// The first cell that fails; what was done before it, and beside it, is recorded.
