@@ -2,7 +2,7 @@
 //!
 //! The file only grows. A line is written with one call and flushed to the disk; a last line that a
 //! kill or a full disk cut short is recognised by its missing line feed and dropped, so that a run
-//! loses at most the cell that was running.
+//! loses at most the cells that were running.
 
 use crate::error::{Error, Result};
 use crate::files::make_dir;
@@ -135,6 +135,18 @@ pub struct EpochRecord {
     pub eval_error: f64,
     /// Time of the epoch.
     pub seconds: f64,
+}
+
+impl From<&isqrt_train::EpochMetrics> for EpochRecord {
+    fn from(m: &isqrt_train::EpochMetrics) -> Self {
+        Self {
+            epoch: m.epoch,
+            train_loss: m.train_loss,
+            train_error: m.train_error,
+            eval_error: m.eval_error.unwrap_or(f64::NAN),
+            seconds: m.seconds,
+        }
+    }
 }
 
 /// The data that a network was trained on.

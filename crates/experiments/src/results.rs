@@ -110,6 +110,13 @@ impl Sample {
         self.values.iter().map(|(_, m)| m.value).collect()
     }
 
+    /// Those that are numbers: without runs that diverged, or never reached what was asked for.
+    pub fn finite(&self) -> Vec<f64> {
+        let mut numbers = self.numbers();
+        numbers.retain(|v| v.is_finite());
+        numbers
+    }
+
     /// Mean over runs.
     pub fn mean(&self) -> f64 {
         mean(&self.numbers())

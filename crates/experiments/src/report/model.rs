@@ -383,8 +383,7 @@ fn paper_entry(row: &Row, column: &Column, setting: &str) -> Entry {
 fn our_entry(planned: &Planned, row: &Row, column: &Column, results: &Results<'_>) -> Entry {
     if let Some(sample) = results.sample(&row.id, &column.metric, &column.on) {
         // Runs that diverged, or never got there, are told of beside the mean of the others.
-        let mut finite = sample.numbers();
-        finite.retain(|v| v.is_finite());
+        let finite = sample.finite();
         let text = match sample.words() {
             Some(words) => words.to_owned(),
             None if column.metric.contains("_to:") && finite.is_empty() => "never".to_owned(),
@@ -459,8 +458,7 @@ fn spread(sample: &Sample, digits: Option<usize>) -> String {
         },
         [_] => "1 run".to_owned(),
         many => {
-            let mut finite = sample.numbers();
-            finite.retain(|v| v.is_finite());
+            let finite = sample.finite();
             let runs = match (finite.len(), many.len()) {
                 (n, all) if n == all => format!("{all} runs"),
                 (n, all) => format!("{n} of {all} runs, the others not"),

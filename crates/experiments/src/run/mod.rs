@@ -182,7 +182,6 @@ pub fn run(
     done?;
     shown?;
     write_rates(run.plan, dir, run.store)?;
-    report::write(dir)?;
     Ok(run.summary)
 }
 

@@ -211,13 +211,7 @@ impl Console for Watch<'_, '_> {
     }
 
     fn epoch(&mut self, m: &EpochMetrics) -> ControlFlow<()> {
-        self.epochs.push(EpochRecord {
-            epoch: m.epoch,
-            train_loss: m.train_loss,
-            train_error: m.train_error,
-            eval_error: m.eval_error.unwrap_or(f64::NAN),
-            seconds: m.seconds,
-        });
+        self.epochs.push(m.into());
         ControlFlow::Continue(())
     }
 }
