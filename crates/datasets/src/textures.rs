@@ -40,6 +40,17 @@ enum Kind {
     Materials(&'static str, Family, (usize, usize)),
 }
 
+/// Materials to train on from scratch.
+const IMAGENET: Family = Family {
+    number: 1,
+    band: (0.18, 0.30),
+    turn: 0.0,
+    background: 0.15,
+    separation: 0.5,
+    first: 0,
+    per_pattern: 3,
+};
+
 /// All sets.
 pub const SETS: &[Set] = &[
     Set {
@@ -56,19 +67,15 @@ pub const SETS: &[Set] = &[
         classes: 15,
         train: 60,
         test: 100,
-        kind: Kind::Materials(
-            "imagenet",
-            Family {
-                number: 1,
-                band: (0.18, 0.30),
-                turn: 0.0,
-                background: 0.15,
-                separation: 0.5,
-                first: 0,
-                per_pattern: 3,
-            },
-            (32, 32),
-        ),
+        kind: Kind::Materials("imagenet", IMAGENET, (32, 32)),
+    },
+    Set {
+        name: "mini-imagenet-large",
+        about: "the same materials, four times the images to train on",
+        classes: 15,
+        train: 240,
+        test: 100,
+        kind: Kind::Materials("imagenet", IMAGENET, (32, 32)),
     },
     Set {
         name: "mini-cub",
@@ -203,20 +210,17 @@ impl Set {
             return Ok(dir);
         }
         let note = self.note_path(&dir);
-        if note.is_file() && !self.is_ours(&dir) {
+        let empty = std::fs::read_dir(&dir).map_or(true, |mut entries| entries.next().is_none());
+        if !empty && !(note.is_file() && self.is_ours(&dir)) {
             return Err(Error::layout(
                 &dir,
-                "the folder holds what this program did not write",
+                "the folder is not empty and holds what this program did not write",
                 "no folder, an empty one or an earlier set of this name: choose another place or move it away",
             ));
         }
-        if note.is_file() {
-            // An earlier one of ours that is not whole, or of other sizes.
-            std::fs::remove_file(&note).map_err(Error::io(&note, "remove the file"))?;
-            if dir.exists() {
-                std::fs::remove_dir_all(&dir).map_err(Error::io(&dir, "remove the folder"))?;
-            }
-        }
+        // Beside its place, then the note, then into it: what a kill leaves is written again.
+        let part = dir.with_extension("part");
+        remove_folder(&part)?;
         let options = miniature::Options {
             seed,
             classes: self.classes,
@@ -224,11 +228,14 @@ impl Set {
             held_out: sizes.test,
             sides: *sides,
         };
-        miniature::write_as(layout, &dir, &options, Some(family))?;
-        let note_of = self.note(seed, sizes, bytes_below(&dir)?);
+        miniature::write_as(layout, &part, &options, Some(family))?;
+        let note_of = self.note(seed, sizes, bytes_below(&part)?);
         let text = serde_json::to_string_pretty(&note_of)
             .map_err(|e| Error::io(&note, "write the file")(e.into()))?;
         std::fs::write(&note, text + "\n").map_err(Error::io(&note, "write the file"))?;
+        // An earlier one of ours that is not whole, or of other sizes.
+        remove_folder(&dir)?;
+        std::fs::rename(&part, &dir).map_err(Error::io(&dir, "move the written set to"))?;
         Ok(dir)
     }
 
@@ -298,6 +305,16 @@ impl Set {
     }
 }
 
+/// Removes a folder with all that is in it, if it is there.
+fn remove_folder(dir: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::io(dir, "remove the folder")(e))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Bytes of all files below a folder.
 fn bytes_below(dir: &Path) -> Result<u64> {
     let mut bytes = 0;
@@ -325,6 +342,7 @@ mod tests {
         let sources = [
             ("e10", "image-folder"),
             ("mini-imagenet", "imagenet-1k"),
+            ("mini-imagenet-large", "imagenet-1k"),
             ("mini-cub", "cub-200-2011"),
             ("mini-aircraft", "fgvc-aircraft-2013b"),
             ("mini-cars", "stanford-cars"),
@@ -362,6 +380,12 @@ mod tests {
         assert!(!set.is_written(home.path(), 1, true).unwrap());
         set.write(home.path(), 1, true).unwrap();
         assert!(set.is_written(home.path(), 1, true).unwrap());
+        // Killed before the folder came to its place.
+        std::fs::rename(&dir, dir.with_extension("part")).unwrap();
+        assert!(!set.is_written(home.path(), 1, true).unwrap());
+        set.write(home.path(), 1, true).unwrap();
+        assert!(set.is_written(home.path(), 1, true).unwrap());
+        assert!(!dir.with_extension("part").exists());
         assert!(!set.is_written(home.path(), 2, true).unwrap());
     }
 

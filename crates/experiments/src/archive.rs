@@ -59,6 +59,13 @@ pub fn save(dir: &Path, archive: &Path, images: Option<&str>) -> Result<Vec<Stri
                 "{id} was run at the smallest size only, or quickly, which is no result to keep"
             )));
         }
+        let left_out = State::NotRun(plan::LEFT_OUT.to_owned());
+        if let Some(cell) = planned.cells.iter().find(|c| c.state == left_out) {
+            return Err(Error::Unsupported(format!(
+                "{id}: row {} was left out by --row; kept are whole experiments, so run it without",
+                cell.row
+            )));
+        }
         let cells = planned.cells.iter();
         let wanted = cells.filter(|c| !matches!(c.state, State::NotRun(_)) && !c.is_search());
         let mut records: Vec<&Record> = Vec::new();

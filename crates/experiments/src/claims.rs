@@ -7,8 +7,9 @@
 //!   apart*
 //! - timings: *seen* if the quartiles of the repeats do not overlap
 //! - numbers without spread (distances): *seen* if smaller
-//! - a plateau: *seen* if neighbours are not told apart by the criterion of their numbers
-//! - no worse: *seen* unless larger by that criterion
+//! - a plateau: *no difference seen* if neighbours are not told apart by the criterion of their numbers,
+//!   else *the opposite*
+//! - no worse: *seen* if smaller by that criterion, *the opposite* if larger, otherwise *no difference seen*
 //! - fewer epochs: *seen* if, in every run, the row reaches the error that the other ends with in
 //!   fewer epochs than the other; *the opposite* if later, or never, in every run
 //! - one run, or a training that diverged, decides nothing
@@ -21,8 +22,8 @@ use serde::Serialize;
 /// The criteria in words, for the report.
 pub const CRITERION: &str = "Seen: a paired t test over runs (seeds, and data sets where there are \
 several) tells the two apart at p < 0.05; for timings, the quartiles of the repeats do not overlap; \
-distances, which have no spread, are smaller. A plateau: neighbours are not told apart by that. No \
-worse: not larger by that. Fewer epochs: in every run, the final error of the other is reached in \
+distances, which have no spread, are smaller. A plateau, or being no worse: no difference is told by that, \
+which few runs do not turn into a proof that there is none. Fewer epochs: in every run, the final error of the other is reached in \
 fewer epochs. One run, or a training that diverged, decides nothing. The test is over weights and \
 order of the images, with one set of test images, and where networks are fine-tuned with one network \
 to start from: its runs are not independent, and their p values too small; p values are not corrected for the number of \
@@ -37,10 +38,14 @@ const SIGNIFICANT: f64 = 0.05;
 pub enum Outcome {
     /// By the criterion, for every row that was measured.
     Seen,
-    /// For some rows only.
+    /// For some rows only, and for none the opposite.
     Partly,
+    /// Nothing tells the rows apart, as the claim has it; few runs might not tell them apart anyway.
+    NoDifference,
     /// Not by the criterion, nor its opposite.
     NotSeen,
+    /// For some rows the numbers say the opposite.
+    PartlyOpposite,
     /// The numbers say the opposite, by the same criterion.
     Opposite,
     /// The cells were not run, or too few seeds.
@@ -52,7 +57,9 @@ impl Outcome {
     pub fn words(self) -> &'static str {
         match self {
             Self::Seen => "seen here",
-            Self::Partly => "partly seen here",
+            Self::Partly => "seen here for some rows",
+            Self::NoDifference => "no difference seen here",
+            Self::PartlyOpposite => "the opposite was seen here for some rows",
             Self::NotSeen => "not seen here",
             Self::Opposite => "the opposite was seen here",
             Self::NotRun => "not decided",
@@ -134,7 +141,7 @@ fn together(outcomes: &[Outcome]) -> Outcome {
         Some(first) if decided.iter().all(|o| o == first) && decided.len() == outcomes.len() => {
             *first
         }
-        _ if decided.contains(&Outcome::Opposite) => Outcome::NotSeen,
+        _ if decided.contains(&Outcome::Opposite) => Outcome::PartlyOpposite,
         _ if decided.contains(&Outcome::Seen) => Outcome::Partly,
         _ => Outcome::NotSeen,
     }
@@ -165,10 +172,8 @@ fn compare(
     let (order, why) = order(&a, &b);
     let outcome = match (kind, order) {
         (_, Order::Unknown) => Outcome::NotRun,
-        (ClaimKind::Plateau, Order::Same) => Outcome::Seen,
-        (ClaimKind::Plateau, _) => Outcome::NotSeen,
-        (ClaimKind::NoWorse, Order::More) => Outcome::NotSeen,
-        (ClaimKind::NoWorse, _) => Outcome::Seen,
+        (ClaimKind::Plateau | ClaimKind::NoWorse, Order::Same) => Outcome::NoDifference,
+        (ClaimKind::Plateau, _) => Outcome::Opposite,
         (_, Order::Less) => Outcome::Seen,
         (_, Order::More) => Outcome::Opposite,
         (_, Order::Same) => Outcome::NotSeen,

@@ -7,7 +7,7 @@
 
 use crate::error::{Error, Result};
 use crate::machine::Machine;
-use crate::record::{DataInfo, Store};
+use crate::record::{DataInfo, Record, Store};
 use crate::run::paper;
 use crate::spec::{
     DecompositionSettings, Experiment, LayerSettings, Measure, NetworkSettings, Recipe, Row,
@@ -36,6 +36,9 @@ pub const PROTOCOL: u32 = 3;
 
 /// Seed of the learning-rate search, not among the seeds that are reported.
 pub const SEARCH_SEED: u64 = 100;
+
+/// Why a row is not run that was not asked for.
+pub const LEFT_OUT: &str = "left out by --row";
 
 /// Name of the plan in a run folder.
 pub const FILE: &str = "plan.json";
@@ -323,6 +326,7 @@ impl Plan {
         command: impl Fn(&str) -> String,
     ) -> Result<Self> {
         let machine = Machine::here();
+        let known = known(store);
         let mut planned = Vec::new();
         for experiment in experiments {
             let trains = needs_data(experiment, request);
@@ -343,7 +347,7 @@ impl Plan {
             apply(&mut p.experiment, request);
             p.cells = cells(&p, request, data.users.is_some())?;
             for cell in &mut p.cells {
-                cell.seconds = estimate(cell, &p.data, store);
+                cell.seconds = estimate(cell, &p.data, &known);
             }
             p.resolve(store, &machine, request.fresh);
             p.leave_out(&request.rows, store);
@@ -390,9 +394,10 @@ impl Plan {
 
     /// Estimates the remaining cells again, now that more has been measured.
     pub fn estimate(&mut self, store: &Store) {
+        let known = known(store);
         for p in &mut self.experiments {
             for cell in p.cells.iter_mut().filter(|c| c.state == State::Todo) {
-                cell.seconds = estimate(cell, &p.data, store);
+                cell.seconds = estimate(cell, &p.data, &known);
             }
         }
         self.count_twins_once();
@@ -458,7 +463,12 @@ impl Planned {
             };
             let start = self.start_of(&self.cells[i]);
             let cell = &mut self.cells[i];
-            let fingerprint = (self.data.get(&cell.on)).map_or("", |d| d.fingerprint.as_str());
+            // Images that are not written yet have a name alone, for a plan.
+            let of = |d: &DataInfo| match d.fingerprint.is_empty() {
+                true => d.name.clone(),
+                false => d.fingerprint.clone(),
+            };
+            let fingerprint = self.data.get(&cell.on).map_or_else(String::new, of);
             let Some(work) = &mut cell.work else { continue };
             if let Some(t) = work.training_mut() {
                 t.lr = t.lr.or(found);
@@ -469,7 +479,7 @@ impl Planned {
                     continue;
                 }
             }
-            cell.key = key(work, cell.seed, fingerprint, machine);
+            cell.key = key(work, cell.seed, &fingerprint, machine);
             if !fresh && store.latest(&cell.key).is_some() {
                 cell.state = State::Done;
             }
@@ -490,7 +500,7 @@ impl Planned {
             if cell.state == State::Todo && !wanted(cell) && !starts.contains(&cell.key) {
                 cell.state = match store.latest(&cell.key) {
                     Some(_) => State::Done,
-                    None => State::NotRun("left out by --row".to_owned()),
+                    None => State::NotRun(LEFT_OUT.to_owned()),
                 };
             }
         }
@@ -871,10 +881,8 @@ fn key(work: &Work, seed: Option<u64>, fingerprint: &str, machine: &Machine) -> 
     };
     let mut work = serde_json::to_value(work).unwrap_or_default();
     if let Some(run) = work.as_object_mut() {
-        // Of a run of the paper profile: an estimate, and where its files lie.
-        for field in ["seconds", "data", "weights"] {
-            run.remove(field);
-        }
+        // Of a run of the paper profile: an estimate.
+        run.remove("seconds");
     }
     if let Some(recipe) = work.get_mut("recipe").and_then(|r| r.as_object_mut()) {
         // A guess of the plan and names, which decide no result.
@@ -887,9 +895,30 @@ fn key(work: &Work, seed: Option<u64>, fingerprint: &str, machine: &Machine) -> 
     digest.iter().take(16).map(|b| format!("{b:02x}")).collect()
 }
 
+/// What a record tells of the time that cells take.
+struct Known {
+    work: Work,
+    /// Training images.
+    images: usize,
+    smoke: bool,
+    seconds: f64,
+}
+
+fn known(store: &Store) -> Vec<Known> {
+    let known = |record: &Record| {
+        Some(Known {
+            work: Work::deserialize(&record.config).ok()?,
+            images: record.data.as_ref().map_or(0, |d| d.train),
+            smoke: record.smoke,
+            seconds: record.seconds,
+        })
+    };
+    store.records().iter().filter_map(known).collect()
+}
+
 /// Seconds that a cell should take: the mean of like cells among the records; else a guess, scaled
 /// by how wrong it was for the cells of the same kind so far.
-fn estimate(cell: &Cell, data: &BTreeMap<String, DataInfo>, store: &Store) -> f64 {
+fn estimate(cell: &Cell, data: &BTreeMap<String, DataInfo>, known: &[Known]) -> f64 {
     let Some(work) = &cell.work else { return 0.0 };
     // Measured, not guessed.
     if let Work::PaperRun(run) = work {
@@ -897,20 +926,16 @@ fn estimate(cell: &Cell, data: &BTreeMap<String, DataInfo>, store: &Store) -> f6
     }
     let images = data.get(&cell.on).map_or(0, |d| d.train);
     let (mut alike, mut kind) = (Vec::new(), (0.0, 0.0));
-    for record in store.records() {
-        let Ok(theirs) = serde_json::from_value::<Work>(record.config.clone()) else {
-            continue;
-        };
-        let trained = record.data.as_ref().map_or(0, |d| d.train);
-        let same_images = work.training().is_none() || trained == images;
-        if same_cost(&theirs, work) && same_images {
-            alike.push(record.seconds);
+    for theirs in known {
+        let same_images = work.training().is_none() || theirs.images == images;
+        if same_cost(&theirs.work, work) && same_images {
+            alike.push(theirs.seconds);
         }
-        if theirs.training().is_some() == work.training().is_some()
-            && record.smoke == is_smoke(work)
+        if theirs.work.training().is_some() == work.training().is_some()
+            && theirs.smoke == is_smoke(work)
         {
-            kind.0 += record.seconds;
-            kind.1 += guess(&theirs, trained);
+            kind.0 += theirs.seconds;
+            kind.1 += guess(&theirs.work, theirs.images);
         }
     }
     if !alike.is_empty() {

@@ -171,18 +171,40 @@ fn one_seed_or_a_diverged_one_decides_nothing() {
 #[test]
 fn a_plateau_is_no_difference_beyond_the_spread() {
     let v = verdict(ClaimKind::Plateau, &[2.0, 2.4, 1.9], &[2.1, 2.2, 2.0]);
-    assert_eq!(v.outcome, Outcome::Seen);
+    assert_eq!(v.outcome, Outcome::NoDifference);
     let v = verdict(ClaimKind::Plateau, &[4.5, 4.4, 4.9], &[2.1, 2.2, 2.0]);
-    assert_eq!(v.outcome, Outcome::NotSeen);
+    assert_eq!(v.outcome, Outcome::Opposite);
+}
+
+#[test]
+fn an_opposite_is_not_hidden_among_several_rows() {
+    let mut experiment = small();
+    let mut claim = claim(ClaimKind::Less);
+    claim.rows = vec!["five".into(), "gap".into()];
+    claim.than = "gap".into();
+    experiment.claims = vec![claim];
+    let better = decide_with(
+        &experiment,
+        &[vec![1.0], vec![1.11]],
+        &[vec![4.0], vec![4.1]],
+    );
+    assert_eq!(better.outcome, Outcome::Partly);
+    let worse = decide_with(
+        &experiment,
+        &[vec![4.0], vec![4.1]],
+        &[vec![1.0], vec![1.11]],
+    );
+    assert_eq!(worse.outcome, Outcome::PartlyOpposite);
+    assert!(worse.words.contains("for some rows"));
 }
 
 #[test]
 fn no_worse_is_level_or_better() {
-    let better = verdict(ClaimKind::NoWorse, &[1.0, 1.1], &[4.0, 4.1]);
+    let better = verdict(ClaimKind::NoWorse, &[1.0, 1.11], &[4.0, 4.1]);
     let worse = verdict(ClaimKind::NoWorse, &[4.0, 4.1], &[1.0, 1.11]);
     assert_eq!(
         (better.outcome, worse.outcome),
-        (Outcome::Seen, Outcome::NotSeen)
+        (Outcome::Seen, Outcome::Opposite)
     );
 }
 
@@ -219,7 +241,7 @@ fn the_report_states_the_criterion_of_every_kind() {
         "timings",
         "distances",
         "plateau",
-        "No worse",
+        "no worse",
         "Fewer epochs",
         "One run",
         "diverged",

@@ -84,4 +84,16 @@ fn own_images_are_described_without_mending_them() {
     let info = describe().unwrap().own["small"].clone();
     assert_eq!((info.train, info.test), (80, 40));
     assert!(!lost.exists());
+
+    // Of one that is whole all is known, though another is not written.
+    let birds = Set::named("mini-cub").unwrap();
+    birds.write(dir.path(), 1, true).unwrap();
+    let mut both = small();
+    let mut recipe = both.recipes["small"].clone();
+    recipe.data = birds.name.to_owned();
+    both.recipes.insert("birds".to_owned(), recipe);
+    both.train_on.push("birds".to_owned());
+    let infos = source.describe_unwritten(&[&both], true).unwrap().unwrap();
+    assert!(!infos.own["birds"].fingerprint.is_empty());
+    assert!(infos.own["small"].fingerprint.is_empty());
 }

@@ -76,6 +76,26 @@ fn wrong_names_and_values_are_explained() {
             "`not_run` must say why",
         ),
         ("seeds = 2", "seeds = 0", "`seeds` of at least 1"),
+        (
+            "metric = \"top1_error\", label",
+            "metric = \"top1_eror\", label",
+            "`columns`: no row is measured by `top1_eror`; did you mean `top1_error`?",
+        ),
+        (
+            "metric = \"top1_error\", label",
+            "metric = \"epochs_to:gab\", label",
+            "`columns`: `epochs_to:gab`: there is no row `gab`; did you mean `gap`?",
+        ),
+        (
+            "metric = \"top1_error\"\nrows",
+            "metric = \"root_error\"\nrows",
+            "`claims`: no row is measured by `root_error`",
+        ),
+        (
+            "metric = \"top1_error\", label",
+            "metric = \"top1_error\", on = \"smal\", label",
+            "`on = \"smal\"` is not in `train_on`; did you mean `small`?",
+        ),
     ] {
         let text = message(&SMALL.replace(old, new));
         assert!(text.contains(expected), "{text}");
@@ -101,6 +121,21 @@ fn what_no_run_could_do_is_refused_when_the_file_is_read() {
             "iterations = 5 }\nmeasures = [\"train\", \"layer-time\"]",
             "iterations = 3 }\nmeasures = [\"decomposition-time\"]",
             "row `five`: `decomposition-time` needs head `eig`",
+        ),
+        (
+            "iterations = 5",
+            "iterations = 14",
+            "row `five`: the number of steps = 14 is out of range: with f32 features at most 13",
+        ),
+        (
+            "iterations = 5 }\nmeasures = [\"train\", \"layer-time\"]",
+            "schedule = \"cubic\", steps = 3, lower = 0.1 }\nmeasures = [\"scaling\"]",
+            "row `five`: `scaling` needs a head `isqrt` with `iterations`",
+        ),
+        (
+            "iterations = 5 }\nmeasures = [\"train\", \"layer-time\"]",
+            "pre_normalization = \"frobenius\" }\nmeasures = [\"root-error\"]",
+            "row `five`: `root-error` needs `mpn`, or `isqrt` with no option but its steps",
         ),
         (
             "iterations = 5",

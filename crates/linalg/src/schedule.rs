@@ -54,9 +54,12 @@ pub enum Schedule {
 }
 
 impl Schedule {
-    /// Steps that a schedule may have; more only grow the null space (by `c₀` a step, 1.5 for
-    /// Newton–Schulz) beyond f32.
+    /// Steps that a schedule may have.
     pub const MOST_STEPS: usize = 60;
+
+    /// Largest [`growth`](Self::growth) with f32 features: 13 steps of Newton–Schulz. Beyond it results
+    /// were measured to be finite and wrong (`docs/numerics.md`, "How many steps").
+    pub const MOST_GROWTH_F32: f64 = 200.0;
 
     /// The polynomial of each step.
     ///
@@ -93,6 +96,33 @@ impl Schedule {
                 let padded = |&[a, b, c]: &[f64; 3]| [a, b, c, 0.0, 0.0];
                 Ok(coefficients.iter().map(padded).collect())
             }
+        }
+    }
+
+    /// By how much what rounding leaves in a direction where the covariance vanishes grows in all
+    /// steps together: the product of their first coefficients, `1.5^N` for Newton–Schulz.
+    ///
+    /// # Errors
+    /// As [`coefficients`](Self::coefficients).
+    pub fn growth(&self) -> Result<f64> {
+        let steps = self.coefficients()?;
+        Ok(steps.iter().map(|step| step[0].abs()).product())
+    }
+
+    /// Whether f32 bears this schedule: [`growth`](Self::growth) of at most
+    /// [`MOST_GROWTH_F32`](Self::MOST_GROWTH_F32).
+    ///
+    /// # Errors
+    /// [`Error::Option`](crate::Error::Option).
+    pub fn check_f32(&self) -> Result<()> {
+        match self.growth()? <= Self::MOST_GROWTH_F32 {
+            true => Ok(()),
+            false => Err(out_of_range(
+                "the number of steps",
+                self.steps(),
+                "with f32 features at most 13 of Newton-Schulz, of others so many that their first \
+                 coefficients multiply to at most 200, or rounding outgrows the result: take fewer, or f64 features",
+            )),
         }
     }
 

@@ -25,6 +25,41 @@ fn network(spec: &ModelSpec, seed: u64) -> Network {
     Network::new(spec, seed, DType::F32, &Device::Cpu).unwrap()
 }
 
+#[test]
+fn with_zero_init_residual_blocks_begin_as_their_shortcuts() {
+    for (name, blocks, last) in [
+        ("resnet8", 3, "bn2.weight"),
+        ("resnet18", 8, "bn2.weight"),
+        ("resnet50", 16, "bn3.weight"),
+    ] {
+        let weights = |zero: bool| {
+            let mut backbone = BackboneSpec::from(name);
+            backbone.options.set("zero_init_residual", zero);
+            let network = network(&spec(backbone, RepresentationSpec::new("gap")), 7);
+            let parameters = network.vars().parameters();
+            let values = |var: &Var| var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            parameters
+                .map(|(name, var)| (name.to_owned(), values(var)))
+                .collect::<Vec<_>>()
+        };
+        let mut changed = 0;
+        for ((path, ones), (_, zeros)) in weights(false).into_iter().zip(weights(true)) {
+            if ones != zeros {
+                assert!(path.contains("layer") && path.ends_with(last), "{path}");
+                assert!(zeros.iter().all(|x| *x == 0.0), "{path}");
+                changed += 1;
+            }
+        }
+        assert_eq!(changed, blocks, "{name}");
+    }
+    let error = parameters(
+        r#"backbone = { name = "preresnet20", zero_init_residual = true }
+        representation = "gap"
+        classes = 3"#,
+    );
+    assert!(error.unwrap_err().contains("zero_init_residual"));
+}
+
 /// Small networks with every head, large ones with one each, of all heads in turn.
 #[test]
 fn combinations_build_differentiate_save_and_load() {
@@ -210,6 +245,7 @@ fn specs_are_read_and_mistakes_are_named() {
             r#"{ name = "isqrt", iterations = 3, schedule = "cubic" }"#,
             "give one of",
         ),
+        (r#"{ name = "isqrt", iterations = 14 }"#, "at most 13"),
         (r#"{ name = "isqrt", schedule = "septic" }"#, "septic"),
         (r#"{ name = "gap", power = 2 }"#, "power"),
         (r#"{ name = "mpn", power = 2 }"#, "power = 2"),

@@ -140,10 +140,14 @@ impl BatchNorm2d {
     ///
     /// # Errors
     /// [`crate::Error::Duplicate`] where the scope has such names already.
-    pub fn new(mut scope: Scope<'_>, channels: usize, relu: bool) -> Result<Self> {
+    pub fn new(scope: Scope<'_>, channels: usize, relu: bool) -> Result<Self> {
+        Self::with_scale(scope, channels, relu, 1.0)
+    }
+
+    fn with_scale(mut scope: Scope<'_>, channels: usize, relu: bool, scale: f64) -> Result<Self> {
         Ok(Self {
             path: scope.name(),
-            weight: scope.parameter("weight", &[channels], Init::Constant(1.0))?,
+            weight: scope.parameter("weight", &[channels], Init::Constant(scale))?,
             bias: scope.parameter("bias", &[channels], Init::Constant(0.0))?,
             norm: Norm {
                 running_mean: scope.buffer("running_mean", &[channels], 0.0)?,
@@ -197,6 +201,25 @@ impl ConvNorm {
     ) -> Result<Self> {
         let options = Conv::new(stride, kernel / 2);
         Self::build(scope, names, (inputs, outputs), kernel, options, relu)
+    }
+
+    /// The same without ReLU and with a norm that gives zeros at first: at the end of a residual
+    /// branch it makes the block begin as its shortcut (Goyal et al. 2017, section 5.1).
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn from_zero(
+        scope: &mut Scope<'_>,
+        names: (&str, &str),
+        (inputs, outputs): (usize, usize),
+        kernel: usize,
+        stride: usize,
+    ) -> Result<Self> {
+        let options = Conv::new(stride, kernel / 2);
+        Ok(Self {
+            conv: Conv2d::new(scope.sub(names.0), inputs, outputs, kernel, options)?,
+            norm: BatchNorm2d::with_scale(scope.sub(names.1), outputs, false, 0.0)?,
+        })
     }
 
     /// The same, each channel alone: a depthwise convolution.

@@ -207,6 +207,11 @@ impl Scope<'_> {
         }
     }
 
+    /// The type of the parameters made here.
+    pub fn dtype(&self) -> DType {
+        self.vars.dtype()
+    }
+
     /// A new parameter.
     ///
     /// # Errors

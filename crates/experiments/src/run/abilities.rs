@@ -27,7 +27,10 @@ pub(super) fn run(head: &RepresentationSpec, settings: &LayerSettings) -> Result
         Measurement::in_words("backward_by", backward),
         Measurement::new("gradient_check", gradient_check(head)?, "relative"),
     ];
-    if threads > 1 {
+    if threads == 1 {
+        let words = "not asked: one thread";
+        measurements.push(Measurement::in_words("thread_gain", words.to_owned()));
+    } else {
         let x = features([settings.batch, settings.dim, settings.positions])?;
         let x = x.to_dtype(DType::F32).map_err(failed)?;
         let seconds = [1, threads].map(|threads| on_threads(head, &x, threads));

@@ -85,8 +85,9 @@ impl Library {
 }
 
 impl Source {
-    /// What is known of the program's own sets where some are not written, without writing any; none if
-    /// all are there, or for the user's images.
+    /// What is known of the program's own sets where some are not written, without writing any: of those
+    /// that are there all, so that what was done with them is seen to be done. None if all are there, or
+    /// for the user's images.
     ///
     /// # Errors
     /// As [`Library::open`] where the experiments' recipes do not fit.
@@ -101,7 +102,12 @@ impl Source {
         let (mut infos, mut all) = (Infos::default(), true);
         for (name, recipe) in recipes(experiments)? {
             let set = Set::named(&recipe.data)?;
-            all &= set.is_written(home, SEED, smoke)?;
+            if set.is_written(home, SEED, smoke)? {
+                let data = Data::own(home, name, recipe, smoke)?;
+                infos.own.insert(name.to_owned(), data.info);
+                continue;
+            }
+            all = false;
             let sizes = set.sizes(smoke);
             let (_, _, side) = pipelines(recipe)?;
             let val = match sizes.val {

@@ -88,6 +88,8 @@ pub struct Task<'a> {
     pub start: Option<PathBuf>,
     /// Where to put the weights of a network that others start from, and what a long run keeps.
     pub keep: PathBuf,
+    /// Whether what is done is to be done again.
+    pub fresh: bool,
 }
 
 /// Does the work of a cell; of several trainings at once.
@@ -290,13 +292,13 @@ impl Run<'_> {
                 data: None,
                 start: None,
                 keep: self.dir.join("paper"),
+                fresh: self.request.fresh,
             };
             let names = self.names(place);
             let step = self.step(&cell, &names, number);
             let progress = &mut *self.progress;
-            let outcome = self
-                .lab
-                .run(&task, &mut |f, w| progress.tick(&step, f, w))
+            let lab = self.lab;
+            let outcome = no_panic(|| lab.run(&task, &mut |f, w| progress.tick(&step, f, w)))
                 .map_err(|error| in_cell(&self.plan.experiments[place.0], &cell, error))?;
             self.finish(place, number, Some((outcome, started, clock)))?;
         }
@@ -354,6 +356,7 @@ impl Run<'_> {
                                 data: data.get(&cell.on),
                                 start,
                                 keep,
+                                fresh: false,
                             };
                             on_one_thread(|| lab.run(&task, &mut tick))
                         });
@@ -523,17 +526,21 @@ fn weights_of(dir: &Path, key: &str) -> PathBuf {
     dir.join("weights").join(format!("{key}.safetensors"))
 }
 
-/// Does it with a pool of one thread, so that trainings beside each other leave each other alone. A panic
-/// becomes an error: the others would wait for its result without end.
+/// A panic becomes an error: what was done before is kept, and trainings beside it end.
+fn no_panic<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        Err(Error::Cell {
+            cell: "the program".to_owned(),
+            message: "panicked, which is a fault of its own: see above".to_owned(),
+        })
+    })
+}
+
+/// Does it with a pool of one thread, so that trainings beside each other leave each other alone.
 fn on_one_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build();
     let pool = pool.map_err(|e| Error::Unsupported(format!("no thread for a training: {e}")))?;
-    catch_unwind(AssertUnwindSafe(|| pool.install(work))).unwrap_or_else(|_| {
-        Err(Error::Cell {
-            cell: "training".to_owned(),
-            message: "panicked, which is a fault of the program: see above".to_owned(),
-        })
-    })
+    no_panic(|| pool.install(work))
 }
 
 /// What searches have found, in the form of `experiments/_base/rates.toml`.

@@ -8,8 +8,8 @@ use crate::plan::Request;
 use crate::record::{EpochRecord, Measurement};
 use isqrt_models::ModelSpec;
 use isqrt_train::data::RunData;
-use isqrt_train::run::{Console, Resume, run};
-use isqrt_train::{EpochMetrics, SpecFile, StepInfo};
+use isqrt_train::run::{Console, Resume, RunResult, run};
+use isqrt_train::{EpochMetrics, Line, SpecFile, StepInfo};
 use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -53,22 +53,14 @@ impl Run {
     pub fn find(request: &Request, set: &str, spec: &str) -> std::result::Result<Self, String> {
         let root = (request.root.as_ref())
             .ok_or_else(|| format!("needs --data ROOT with the data set in ROOT/{set}"))?;
-        let data = root.join(set);
-        if !data.exists() {
-            return Err(format!("{} is not there", data.display()));
-        }
+        // Whole, since it is part of the run's key.
+        let data = whole(&root.join(set))?;
         let file = SpecFile::read(&request.specs.join(spec), &[]).map_err(|e| e.to_string())?;
         let weights = match &file.spec.start {
             None => None,
             Some(start) => {
                 let path = root.join("weights").join(weights_name(&start.weights));
-                if !path.is_file() {
-                    return Err(format!(
-                        "{} is not there: the network to start from",
-                        path.display()
-                    ));
-                }
-                Some(path)
+                Some(whole(&path).map_err(|e| format!("{e}: the network to start from"))?)
             }
         };
         let hash = file.spec.hash().map_err(|e| e.to_string())?;
@@ -113,15 +105,16 @@ impl Run {
             name.push_str("-smoke");
         }
         let out = task.keep.join(format!("{name}-seed{seed}"));
+        if task.fresh {
+            set_aside(&out)?;
+        }
         let data = RunData::open(&file, few).map_err(|e| failed(e.to_string()))?;
         let mut watch = Watch {
             tick,
-            epochs: Vec::new(),
             of: file.spec.epochs,
         };
         let result =
             run(&file, data, &out, &Resume::Auto, &mut watch).map_err(|e| failed(e.to_string()))?;
-        let epochs = watch.epochs;
         if result.status != "finished" {
             return Err(Error::Stopped);
         }
@@ -139,9 +132,46 @@ impl Run {
             .extend((result.svm.as_ref()).map(|svm| Measurement::new("svm_error", svm.error, "%")));
         Ok(Outcome {
             measurements,
-            epochs,
+            epochs: epochs(&out)?,
         })
     }
+}
+
+/// The epochs of a run folder, those from before it was stopped and taken up again too.
+fn epochs(out: &Path) -> Result<Vec<EpochRecord>> {
+    let path = out.join("metrics.jsonl");
+    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let lines = text.lines().filter_map(|l| serde_json::from_str(l).ok());
+    Ok(lines
+        .filter_map(|line| match line {
+            Line::Epoch(metrics) => Some((&metrics).into()),
+            _ => None,
+        })
+        .collect())
+}
+
+/// Gives a finished run another name, so that a new one can begin; one that was stopped goes on.
+fn set_aside(out: &Path) -> Result<()> {
+    let finished = std::fs::read(out.join("result.json")).is_ok_and(|text| {
+        serde_json::from_slice::<RunResult>(&text).is_ok_and(|r| r.status == "finished")
+    });
+    if !finished {
+        return Ok(());
+    }
+    let name = out.file_name().unwrap_or_default().to_string_lossy();
+    let free = (1..).map(|n| out.with_file_name(format!("{name}-before{n}")));
+    match free.into_iter().find(|path| !path.exists()) {
+        Some(path) => std::fs::rename(out, &path).map_err(Error::io("rename", out)),
+        None => Ok(()),
+    }
+}
+
+/// The whole path of what is there.
+fn whole(path: &Path) -> std::result::Result<PathBuf, String> {
+    path.canonicalize().map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound => format!("{} is not there", path.display()),
+        _ => format!("{}: {e}", path.display()),
+    })
 }
 
 /// The file's name, or for a checkpoint in a run folder that of the folder.
@@ -193,10 +223,9 @@ fn seconds_an_image(model: &ModelSpec, side: usize) -> Result<f64> {
     Ok(seconds)
 }
 
-/// Passes steps on as fractions and keeps the epochs.
+/// Passes steps on as fractions.
 struct Watch<'a, 'b> {
     tick: &'a mut Tick<'b>,
-    epochs: Vec<EpochRecord>,
     of: usize,
 }
 
@@ -210,8 +239,7 @@ impl Console for Watch<'_, '_> {
         (self.tick)(info.step as f64 / info.steps.max(1) as f64, &words)
     }
 
-    fn epoch(&mut self, m: &EpochMetrics) -> ControlFlow<()> {
-        self.epochs.push(m.into());
+    fn epoch(&mut self, _: &EpochMetrics) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }
 }

@@ -223,6 +223,7 @@ mod tests {
                 data: Some(&data),
                 start: None,
                 keep: "nowhere".into(),
+                fresh: false,
             };
             let tick: &mut Tick<'_> = &mut |_, _| ControlFlow::Continue(());
             let outcome = run(&training, &task, tick).unwrap();

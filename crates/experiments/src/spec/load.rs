@@ -258,6 +258,9 @@ fn check(e: &Experiment, file: &str) -> Result<()> {
             return fail(format!("there is no row `{id}`{near}"));
         }
     }
+    if let Err(message) = check_metrics(e) {
+        return fail(message);
+    }
     let trains = e.trains();
     if trains && (e.train_on.is_empty() || e.seeds == 0) {
         return fail("rows are trained, so `train_on` and `seeds` of at least 1 are needed".into());
@@ -289,6 +292,46 @@ fn check(e: &Experiment, file: &str) -> Result<()> {
             return fail(format!(
                 "figure `{}`: every row on the curve needs an `x`",
                 figure.title
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Whatever names a metric or a recipe names one that there is.
+fn check_metrics(e: &Experiment) -> std::result::Result<(), String> {
+    let measures: BTreeSet<Measure> =
+        (e.rows.iter().flat_map(|r| r.measures.iter().copied())).collect();
+    let known: Vec<&str> = measures
+        .iter()
+        .flat_map(|m| m.metrics().iter().copied())
+        .collect();
+    let columns = e.columns.iter().map(|c| ("columns", &c.metric, &c.on));
+    let claims = e.claims.iter().map(|c| ("claims", &c.metric, &c.on));
+    let figures = (e.figures.iter()).flat_map(|f| {
+        f.metrics
+            .iter()
+            .map(move |metric| ("figures", metric, &f.on))
+    });
+    let paper = (e.rows.iter().flat_map(|r| &r.paper)).map(|p| ("paper", &p.metric, &p.on));
+    for (place, metric, on) in columns.chain(claims).chain(figures).chain(paper) {
+        // Whether a metric with a size was measured at that size only the numbers tell.
+        let (kind, of) = metric.split_at(metric.find(':').map_or(metric.len(), |at| at + 1));
+        if !known.contains(&kind) {
+            let near = hint(nearest(kind, known.iter().copied()).as_deref());
+            return Err(format!("`{place}`: no row is measured by `{metric}`{near}"));
+        }
+        if matches!(kind, "epochs_to:" | "seconds_to:") && e.row(of).is_none() {
+            let ids = e.rows.iter().map(|r| r.id.as_str());
+            let near = hint(nearest(of, ids).as_deref());
+            return Err(format!(
+                "`{place}`: `{metric}`: there is no row `{of}`{near}"
+            ));
+        }
+        if !on.is_empty() && !e.train_on.contains(on) {
+            let near = hint(nearest(on, e.train_on.iter().map(String::as_str)).as_deref());
+            return Err(format!(
+                "`{place}`: `on = \"{on}\"` is not in `train_on`{near}"
             ));
         }
     }
@@ -471,18 +514,29 @@ fn check_row(row: &Row) -> std::result::Result<(), String> {
                         .into(),
                 );
             }
-            Measure::RootError if schedule.is_none() && head.name != "mpn" => {
+            Measure::RootError if !(head.name == "mpn" || schedule.is_some() && is_plain(head)) => {
                 return Err(
-                    "`root-error` needs a head `isqrt` with trace normalisation, or `mpn`".into(),
+                    "`root-error` needs `mpn`, or `isqrt` with no option but its steps: trace \
+                     normalisation and post-compensation"
+                        .into(),
                 );
             }
-            Measure::Scaling if schedule.is_none() => {
-                return Err("`scaling` needs a head `isqrt`".into());
+            Measure::Scaling if !matches!(schedule, Some(Schedule::NewtonSchulz { .. })) => {
+                return Err(
+                    "`scaling` needs a head `isqrt` with `iterations`, which are one of its sizes"
+                        .into(),
+                );
             }
             _ => {}
         }
     }
     Ok(())
+}
+
+/// Whether a head `isqrt` has no option but the number and kind of its steps.
+fn is_plain(head: &RepresentationSpec) -> bool {
+    let steps = ["iterations", "schedule", "steps", "lower", "coefficients"];
+    head.options.iter().all(|(name, _)| steps.contains(&name))
 }
 
 /// Building tells whether name and options are right.

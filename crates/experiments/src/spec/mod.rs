@@ -402,6 +402,31 @@ impl Measure {
             Self::Abilities => "abilities",
         }
     }
+
+    /// Its metrics; those that end in a colon go on with a size, or with the id of a row.
+    pub fn metrics(self) -> &'static [&'static str] {
+        match self {
+            Self::Train => &[
+                "top1_error",
+                "top5_error",
+                "accuracy",
+                "correct",
+                "parameters",
+                "train_seconds",
+                "svm_error",
+                "epochs_to:",
+                "seconds_to:",
+            ],
+            Self::LayerTime => &["forward_backward_ms", "forward_ms", "backward_ms"],
+            Self::RootError => &["root_error", "gradient_error", "products"],
+            Self::DecompositionTime => &["single_ms", "batch_ms"],
+            Self::NetworkTime => &["network_ms", "network_forward_ms"],
+            Self::Throughput => &["images_per_s:"],
+            Self::Scaling => &["ms:", "memory:", "exponent:", "memory_exponent:"],
+            Self::Precision => &["f32_error", "f32_gradient_error"],
+            Self::Abilities => &["forward_by", "backward_by", "gradient_check", "thread_gain"],
+        }
+    }
 }
 
 /// A number of the paper.
@@ -527,9 +552,9 @@ pub struct Claim {
 pub enum ClaimKind {
     /// Each of `rows` has a smaller metric than `than`.
     Less,
-    /// Neighbours among the rows differ by no more than the spread.
+    /// Neighbours among the rows are not told apart.
     Plateau,
-    /// None of `rows` has a larger metric than `than` by more than the spread.
+    /// None of `rows` has a larger metric than `than`, as far as can be told.
     NoWorse,
     /// Each of `rows` reaches the final error of `than` in fewer epochs.
     FewerEpochs,

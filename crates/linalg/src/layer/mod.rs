@@ -26,7 +26,8 @@ impl CovPool {
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Empty`], [`Error::Dtype`], [`Error::Device`],
-    /// [`Error::Option`]; [`Error::NonFinite`] names the first bad element of the batch.
+    /// [`Error::Option`], also for more steps than f32 bears ([`MOST_GROWTH_F32`](crate::Schedule::MOST_GROWTH_F32));
+    /// [`Error::NonFinite`] names the first bad element of the batch.
     ///
     /// # Cost
     /// `docs/method.md` counts the products; at `d = 256`, `M = 196`, `N = 5` on the Gram side
@@ -34,7 +35,12 @@ impl CovPool {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (batch, d, positions) = feature_shape(x)?;
         match x.dtype() {
-            DType::F32 => self.apply::<f32>(x, (batch, d, positions)),
+            DType::F32 => {
+                if let Some(root) = &self.root {
+                    root.schedule.check_f32()?;
+                }
+                self.apply::<f32>(x, (batch, d, positions))
+            }
             DType::F64 => self.apply::<f64>(x, (batch, d, positions)),
             other => Err(Error::Dtype {
                 dtype: other.as_str(),

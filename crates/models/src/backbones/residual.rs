@@ -13,11 +13,17 @@ pub(super) struct Block {
 }
 
 impl Block {
-    /// Two 3x3 convolutions; the first has the stride. `channels` are those of input and output.
-    pub(super) fn basic(scope: Scope<'_>, channels: (usize, usize), stride: usize) -> Result<Self> {
+    /// Two 3x3 convolutions; the first has the stride. `channels` are those of input and output; with
+    /// `from_zero` the block begins as its shortcut.
+    pub(super) fn basic(
+        scope: Scope<'_>,
+        channels: (usize, usize),
+        stride: usize,
+        from_zero: bool,
+    ) -> Result<Self> {
         let (inputs, outputs) = channels;
         let shapes = [((inputs, outputs), 3, stride), ((outputs, outputs), 3, 1)];
-        Self::new(scope, channels, stride, &shapes)
+        Self::new(scope, channels, stride, &shapes, from_zero)
     }
 
     /// 1x1 to a quarter of the output's channels, 3x3 with the stride, 1x1. The original has the
@@ -26,6 +32,7 @@ impl Block {
         scope: Scope<'_>,
         channels: (usize, usize),
         stride: usize,
+        from_zero: bool,
     ) -> Result<Self> {
         let (inputs, outputs) = channels;
         let width = outputs / 4;
@@ -34,7 +41,7 @@ impl Block {
             ((width, width), 3, stride),
             ((width, outputs), 1, 1),
         ];
-        Self::new(scope, channels, stride, &shapes)
+        Self::new(scope, channels, stride, &shapes, from_zero)
     }
 
     /// From the channels, kernel and stride of each convolution.
@@ -43,14 +50,16 @@ impl Block {
         channels: (usize, usize),
         stride: usize,
         shapes: &[((usize, usize), usize, usize)],
+        from_zero: bool,
     ) -> Result<Self> {
         let mut convs = Vec::with_capacity(shapes.len());
         for (i, &(channels, kernel, stride)) in (1..).zip(shapes) {
             let names = (&*format!("conv{i}"), &*format!("bn{i}"));
-            let relu = i < shapes.len();
-            convs.push(ConvNorm::new(
-                &mut scope, names, channels, kernel, stride, relu,
-            )?);
+            let scope = &mut scope;
+            convs.push(match i < shapes.len() {
+                false if from_zero => ConvNorm::from_zero(scope, names, channels, kernel, stride)?,
+                relu => ConvNorm::new(scope, names, channels, kernel, stride, relu)?,
+            });
         }
         let mut downsample = None;
         if stride != 1 || channels.0 != channels.1 {

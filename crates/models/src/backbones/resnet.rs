@@ -5,7 +5,8 @@
 //! stage; none by default). iSQRT-COV takes `last_stride = 1, reduction = 256`, which gives
 //! 14x14x256 of a 224x224 image; names `layer_reduce`, `layer_reduce_bn` as in the authors' code.
 //! `checkpoint` (false) keeps the inputs of blocks alone for the backward pass and computes the
-//! rest again: less memory, one more forward pass of time.
+//! rest again: less memory, one more forward pass of time. `zero_init_residual` (false), as in
+//! torchvision: blocks begin as their shortcuts.
 
 use std::sync::Arc;
 
@@ -77,8 +78,8 @@ enum Kind {
     Bottleneck,
 }
 
-/// A block in a scope, of these channels in and out, with this stride.
-type MakeBlock = fn(Scope<'_>, (usize, usize), usize) -> isqrt_nn::Result<Block>;
+/// A block in a scope, of these channels in and out, with this stride; whether it begins as its shortcut.
+type MakeBlock = fn(Scope<'_>, (usize, usize), usize, bool) -> isqrt_nn::Result<Block>;
 
 const fn entry(name: &'static str, kind: Kind, depths: [usize; 4]) -> Entry {
     Entry { name, kind, depths }
@@ -91,6 +92,7 @@ struct Keys {
     last_stride: usize,
     reduction: Option<usize>,
     checkpoint: bool,
+    zero_init_residual: bool,
 }
 
 impl Default for Keys {
@@ -99,6 +101,7 @@ impl Default for Keys {
             last_stride: 2,
             reduction: None,
             checkpoint: false,
+            zero_init_residual: false,
         }
     }
 }
@@ -112,11 +115,13 @@ impl BackboneEntry for Entry {
         match self.kind {
             Kind::Basic => {
                 "residual network of basic blocks; 224x224 images to 7x7x512; options last_stride (2 or \
-                 1), reduction (to so many channels), checkpoint (false)"
+                 1), reduction (to so many channels), checkpoint (false), \
+                 zero_init_residual (false)"
             }
             Kind::Bottleneck => {
                 "residual network of bottlenecks; 224x224 images to 7x7x2048; options last_stride (2 or \
-                 1), reduction (to so many channels), checkpoint (false)"
+                 1), reduction (to so many channels), checkpoint (false), \
+                 zero_init_residual (false)"
             }
         }
     }
@@ -134,6 +139,7 @@ impl BackboneEntry for Entry {
             last_stride,
             reduction,
             checkpoint,
+            zero_init_residual,
         } = options.read(self.name)?;
         check_stride(self.name, "last_stride", last_stride)?;
 
@@ -153,7 +159,9 @@ impl BackboneEntry for Entry {
                     (0, 3) => last_stride,
                     _ => 1,
                 };
-                blocks.push(Arc::new(block(scope.sub(i), (channels, outputs), stride)?));
+                let shape = (channels, outputs);
+                let block = block(scope.sub(i), shape, stride, zero_init_residual)?;
+                blocks.push(Arc::new(block));
                 channels = outputs;
             }
         }

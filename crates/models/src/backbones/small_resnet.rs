@@ -14,8 +14,10 @@
 //!
 //! Options: `last_stride` (2, or 1: the last stage keeps the resolution), `reduction` (a 1x1
 //! convolution to so many channels with batch norm and ReLU; none by default), `stem_stride` (1; 2 for
-//! 64x64 images) and `stem_kernel` (3; 5 or 7, as networks for large images begin). Covariance heads take `last_stride = 1`, which gives 16x16x64 of a 32x32 image, and for
-//! the 256 channels of bottlenecks `reduction = 128`, both as in that file.
+//! 64x64 images), `stem_kernel` (3; 5 or 7, as networks for large images begin), for `resnet8` to
+//! `resnet110` `zero_init_residual` (false; torchvision's name: blocks begin as their shortcuts).
+//! Covariance heads take `last_stride = 1`, which gives 16x16x64 of a 32x32 image, and for the 256
+//! channels of bottlenecks `reduction = 128`, both as in that file.
 
 use candle_core::Tensor;
 use isqrt_nn::layers::{BatchNorm2d, Conv2d, ConvNorm};
@@ -66,6 +68,7 @@ struct Keys {
     reduction: Option<usize>,
     stem_stride: usize,
     stem_kernel: usize,
+    zero_init_residual: bool,
 }
 
 impl Default for Keys {
@@ -75,6 +78,7 @@ impl Default for Keys {
             reduction: None,
             stem_stride: 1,
             stem_kernel: 3,
+            zero_init_residual: false,
         }
     }
 }
@@ -92,7 +96,8 @@ impl BackboneEntry for Entry {
         match self.kind {
             Kind::Basic => {
                 "residual network of basic blocks for small images; 32x32 images to 8x8x64; options \
-                 last_stride (2 or 1), reduction (to so many channels), stem_stride (1 or 2), stem_kernel (3, 5 or 7)"
+                 last_stride (2 or 1), reduction (to so many channels), stem_stride (1 or 2), stem_kernel (3, 5 or 7), \
+                 zero_init_residual (false)"
             }
             Kind::PreBasic => {
                 "pre-activation network of basic blocks for small images; 32x32 images to 8x8x64; \
@@ -119,6 +124,12 @@ impl BackboneEntry for Entry {
         check_stride(self.name, "last_stride", keys.last_stride)?;
         check_stride(self.name, "stem_stride", keys.stem_stride)?;
 
+        if keys.zero_init_residual && self.kind != Kind::Basic {
+            return Err(Error::Options {
+                name: self.name.to_owned(),
+                message: "zero_init_residual: blocks of this network end in no norm".to_owned(),
+            });
+        }
         let kernel = keys.stem_kernel;
         if !matches!(kernel, 3 | 5 | 7) {
             return Err(Error::Options {
@@ -160,7 +171,10 @@ impl BackboneEntry for Entry {
                 };
                 let (scope, shape) = (scope.sub(i), (channels, outputs));
                 blocks.push(match self.kind {
-                    Kind::Basic => AnyBlock::Post(Block::basic(scope, shape, stride)?),
+                    Kind::Basic => {
+                        let zero = keys.zero_init_residual;
+                        AnyBlock::Post(Block::basic(scope, shape, stride, zero)?)
+                    }
                     Kind::PreBasic => AnyBlock::Pre(PreBlock::basic(scope, shape, stride)?),
                     Kind::PreBottleneck => {
                         AnyBlock::Pre(PreBlock::bottleneck(scope, shape, stride)?)

@@ -33,9 +33,9 @@ impl BackboneEntry for Entry {
         Ok(Box::new(TinyResNet {
             stem: ConvNorm::new(&mut scope, ("conv1", "bn1"), (3, 16), 5, 2, true)?,
             blocks: vec![
-                Block::basic(scope.sub("layer1"), (16, 16), 2)?,
-                Block::basic(scope.sub("layer2"), (16, 32), 1)?,
-                Block::basic(scope.sub("layer3"), (32, 64), 2)?,
+                Block::basic(scope.sub("layer1"), (16, 16), 2, false)?,
+                Block::basic(scope.sub("layer2"), (16, 32), 1, false)?,
+                Block::basic(scope.sub("layer3"), (32, 64), 2, false)?,
             ],
             reduction: ConvNorm::new(&mut scope, ("conv2", "bn2"), (64, 32), 1, 1, true)?,
         }))

@@ -22,10 +22,10 @@
 //!
 //! # Known troubles
 //! `N = 5` is far from the exact root where `d` is large: it damps small eigenvalues, and released weights
-//! rely on that. Zero eigenvalues grow in `Z` by 1.5 a step, and rounding with them: in f32 some fifteen steps
-//! are too many where the covariance has no full rank (`docs/numerics.md`).
+//! rely on that. Zero eigenvalues grow in `Z` by 1.5 a step, and rounding with them: f32 bears 13 steps, more
+//! are refused (`docs/numerics.md`).
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use isqrt_linalg::{CovPool, Memory, PreNormalization, Root, Schedule, Side};
 use isqrt_nn::layers::BatchNorm2d;
 use isqrt_nn::{Mode, Scope};
@@ -62,6 +62,9 @@ impl RepresentationEntry for Entry {
         let normalised = matches!(keys.post_compensation, Compensation::Word(Word::BatchNorm));
         let pool = keys.pool()?;
         pool.validate()?;
+        if let (Some(root), DType::F32) = (&pool.root, scope.dtype()) {
+            root.schedule.check_f32()?;
+        }
         let root = Covariance { pool, channels };
         if !normalised {
             return Ok(Box::new(root));
