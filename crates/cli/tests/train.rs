@@ -328,6 +328,10 @@ fn mistakes_are_told_with_file_line_and_key() {
             "model.representation.iterations=0",
             &["--set", "`model.representation.iterations`"],
         ),
+        (
+            "model.representation.iterations=14",
+            &["--set", "`model.representation.iterations`", "f64 features"],
+        ),
     ] {
         let message = refused(train(&spec, &out).args(["--dry-run", "--set", setting]));
         for part in parts {

@@ -211,7 +211,7 @@ impl Set {
         }
         let note = self.note_path(&dir);
         let empty = std::fs::read_dir(&dir).map_or(true, |mut entries| entries.next().is_none());
-        if !empty && !(note.is_file() && self.is_ours(&dir)) {
+        if !(empty || note.is_file() && self.is_ours(&dir)) {
             return Err(Error::layout(
                 &dir,
                 "the folder is not empty and holds what this program did not write",
@@ -220,6 +220,13 @@ impl Set {
         }
         // Beside its place, then the note, then into it: what a kill leaves is written again.
         let part = dir.with_extension("part");
+        if !self.is_ours(&part) {
+            return Err(Error::layout(
+                &part,
+                "the folder holds what this program did not write",
+                "no folder here, where the set is made: move it away",
+            ));
+        }
         remove_folder(&part)?;
         let options = miniature::Options {
             seed,
@@ -232,9 +239,9 @@ impl Set {
         let note_of = self.note(seed, sizes, bytes_below(&part)?);
         let text = serde_json::to_string_pretty(&note_of)
             .map_err(|e| Error::io(&note, "write the file")(e.into()))?;
-        std::fs::write(&note, text + "\n").map_err(Error::io(&note, "write the file"))?;
         // An earlier one of ours that is not whole, or of other sizes.
         remove_folder(&dir)?;
+        std::fs::write(&note, text + "\n").map_err(Error::io(&note, "write the file"))?;
         std::fs::rename(&part, &dir).map_err(Error::io(&dir, "move the written set to"))?;
         Ok(dir)
     }

@@ -131,19 +131,18 @@ fn pairs(claim: &Claim) -> Vec<(&str, &str)> {
 }
 
 fn together(outcomes: &[Outcome]) -> Outcome {
-    let decided: Vec<Outcome> = outcomes
-        .iter()
-        .copied()
-        .filter(|o| *o != Outcome::NotRun)
-        .collect();
-    match decided.first() {
-        None => Outcome::NotRun,
-        Some(first) if decided.iter().all(|o| o == first) && decided.len() == outcomes.len() => {
-            *first
-        }
-        _ if decided.contains(&Outcome::Opposite) => Outcome::PartlyOpposite,
-        _ if decided.contains(&Outcome::Seen) => Outcome::Partly,
-        _ => Outcome::NotSeen,
+    let all = |good: &[Outcome]| outcomes.iter().all(|o| good.contains(o));
+    let any = |outcome| outcomes.contains(&outcome);
+    use Outcome::{NoDifference, NotRun, NotSeen, Opposite, Partly, PartlyOpposite, Seen};
+    match outcomes.first() {
+        None => NotRun,
+        Some(first) if all(&[*first]) => *first,
+        _ if any(Opposite) => PartlyOpposite,
+        // None worse: better in part and level in part is level or better.
+        _ if any(NoDifference) && all(&[Seen, NoDifference]) => NoDifference,
+        _ if any(Seen) || any(NoDifference) => Partly,
+        _ if any(NotSeen) => NotSeen,
+        _ => NotRun,
     }
 }
 

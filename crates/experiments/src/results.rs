@@ -74,13 +74,12 @@ impl<'a> Results<'a> {
             .filter_map(|r| {
                 let run = (r.on.clone(), r.seed);
                 let level = *last.get(&run)?;
-                let epochs = r.epochs.iter().position(|e| e.eval_error <= level);
-                let epochs = epochs.map(|i| i + 1);
+                let place = r.epochs.iter().position(|e| e.eval_error <= level);
                 let (value, unit) = match of {
-                    "epochs" => (epochs.map(|n| n as f64), "epochs"),
+                    "epochs" => (place.map(|i| r.epochs[i].epoch as f64), "epochs"),
                     _ => {
-                        let spent = |n| r.epochs.iter().take(n).map(|e| e.seconds).sum::<f64>();
-                        (epochs.map(spent), "s")
+                        let spent = |i| r.epochs[..=i].iter().map(|e| e.seconds).sum::<f64>();
+                        (place.map(spent), "s")
                     }
                 };
                 let metric = format!("{of}_to:{other}");

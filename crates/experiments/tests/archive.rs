@@ -65,6 +65,14 @@ fn a_run_is_kept_whole_or_not_at_all() {
         archive::save(&run, &kept, Some("birds")).unwrap(),
         ["small.birds"]
     );
+    let request = Request {
+        rows: vec!["gap".to_owned()],
+        ..Request::default()
+    };
+    let part = home.path().join("part");
+    run_small(&part, &request, 99).unwrap();
+    let error = archive::save(&part, &kept, None).unwrap_err().to_string();
+    assert!(error.contains("row five was left out by --row"), "{error}");
     let lines = fs::read_to_string(kept.join("small/records.jsonl")).unwrap();
     assert_eq!(lines.lines().count(), 5);
     let spec = fs::read_to_string(kept.join("small/spec.toml")).unwrap();

@@ -200,6 +200,8 @@ fn an_opposite_is_not_hidden_among_several_rows() {
 
 #[test]
 fn no_worse_is_level_or_better() {
+    let level = verdict(ClaimKind::NoWorse, &[2.0, 2.4, 1.9], &[2.1, 2.2, 2.0]);
+    assert_eq!(level.outcome, Outcome::NoDifference);
     let better = verdict(ClaimKind::NoWorse, &[1.0, 1.11], &[4.0, 4.1]);
     let worse = verdict(ClaimKind::NoWorse, &[4.0, 4.1], &[1.0, 1.11]);
     assert_eq!(

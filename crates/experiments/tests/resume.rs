@@ -212,23 +212,28 @@ fn a_cell_that_fails_is_named_with_experiment_and_seed() {
     assert!(told.contains(&error.to_string()), "{error}");
 }
 
-struct Panics;
+/// Panics in trainings, or in everything else.
+struct Panics {
+    trainings: bool,
+}
 
 impl Lab for Panics {
     fn run(&self, task: &Task<'_>, tick: &mut Tick<'_>) -> Result<Outcome, Error> {
-        match task.work {
-            Work::Train(_) => panic!("a fault"),
-            _ => MadeUp::new(1).run(task, tick),
+        match matches!(task.work, Work::Train(_)) == self.trainings {
+            true => panic!("a fault"),
+            false => MadeUp::new(1).run(task, tick),
         }
     }
 }
 
 #[test]
-fn a_training_that_panics_ends_the_run_with_an_error() {
-    let dir = dir();
-    let error = run_of(&[small()], dir.path(), &Request::default(), &Panics);
-    let error = error.err().unwrap().to_string();
-    assert!(error.contains("panicked"), "{error}");
+fn work_that_panics_ends_the_run_with_an_error() {
+    for trainings in [true, false] {
+        let (dir, lab) = (dir(), Panics { trainings });
+        let error = run_of(&[small()], dir.path(), &Request::default(), &lab);
+        let error = error.err().unwrap().to_string();
+        assert!(error.contains("panicked"), "{error}");
+    }
 }
 
 #[test]

@@ -125,7 +125,7 @@ fn what_no_run_could_do_is_refused_when_the_file_is_read() {
         (
             "iterations = 5",
             "iterations = 14",
-            "row `five`: the number of steps = 14 is out of range: with f32 features at most 13",
+            "row `five`: iterations = 14 is out of range: f32 features bear at most 13 steps",
         ),
         (
             "iterations = 5 }\nmeasures = [\"train\", \"layer-time\"]",
@@ -135,7 +135,12 @@ fn what_no_run_could_do_is_refused_when_the_file_is_read() {
         (
             "iterations = 5 }\nmeasures = [\"train\", \"layer-time\"]",
             "pre_normalization = \"frobenius\" }\nmeasures = [\"root-error\"]",
-            "row `five`: `root-error` needs `mpn`, or `isqrt` with no option but its steps",
+            "row `five`: `root-error` needs `mpn`, or `isqrt` with",
+        ),
+        (
+            "name = \"isqrt\", iterations = 5 }\nmeasures = [\"train\", \"layer-time\"]",
+            "name = \"mpn\", power = 0.3 }\nmeasures = [\"root-error\"]",
+            "row `five`: `root-error` needs `mpn`, or `isqrt` with",
         ),
         (
             "iterations = 5",
@@ -151,6 +156,12 @@ fn what_no_run_could_do_is_refused_when_the_file_is_read() {
         assert!(SMALL.contains(old), "{old}");
         refused(&SMALL.replace(old, new), PART, expected);
     }
+    let scaling = SMALL.replace("\"layer-time\"]", "\"layer-time\", \"scaling\"]");
+    refused(
+        &format!("{scaling}\n[scaling]\niterations = [1, 20]\n"),
+        PART,
+        "`[scaling]`: iterations = 20 is out of range",
+    );
     for (old, new, expected) in [
         ("epochs = 3", "epochs = 0", "recipe `small`: it needs"),
         (

@@ -61,6 +61,40 @@ impl PreNormalization {
     }
 }
 
+impl PreNormalization {
+    /// Largest [`growth`](Schedule::growth) of a schedule with f32 features: 13, 12 and 11 steps of
+    /// Newton–Schulz. Within it f32 was measured to stay within 3e-3 of f64 on covariances without full
+    /// rank, mostly far below; a few steps beyond it results are finite and wrong (`docs/numerics.md`,
+    /// "How many steps"). The smaller the divisor, the more is there to grow.
+    pub fn most_growth_f32(self) -> f64 {
+        match self {
+            Self::Trace => 200.0,
+            Self::Frobenius => 130.0,
+            Self::Spectral | Self::None => 90.0,
+        }
+    }
+}
+
+impl Root {
+    /// Whether f32 features bear so many steps, see [`PreNormalization::most_growth_f32`].
+    ///
+    /// # Errors
+    /// [`Error::Option`].
+    pub fn check_f32(&self) -> Result<()> {
+        if self.schedule.growth()? <= self.pre_normalization.most_growth_f32() {
+            return Ok(());
+        }
+        let (option, steps) = (self.schedule.count(), self.schedule.steps());
+        Err(out_of_range(
+            option,
+            steps,
+            "f32 features bear at most 13 steps of Newton-Schulz (12 with the Frobenius norm, 11 with a smaller \
+             divisor), of others as many as grow as much, or rounding comes near the result: take fewer, or \
+             f64 features",
+        ))
+    }
+}
+
 /// The matrix that the iteration runs on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Side {

@@ -57,10 +57,6 @@ impl Schedule {
     /// Steps that a schedule may have.
     pub const MOST_STEPS: usize = 60;
 
-    /// Largest [`growth`](Self::growth) with f32 features: 13 steps of Newton–Schulz. Beyond it results
-    /// were measured to be finite and wrong (`docs/numerics.md`, "How many steps").
-    pub const MOST_GROWTH_F32: f64 = 200.0;
-
     /// The polynomial of each step.
     ///
     /// # Errors
@@ -109,20 +105,12 @@ impl Schedule {
         Ok(steps.iter().map(|step| step[0].abs()).product())
     }
 
-    /// Whether f32 bears this schedule: [`growth`](Self::growth) of at most
-    /// [`MOST_GROWTH_F32`](Self::MOST_GROWTH_F32).
-    ///
-    /// # Errors
-    /// [`Error::Option`](crate::Error::Option).
-    pub fn check_f32(&self) -> Result<()> {
-        match self.growth()? <= Self::MOST_GROWTH_F32 {
-            true => Ok(()),
-            false => Err(out_of_range(
-                "the number of steps",
-                self.steps(),
-                "with f32 features at most 13 of Newton-Schulz, of others so many that their first \
-                 coefficients multiply to at most 200, or rounding outgrows the result: take fewer, or f64 features",
-            )),
+    /// The option that says how many steps there are.
+    pub(crate) fn count(&self) -> &'static str {
+        match self {
+            Self::NewtonSchulz { .. } => "iterations",
+            Self::Given(_) => "coefficients",
+            _ => "steps",
         }
     }
 

@@ -245,7 +245,11 @@ fn specs_are_read_and_mistakes_are_named() {
             r#"{ name = "isqrt", iterations = 3, schedule = "cubic" }"#,
             "give one of",
         ),
-        (r#"{ name = "isqrt", iterations = 14 }"#, "at most 13"),
+        (r#"{ name = "isqrt", iterations = 14 }"#, "iterations = 14"),
+        (
+            r#"{ name = "isqrt", iterations = 13, pre_normalization = "frobenius" }"#,
+            "iterations = 13",
+        ),
         (r#"{ name = "isqrt", schedule = "septic" }"#, "septic"),
         (r#"{ name = "gap", power = 2 }"#, "power"),
         (r#"{ name = "mpn", power = 2 }"#, "power = 2"),

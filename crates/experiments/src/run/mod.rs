@@ -80,6 +80,8 @@ pub type Tick<'a> = dyn FnMut(f64, &str) -> ControlFlow<()> + 'a;
 pub struct Task<'a> {
     /// What to do.
     pub work: &'a Work,
+    /// Of the cell.
+    pub key: &'a str,
     /// Of a training.
     pub seed: Option<u64>,
     /// Images of a training.
@@ -288,6 +290,7 @@ impl Run<'_> {
             let (started, clock) = (now(), Instant::now());
             let task = Task {
                 work,
+                key: &cell.key,
                 seed: cell.seed,
                 data: None,
                 start: None,
@@ -352,6 +355,7 @@ impl Run<'_> {
                         let outcome = cell.work.as_ref().map(|work| {
                             let task = Task {
                                 work,
+                                key: &cell.key,
                                 seed: cell.seed,
                                 data: data.get(&cell.on),
                                 start,

@@ -8,7 +8,7 @@ use crate::plan::Request;
 use crate::record::{EpochRecord, Measurement};
 use isqrt_models::ModelSpec;
 use isqrt_train::data::RunData;
-use isqrt_train::run::{Console, Resume, RunResult, run};
+use isqrt_train::run::{Console, Resume, run};
 use isqrt_train::{EpochMetrics, Line, SpecFile, StepInfo};
 use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
@@ -38,6 +38,9 @@ pub struct Run {
     /// Weights to start from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weights: Option<PathBuf>,
+    /// Their size in bytes and when they were written, in seconds since 1970: others are another run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights_stamp: Option<(u64, u64)>,
     /// A few updates only.
     pub smoke: bool,
     /// How long it should take on this machine.
@@ -60,7 +63,11 @@ impl Run {
             None => None,
             Some(start) => {
                 let path = root.join("weights").join(weights_name(&start.weights));
-                Some(whole(&path).map_err(|e| format!("{e}: the network to start from"))?)
+                let path = whole(&path).map_err(|e| format!("{e}: the network to start from"))?;
+                if !path.is_file() {
+                    return Err(format!("{} is no file of weights", path.display()));
+                }
+                Some(path)
             }
         };
         let hash = file.spec.hash().map_err(|e| e.to_string())?;
@@ -68,6 +75,7 @@ impl Run {
             spec: spec.to_owned(),
             hash,
             data,
+            weights_stamp: weights.as_deref().and_then(stamp),
             weights,
             smoke: request.smoke,
             seconds: 0.0,
@@ -104,11 +112,13 @@ impl Run {
         if self.smoke {
             name.push_str("-smoke");
         }
-        let out = task.keep.join(format!("{name}-seed{seed}"));
+        // With the key in its name: other images, weights or code find no run of these.
+        let key = task.key.get(..8).unwrap_or(task.key);
+        let out = task.keep.join(format!("{name}-seed{seed}-{key}"));
+        let data = RunData::open(&file, few).map_err(|e| failed(e.to_string()))?;
         if task.fresh {
             set_aside(&out)?;
         }
-        let data = RunData::open(&file, few).map_err(|e| failed(e.to_string()))?;
         let mut watch = Watch {
             tick,
             of: file.spec.epochs,
@@ -152,9 +162,9 @@ fn epochs(out: &Path) -> Result<Vec<EpochRecord>> {
 
 /// Gives a finished run another name, so that a new one can begin; one that was stopped goes on.
 fn set_aside(out: &Path) -> Result<()> {
-    let finished = std::fs::read(out.join("result.json")).is_ok_and(|text| {
-        serde_json::from_slice::<RunResult>(&text).is_ok_and(|r| r.status == "finished")
-    });
+    let result = std::fs::read(out.join("result.json")).unwrap_or_default();
+    let result: serde_json::Value = serde_json::from_slice(&result).unwrap_or_default();
+    let finished = result["status"] == "finished";
     if !finished {
         return Ok(());
     }
@@ -172,6 +182,13 @@ fn whole(path: &Path) -> std::result::Result<PathBuf, String> {
         std::io::ErrorKind::NotFound => format!("{} is not there", path.display()),
         _ => format!("{}: {e}", path.display()),
     })
+}
+
+/// Size and time of a file, as far as the file system tells them.
+fn stamp(path: &Path) -> Option<(u64, u64)> {
+    let known = std::fs::metadata(path).ok()?;
+    let since = known.modified().ok()?.duration_since(std::time::UNIX_EPOCH);
+    Some((known.len(), since.ok()?.as_secs()))
 }
 
 /// The file's name, or for a checkpoint in a run folder that of the folder.
@@ -246,7 +263,29 @@ impl Console for Watch<'_, '_> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn only_a_finished_run_is_set_aside() {
+        let home = tempfile::tempdir().unwrap();
+        let out = home.path().join("run");
+        let write = |status: &str| {
+            std::fs::create_dir_all(&out).unwrap();
+            let text = format!(r#"{{"status": "{status}"}}"#);
+            std::fs::write(out.join("result.json"), text).unwrap();
+        };
+        set_aside(&out).unwrap();
+        write("stopped");
+        set_aside(&out).unwrap();
+        assert!(out.exists());
+        for n in 1..3 {
+            write("finished");
+            set_aside(&out).unwrap();
+            assert!(!out.exists());
+            assert!(home.path().join(format!("run-before{n}")).exists());
+        }
+    }
 
     #[test]
     fn weights_of_a_run_bear_its_name() {

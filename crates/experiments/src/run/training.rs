@@ -222,6 +222,7 @@ mod tests {
                 seed: Some(0),
                 data: Some(&data),
                 start: None,
+                key: "",
                 keep: "nowhere".into(),
                 fresh: false,
             };

@@ -9,7 +9,7 @@ use super::{
 use crate::error::{Error, Result};
 use candle_core::{DType, Device};
 use isqrt_datasets::textures;
-use isqrt_linalg::Schedule;
+use isqrt_linalg::{CovPool, Root, Schedule};
 use isqrt_models::{BackboneSpec, RepresentationSpec, hint, nearest};
 use isqrt_nn::Vars;
 use std::collections::{BTreeMap, BTreeSet};
@@ -466,6 +466,11 @@ fn check_sizes(e: &Experiment, row: &Row) -> std::result::Result<(), String> {
                 for [batch, dim, positions, _] in e.scaling.sizes() {
                     check_size(batch, dim, positions).map_err(|m| format!("`[scaling]`: {m}"))?;
                 }
+                for n in &e.scaling.iterations {
+                    let root = CovPool::isqrt(*n).root;
+                    root.map_or(Ok(()), |root| root.check_f32())
+                        .map_err(|m| format!("`[scaling]`: {m}"))?;
+                }
             }
             Measure::Train => {}
         }
@@ -514,10 +519,12 @@ fn check_row(row: &Row) -> std::result::Result<(), String> {
                         .into(),
                 );
             }
-            Measure::RootError if !(head.name == "mpn" || schedule.is_some() && is_plain(head)) => {
+            Measure::RootError
+                if !(head.name == "mpn" && head.options.is_empty() || is_usual_root(head)?) =>
+            {
                 return Err(
-                    "`root-error` needs `mpn`, or `isqrt` with no option but its steps: trace \
-                     normalisation and post-compensation"
+                    "`root-error` needs `mpn`, or `isqrt` with trace normalisation and \
+                     post-compensation, which it is measured with"
                         .into(),
                 );
             }
@@ -533,10 +540,13 @@ fn check_row(row: &Row) -> std::result::Result<(), String> {
     Ok(())
 }
 
-/// Whether a head `isqrt` has no option but the number and kind of its steps.
-fn is_plain(head: &RepresentationSpec) -> bool {
-    let steps = ["iterations", "schedule", "steps", "lower", "coefficients"];
-    head.options.iter().all(|(name, _)| steps.contains(&name))
+/// Whether a head is a root with the usual normalisation and compensation.
+fn is_usual_root(head: &RepresentationSpec) -> std::result::Result<bool, String> {
+    let usual = Root::default();
+    Ok(root(head)?.is_some_and(|r| {
+        r.pre_normalization == usual.pre_normalization
+            && r.post_compensation == usual.post_compensation
+    }))
 }
 
 /// Building tells whether name and options are right.
@@ -553,9 +563,14 @@ fn check_head(head: &RepresentationSpec) -> std::result::Result<(), String> {
 /// # Errors
 /// A sentence where options do not fit.
 pub(crate) fn schedule(head: &RepresentationSpec) -> std::result::Result<Option<Schedule>, String> {
+    root(head).map(|root| root.map(|root| root.schedule))
+}
+
+/// The root of an `isqrt` head; none of another head.
+fn root(head: &RepresentationSpec) -> std::result::Result<Option<Root>, String> {
     match head.name.as_str() {
         "isqrt" => isqrt_models::representations::isqrt::layer(&head.options)
-            .map(|pool| pool.root.map(|root| root.schedule))
+            .map(|pool| pool.root)
             .map_err(|e| e.to_string()),
         _ => Ok(None),
     }

@@ -26,7 +26,7 @@ impl CovPool {
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Empty`], [`Error::Dtype`], [`Error::Device`],
-    /// [`Error::Option`], also for more steps than f32 bears ([`MOST_GROWTH_F32`](crate::Schedule::MOST_GROWTH_F32));
+    /// [`Error::Option`], also for more steps than f32 bears ([`Root::check_f32`](crate::Root::check_f32));
     /// [`Error::NonFinite`] names the first bad element of the batch.
     ///
     /// # Cost
@@ -37,7 +37,7 @@ impl CovPool {
         match x.dtype() {
             DType::F32 => {
                 if let Some(root) = &self.root {
-                    root.schedule.check_f32()?;
+                    root.check_f32()?;
                 }
                 self.apply::<f32>(x, (batch, d, positions))
             }

@@ -22,8 +22,8 @@
 //!
 //! # Known troubles
 //! `N = 5` is far from the exact root where `d` is large: it damps small eigenvalues, and released weights
-//! rely on that. Zero eigenvalues grow in `Z` by 1.5 a step, and rounding with them: f32 bears 13 steps, more
-//! are refused (`docs/numerics.md`).
+//! rely on that. Zero eigenvalues grow in `Z` by 1.5 a step, and rounding with them: f32 bears 13 steps
+//! (12 with the Frobenius norm, 11 with a smaller divisor), more are refused (`docs/numerics.md`).
 
 use candle_core::{DType, Tensor};
 use isqrt_linalg::{CovPool, Memory, PreNormalization, Root, Schedule, Side};
@@ -63,7 +63,7 @@ impl RepresentationEntry for Entry {
         let pool = keys.pool()?;
         pool.validate()?;
         if let (Some(root), DType::F32) = (&pool.root, scope.dtype()) {
-            root.schedule.check_f32()?;
+            root.check_f32()?;
         }
         let root = Covariance { pool, channels };
         if !normalised {
