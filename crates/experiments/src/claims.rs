@@ -179,7 +179,8 @@ fn compare(
     };
     let column = experiment.column(metric);
     let digits = column.and_then(|c| c.digits);
-    let unit = column.map_or("", |c| c.unit.as_str());
+    let measured = a.values.first().map_or("", |(_, m)| m.unit.as_str());
+    let unit = column.map_or(measured, |c| c.unit.as_str());
     let sentence = format!(
         "{} and {} {unit} ({why})",
         show(a.mean(), digits),

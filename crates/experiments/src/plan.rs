@@ -69,7 +69,7 @@ impl Profile {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Effort {
-    /// A sixth of the epochs, fewest repeats: a look at everything.
+    /// A sixth of the epochs, three seeds at most, fewest repeats: a look at everything.
     Quick,
     /// As the experiments say.
     #[default]
@@ -576,14 +576,17 @@ fn apply(e: &mut Experiment, request: &Request) {
         Effort::Quick => {
             for recipe in e.recipes.values_mut() {
                 recipe.epochs = recipe.epochs.div_ceil(6);
+                recipe.updates = recipe.updates.div_ceil(6);
             }
             for repeats in e.repeats() {
                 *repeats = (*repeats).min(3);
             }
+            e.seeds = e.seeds.min(3);
         }
         Effort::Thorough => {
             for recipe in e.recipes.values_mut() {
                 recipe.epochs *= 2;
+                recipe.updates *= 2;
             }
             for repeats in e.repeats() {
                 *repeats *= 2;
@@ -764,8 +767,8 @@ fn train_cells(
             if let Some(backbone) = &row.backbone {
                 recipe.backbone = backbone.clone();
             }
-            // Of fewer images than a batch holds, all make one; the cell's configuration says so.
-            recipe.batch = recipe.batch.min(data.train);
+            // The cell's configuration says what it comes to.
+            recipe.fit(data.train);
             let rates = e.rates.get(on).cloned().unwrap_or_default();
             let lr = rates.heads.get(row_id).map_or(rates.fallback, |h| h.lr);
             let start_head = recipe
@@ -866,6 +869,7 @@ fn shrink(e: &mut Experiment) {
     };
     for recipe in e.recipes.values_mut() {
         recipe.epochs = 1;
+        recipe.updates = 0;
         recipe.batch = 16;
     }
     for rates in e.rates.values_mut() {

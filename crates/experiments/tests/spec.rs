@@ -361,3 +361,18 @@ fn transforms_are_named_or_spelled_out() {
         );
     }
 }
+
+#[test]
+fn a_small_set_is_seen_for_more_epochs_and_looked_at_less_often() {
+    let mut recipe = library().load("small").unwrap().recipes["small"].clone();
+    (recipe.epochs, recipe.eval_every, recipe.batch) = (10, 2, 64);
+    recipe.updates = 500;
+    let fit = |images| {
+        let mut fitted = recipe.clone();
+        fitted.fit(images);
+        (fitted.epochs, fitted.eval_every, fitted.batch)
+    };
+    assert_eq!(fit(64 * 50), (10, 2, 64));
+    assert_eq!(fit(64 * 10 + 3), (50, 10, 64));
+    assert_eq!(fit(5), (500, 100, 5));
+}

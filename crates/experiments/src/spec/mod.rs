@@ -219,6 +219,10 @@ pub struct Recipe {
     pub backbone: BackboneSpec,
     /// Passes over the training images.
     pub epochs: usize,
+    /// Updates at least: a set too small for so many in `epochs` is seen for more, and looked at as much
+    /// less often.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub updates: usize,
     /// Epochs from one look at the images that errors are reported on to the next; the last has one always.
     pub eval_every: usize,
     /// Images in a step.
@@ -242,6 +246,7 @@ impl Default for Recipe {
             eval_transforms: Transforms::Preset("small32-eval".to_owned()),
             backbone: BackboneSpec::new(""),
             epochs: 1,
+            updates: 0,
             eval_every: 1,
             batch: 64,
             momentum: 0.9,
@@ -251,7 +256,24 @@ impl Default for Recipe {
     }
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref)] // as serde calls it
+fn is_zero(n: &usize) -> bool {
+    *n == 0
+}
+
 impl Recipe {
+    /// As it is run on so many training images: no batch is larger than all of them, and there are at
+    /// least so many [`updates`](Self::updates).
+    pub fn fit(&mut self, images: usize) {
+        self.batch = self.batch.min(images).max(1);
+        let epochs = self.updates.div_ceil((images / self.batch).max(1));
+        if epochs > self.epochs {
+            self.eval_every = (self.eval_every * epochs).div_ceil(self.epochs);
+            self.epochs = epochs;
+        }
+        self.updates = 0;
+    }
+
     /// What becomes of images in training and in evaluation.
     pub fn transforms(&self) -> [&Transforms; 2] {
         [&self.train_transforms, &self.eval_transforms]
