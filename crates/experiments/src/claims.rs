@@ -325,17 +325,23 @@ pub fn ordering(experiment: &Experiment, column: &Column, results: &Results<'_>)
         (_, _, 0) => "The paper's order was not found whole here, nor was any pair of it refuted",
         _ => "The paper's order was not found here",
     };
-    let pairs =
-        |[count, sure]: [usize; 2], what: &str| format!("{count} {what} ({sure} told apart)");
+    let pairs = |[count, sure]: [usize; 2], what: &str| {
+        let come = if count == 1 { "comes" } else { "come" };
+        format!("{count} {come} in the {what} ({sure} told apart)")
+    };
+    let of = match all {
+        1 => "the one pair of rows that it orders".to_owned(),
+        n => format!("{n} pairs of rows that it orders"),
+    };
     let on = match column.on.as_str() {
         "" => String::new(),
         on => format!(" on {on}"),
     };
     Some(format!(
-        "{verdict}: of {all} pairs of rows that it orders by {}{on}, {}, {}.",
+        "{verdict}: of {of} by {}{on}, {}, {}.",
         column.label,
-        pairs(same, "come in the same order"),
-        pairs(other, "in the opposite one"),
+        pairs(same, "same order"),
+        pairs(other, "opposite one"),
     ))
 }
 

@@ -280,6 +280,8 @@ fn facts(planned: &Planned, results: &Results<'_>) -> Vec<(String, String)> {
     for (name, data) in &planned.data {
         facts.push((format!("data of {name}"), data_text(data)));
         if let Some(r) = planned.experiment.recipes.get(name) {
+            let mut r = r.clone();
+            r.fit(data.train);
             let start = match &r.start {
                 Some(start) => format!("; starts from a network trained as {start}"),
                 None => String::new(),
@@ -317,7 +319,7 @@ fn facts(planned: &Planned, results: &Results<'_>) -> Vec<(String, String)> {
     facts
 }
 
-/// Columns of the table: for each metric the paper's values, one column a setting, then ours.
+/// Columns of the table: for each metric the paper's values and ours, then the paper's in other settings.
 fn table(planned: &Planned, results: &Results<'_>) -> Table {
     let e = &planned.experiment;
     let mut table = Table::default();
@@ -336,18 +338,18 @@ fn table(planned: &Planned, results: &Results<'_>) -> Table {
                 settings.push(&value.setting);
             }
         }
-        for setting in settings {
+        let at = usize::from(settings.first().is_some_and(|s| s.is_empty()));
+        let mut columns: Vec<Option<&str>> = settings.into_iter().map(Some).collect();
+        columns.insert(at, None);
+        for setting in columns {
             let who = match setting {
-                "" => "paper".to_owned(),
-                s => format!("paper, {s}"),
+                None => "ours".to_owned(),
+                Some("") => "paper".to_owned(),
+                Some(s) => format!("paper, {s}"),
             };
             table.head.push(heading(&column.label, &column.unit, &who));
-            plan.push((column, Some(setting.to_owned())));
+            plan.push((column, setting.map(str::to_owned)));
         }
-        table
-            .head
-            .push(heading(&column.label, &column.unit, "ours"));
-        plan.push((column, None));
     }
     for row in &e.rows {
         let mut cells = vec![Entry {
