@@ -238,7 +238,10 @@ impl Section {
             title: e.title.clone(),
             paper_item: e.paper_item.clone(),
             about: e.about.clone(),
-            caveat: e.caveat.clone(),
+            caveat: match is_of_users(planned) || e.own_caveat.is_empty() {
+                true => e.caveat.clone(),
+                false => format!("{} {}", e.caveat, e.own_caveat),
+            },
             facts: facts(planned, results),
             csv: tables::csv(planned, results),
             latex: tables::latex(e, &table),
@@ -263,6 +266,13 @@ impl Section {
             command: planned.command.clone(),
         }
     }
+}
+
+/// Whether networks were trained on images that the user brought.
+fn is_of_users(planned: &Planned) -> bool {
+    let recipes = &planned.experiment.recipes;
+    let mut names = planned.data.keys();
+    names.any(|name| recipes.get(name).is_some_and(|r| r.up_to_side.is_some()))
 }
 
 fn facts(planned: &Planned, results: &Results<'_>) -> Vec<(String, String)> {

@@ -36,6 +36,8 @@ pub struct Experiment {
     pub about: String,
     /// What a reader must know before comparing our column with the paper's.
     pub caveat: String,
+    /// The same where the images are the program's own.
+    pub own_caveat: String,
     /// Place in the report; experiments of one place stand by name.
     pub order: u32,
     /// Seeds of a training row: 0, 1, ... `seeds - 1`.
