@@ -142,7 +142,10 @@ fn the_order_of_the_rows_is_held_against_the_papers() {
         "{text}"
     );
     assert!(text.contains("of the one pair of rows"), "{text}");
-    assert!(text.contains("1 comes in the same order (1 told apart)"), "{text}");
+    assert!(
+        text.contains("1 comes in the same order (1 told apart)"),
+        "{text}"
+    );
     let text = said(&[5.0, 9.1, 5.2], &[5.1, 8.0, 7.0]);
     assert!(text.contains("but not every pair told apart"), "{text}");
     let text = said(&[20.0, 20.2, 20.1], &[5.0, 5.1, 5.2]);
