@@ -102,6 +102,21 @@ enum Ended {
 }
 
 fn run(cli: &Cli) -> anyhow::Result<Ended> {
+    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
+        // candle's pool for elementwise work waits by spinning, on the threads that our ops and trainings
+        // beside each other need: a training on two threads is a fifth faster without it, two on one each
+        // nearly twice as fast.
+        // SAFETY: no other thread has been started yet.
+        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+    }
+    if let Some(threads) = cli.common.threads {
+        // For candle's products of matrices.
+        // SAFETY: no other thread has been started yet.
+        unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(usize::from(threads))
+            .build_global()?;
+    }
     let trace = match &cli.command {
         Command::Train(train) => train.trace.as_deref(),
         _ => None,
@@ -128,21 +143,6 @@ fn run(cli: &Cli) -> anyhow::Result<Ended> {
         .with(lines)
         .with(chrome.map(|layer| layer.with_filter(LevelFilter::INFO)))
         .init();
-    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
-        // candle's pool for elementwise work waits by spinning, on the threads that our ops and trainings
-        // beside each other need: a training on two threads is a fifth faster without it, two on one each
-        // nearly twice as fast.
-        // SAFETY: no other thread has been started yet.
-        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
-    }
-    if let Some(threads) = cli.common.threads {
-        // For candle's products of matrices.
-        // SAFETY: no other thread has been started yet.
-        unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(usize::from(threads))
-            .build_global()?;
-    }
     let json = cli.common.json;
     let done = match &cli.command {
         Command::Train(c) => {

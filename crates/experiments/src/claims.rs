@@ -40,8 +40,12 @@ pub enum Outcome {
     Seen,
     /// For some rows only, and for none the opposite.
     Partly,
+    /// For some rows, and nothing tells the others apart, as the claim has it too.
+    NoWorse,
     /// Nothing tells the rows apart, as the claim has it; few runs might not tell them apart anyway.
     NoDifference,
+    /// The same for some rows; the others are not decided.
+    PartlyNoDifference,
     /// Not by the criterion, nor its opposite.
     NotSeen,
     /// For some rows the numbers say the opposite.
@@ -58,7 +62,9 @@ impl Outcome {
         match self {
             Self::Seen => "seen here",
             Self::Partly => "seen here for some rows",
+            Self::NoWorse => "seen here for some rows, no difference for the others",
             Self::NoDifference => "no difference seen here",
+            Self::PartlyNoDifference => "no difference seen here for some rows",
             Self::PartlyOpposite => "the opposite was seen here for some rows",
             Self::NotSeen => "not seen here",
             Self::Opposite => "the opposite was seen here",
@@ -133,14 +139,17 @@ fn pairs(claim: &Claim) -> Vec<(&str, &str)> {
 fn together(outcomes: &[Outcome]) -> Outcome {
     let all = |good: &[Outcome]| outcomes.iter().all(|o| good.contains(o));
     let any = |outcome| outcomes.contains(&outcome);
-    use Outcome::{NoDifference, NotRun, NotSeen, Opposite, Partly, PartlyOpposite, Seen};
+    use Outcome::{
+        NoDifference, NoWorse, NotRun, NotSeen, Opposite, Partly, PartlyNoDifference,
+        PartlyOpposite, Seen,
+    };
     match outcomes.first() {
         None => NotRun,
         Some(first) if all(&[*first]) => *first,
         _ if any(Opposite) => PartlyOpposite,
-        // None worse: better in part and level in part is level or better.
-        _ if any(NoDifference) && all(&[Seen, NoDifference]) => NoDifference,
-        _ if any(Seen) || any(NoDifference) => Partly,
+        _ if all(&[Seen, NoDifference]) => NoWorse,
+        _ if any(Seen) => Partly,
+        _ if any(NoDifference) => PartlyNoDifference,
         _ if any(NotSeen) => NotSeen,
         _ => NotRun,
     }

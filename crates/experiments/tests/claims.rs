@@ -203,6 +203,22 @@ fn an_opposite_is_not_hidden_among_several_rows() {
 }
 
 #[test]
+fn no_worse_for_several_rows_says_which() {
+    let mut experiment = small();
+    let mut claim = claim(ClaimKind::NoWorse);
+    claim.than = "gap".into();
+    let mut decided = |rows: &[&str]| {
+        claim.rows = rows.iter().map(|r| (*r).to_owned()).collect();
+        experiment.claims = vec![claim.clone()];
+        let (five, gap) = ([vec![1.0], vec![1.11]], [vec![4.0], vec![4.1]]);
+        decide_with(&experiment, &five, &gap).outcome
+    };
+    assert_eq!(decided(&["five", "gap"]), Outcome::NoWorse);
+    assert_eq!(decided(&["gap", "later"]), Outcome::PartlyNoDifference);
+    assert_eq!(decided(&["five", "later"]), Outcome::Partly);
+}
+
+#[test]
 fn no_worse_is_level_or_better() {
     let level = verdict(ClaimKind::NoWorse, &[2.0, 2.4, 1.9], &[2.1, 2.2, 2.0]);
     assert_eq!(level.outcome, Outcome::NoDifference);

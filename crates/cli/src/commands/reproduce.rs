@@ -41,7 +41,7 @@ pub struct Reproduce {
     /// Only these rows of the tables
     #[arg(long = "row", value_name = "ROW")]
     rows: Vec<String>,
-    /// A sixth of the epochs and fewest repeats: a look at everything
+    /// A sixth of the epochs, three seeds and fewest repeats: a look at everything
     #[arg(long, conflicts_with = "thorough")]
     quick: bool,
     /// Twice the epochs and repeats, two seeds more
@@ -137,13 +137,14 @@ impl Reproduce {
         if paper && !self.dry_run {
             say("measuring a step of each network");
         }
-        let data = self.open_data(&experiments, &request, &out)?;
-        let infos = data.infos();
+        // Before the images, which two runs in one folder would write into each other.
         let mut store = if self.dry_run {
             Store::read(&out)?
         } else {
             Store::open(&out)?
         };
+        let data = self.open_data(&experiments, &request, &out)?;
+        let infos = data.infos();
         for warning in store.warnings() {
             say(&format!("warning: {warning}"));
         }

@@ -238,9 +238,9 @@ impl Section {
             title: e.title.clone(),
             paper_item: e.paper_item.clone(),
             about: e.about.clone(),
-            caveat: match is_of_users(planned) || e.own_caveat.is_empty() {
-                true => e.caveat.clone(),
-                false => format!("{} {}", e.caveat, e.own_caveat),
+            caveat: match is_of_own_images(planned) && !e.own_caveat.is_empty() {
+                true => format!("{} {}", e.caveat, e.own_caveat),
+                false => e.caveat.clone(),
             },
             facts: facts(planned, results),
             csv: tables::csv(planned, results),
@@ -268,18 +268,18 @@ impl Section {
     }
 }
 
-/// Whether networks were trained on images that the user brought.
-fn is_of_users(planned: &Planned) -> bool {
+/// Whether networks are trained on the program's own images: not on the user's, nor by the paper's recipes.
+fn is_of_own_images(planned: &Planned) -> bool {
     let recipes = &planned.experiment.recipes;
     let mut names = planned.data.keys();
-    names.any(|name| recipes.get(name).is_some_and(|r| r.up_to_side.is_some()))
+    names.any(|name| recipes.get(name).is_some_and(|r| !r.data.is_empty()))
 }
 
 fn facts(planned: &Planned, results: &Results<'_>) -> Vec<(String, String)> {
     let effort = match planned.effort {
         Effort::Usual => "",
-        Effort::Quick => ", quick: a sixth of the epochs",
-        Effort::Thorough => ", thorough: twice the epochs",
+        Effort::Quick => ", quick: a sixth of the epochs, three seeds at most",
+        Effort::Thorough => ", thorough: twice the epochs, two seeds more",
     };
     let smoke = match planned.smoke {
         true => ", smallest size: a test of the program, not a result",
@@ -348,6 +348,7 @@ fn table(planned: &Planned, results: &Results<'_>) -> Table {
                 settings.push(&value.setting);
             }
         }
+        settings.sort_by_key(|s| !s.is_empty());
         let at = usize::from(settings.first().is_some_and(|s| s.is_empty()));
         let mut columns: Vec<Option<&str>> = settings.into_iter().map(Some).collect();
         columns.insert(at, None);

@@ -9,7 +9,7 @@ use super::{
 use crate::error::{Error, Result};
 use candle_core::{DType, Device};
 use isqrt_datasets::textures;
-use isqrt_linalg::{CovPool, Root, Schedule};
+use isqrt_linalg::{Root, Schedule};
 use isqrt_models::{BackboneSpec, RepresentationSpec, hint, nearest};
 use isqrt_nn::Vars;
 use std::collections::{BTreeMap, BTreeSet};
@@ -466,10 +466,13 @@ fn check_sizes(e: &Experiment, row: &Row) -> std::result::Result<(), String> {
                 for [batch, dim, positions, _] in e.scaling.sizes() {
                     check_size(batch, dim, positions).map_err(|m| format!("`[scaling]`: {m}"))?;
                 }
+                let head = row.head.as_ref().map(root).transpose()?.flatten();
                 for n in &e.scaling.iterations {
-                    let root = CovPool::isqrt(*n).root;
-                    root.map_or(Ok(()), |root| root.check_f32())
-                        .map_err(|m| format!("`[scaling]`: {m}"))?;
+                    let root = Root {
+                        schedule: Schedule::NewtonSchulz { iterations: *n },
+                        ..head.clone().unwrap_or_default()
+                    };
+                    root.check_f32().map_err(|m| format!("`[scaling]`: {m}"))?;
                 }
             }
             Measure::Train => {}

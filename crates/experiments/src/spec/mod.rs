@@ -585,11 +585,13 @@ pub enum ClaimKind {
 }
 
 impl Row {
-    /// The paper's number, the first where it gives several settings.
+    /// The paper's number: that without a setting, or the first where it gives several.
     pub fn paper_value(&self, metric: &str, on: &str) -> Option<&PaperValue> {
-        self.paper
-            .iter()
-            .find(|p| p.metric == metric && (p.on.is_empty() || on.is_empty() || p.on == on))
+        let mut values: Vec<&PaperValue> = (self.paper.iter())
+            .filter(|p| p.metric == metric && (p.on.is_empty() || on.is_empty() || p.on == on))
+            .collect();
+        values.sort_by_key(|p| !p.setting.is_empty());
+        values.first().copied()
     }
 }
 
