@@ -22,8 +22,8 @@ use serde::Serialize;
 /// The criteria in words, for the report.
 pub const CRITERION: &str = "Seen: a paired t test over runs (seeds, and data sets where there are \
 several) tells the two apart at p < 0.05; for timings, the quartiles of the repeats do not overlap; \
-distances, which have no spread, are smaller. A plateau, or being no worse: no difference is told by that, \
-which few runs do not turn into a proof that there is none. Fewer epochs: in every run, the final error of the other is reached in \
+distances, which have no spread, are smaller. A plateau, or being no worse: rows that this does not tell apart show no difference, which is no proof that there \
+is none. Fewer epochs: in every run, the final error of the other is reached in \
 fewer epochs. One run, or a training that diverged, decides nothing. The test is over weights and \
 order of the images, with one set of test images, and where networks are fine-tuned with one network \
 to start from: its runs are not independent, and their p values too small; p values are not corrected for the number of \
@@ -190,8 +190,17 @@ fn compare(
     let digits = column.and_then(|c| c.digits);
     let measured = a.values.first().map_or("", |(_, m)| m.unit.as_str());
     let unit = column.map_or(measured, |c| c.unit.as_str());
+    // Not in the table, so it is named.
+    let what = match column {
+        None => format!("{} ", metric.replace('_', " ")),
+        Some(_) => String::new(),
+    };
+    let over = match (claim.on.as_str(), experiment.train_on.len()) {
+        ("", 2..) => " in the mean of all sets",
+        _ => "",
+    };
     let sentence = format!(
-        "{} and {} {unit} ({why})",
+        "{what}{} and {} {unit}{over} ({why})",
         show(a.mean(), digits),
         show(b.mean(), digits)
     );

@@ -89,8 +89,7 @@ impl Root {
             option,
             steps,
             "f32 features bear at most 13 steps of Newton-Schulz (12 with the Frobenius norm, 11 with a smaller \
-             divisor), of others as many as grow as much, or rounding comes near the result: take fewer, or \
-             f64 features",
+             divisor) and fewer of faster schedules, or rounding outgrows the result: take fewer steps, or f64 features",
         ))
     }
 }

@@ -190,14 +190,20 @@ impl Reproduce {
             return out.clone();
         }
         let paper = matches!(self.profile, ProfileArg::Paper);
+        // Another length is another run: the report of one does not hide that of the other.
+        let length = match (self.quick, self.thorough) {
+            (true, _) => "-quick",
+            (_, true) => "-thorough",
+            _ => "",
+        };
         let name = match (&self.data, self.smoke) {
             _ if paper => "paper".to_owned(),
             (_, true) => "smoke".to_owned(),
-            (None, _) => "reproduce".to_owned(),
+            (None, _) => format!("reproduce{length}"),
             (Some(dir), _) => {
                 let full = dir.canonicalize().unwrap_or_else(|_| dir.clone());
                 let name = full.file_name().unwrap_or_default().to_string_lossy();
-                format!("reproduce-{name}")
+                format!("reproduce-{name}{length}")
             }
         };
         Path::new("out").join(name)
@@ -252,6 +258,9 @@ impl Reproduce {
         flag("skip-broken", self.skip_broken.map(|p| p.to_string()));
         flag("out", Some(quoted(&self.out_dir())));
         flag("seeds", self.seeds.map(|s| s.to_string()));
+        for row in &self.rows {
+            flag("row", Some(quoted(Path::new(row))));
+        }
         flag("threads", threads.map(|t| t.to_string()));
         flag("experiments", self.experiments.as_deref().map(quoted));
         if matches!(self.profile, ProfileArg::Paper) {

@@ -404,7 +404,10 @@ fn our_entry(planned: &Planned, row: &Row, column: &Column, results: &Results<'_
             None => show(mean(&finite), column.digits),
         };
         let paper = row.paper_value(&column.metric, &column.on);
+        // Errors on images of the user's have nothing to do with the paper's.
+        let users = sample.is_seeded() && !planned.data.is_empty() && !is_of_own_images(planned);
         let difference = paper
+            .filter(|_| !users)
             .map(|p| sample.mean() - p.value)
             .filter(|d| d.is_finite())
             .map_or_else(String::new, |d| {
@@ -660,7 +663,10 @@ fn plot(figure: &Figure, series: Vec<Series>) -> Option<String> {
     let plot = LinePlot {
         title: figure.title.clone(),
         x_label: figure.x_label.clone(),
-        y_label: figure.y_label.clone(),
+        y_label: match figure.log {
+            true => format!("{} (log scale)", figure.y_label),
+            false => figure.y_label.clone(),
+        },
         log: figure.log,
         log_x: figure.log_x,
         series,

@@ -56,12 +56,11 @@ pub(super) fn run(
             kept.push((value as f64, megabytes));
         }
         for (what, points) in [("exponent", &times), ("memory_exponent", &kept)] {
-            let exponent = exponent(points);
-            measurements.push(Measurement::new(
-                &format!("{what}:{name}"),
-                exponent,
-                "power",
-            ));
+            let metric = format!("{what}:{name}");
+            measurements.push(match points.iter().all(|p| p.1 == 0.0) {
+                true => Measurement::in_words(&metric, "nothing kept"),
+                false => Measurement::new(&metric, exponent(points), "power"),
+            });
         }
     }
     Ok(measurements)

@@ -233,6 +233,11 @@ fn check(e: &Experiment, file: &str) -> Result<()> {
         return fail("an experiment needs a `title`, `rows` and `columns`".into());
     }
     let mut ids = BTreeSet::new();
+    for name in &e.train_on {
+        if let Err(message) = check_use(e, name) {
+            return fail(message);
+        }
+    }
     for row in &e.rows {
         if !ids.insert(row.id.as_str()) {
             return fail(format!("two rows are called `{}`", row.id));
@@ -268,11 +273,6 @@ fn check(e: &Experiment, file: &str) -> Result<()> {
     for (name, recipe) in &e.recipes {
         if let Err(message) = check_recipe(name, recipe) {
             return fail(format!("recipe `{name}`: {message}"));
-        }
-    }
-    for name in &e.train_on {
-        if let Err(message) = check_use(e, name) {
-            return fail(message);
         }
     }
     if trains {
