@@ -176,6 +176,11 @@ fn what_no_run_could_do_is_refused_when_the_file_is_read() {
             "there is no recipe `smal`; did you mean `small`?",
         ),
         (
+            "[recipes.small]",
+            "[recipes.smal]",
+            "there is no recipe `small`; did you mean `smal`?",
+        ),
+        (
             "fallback = 0.1",
             "",
             "row `five`: it has no rate in `rates.small.heads`, so `rates.small.fallback` must",

@@ -233,6 +233,11 @@ fn check(e: &Experiment, file: &str) -> Result<()> {
         return fail("an experiment needs a `title`, `rows` and `columns`".into());
     }
     let mut ids = BTreeSet::new();
+    for (name, recipe) in &e.recipes {
+        if let Err(message) = check_recipe(name, recipe) {
+            return fail(format!("recipe `{name}`: {message}"));
+        }
+    }
     for name in &e.train_on {
         if let Err(message) = check_use(e, name) {
             return fail(message);
@@ -269,11 +274,6 @@ fn check(e: &Experiment, file: &str) -> Result<()> {
     let trains = e.trains();
     if trains && (e.train_on.is_empty() || e.seeds == 0) {
         return fail("rows are trained, so `train_on` and `seeds` of at least 1 are needed".into());
-    }
-    for (name, recipe) in &e.recipes {
-        if let Err(message) = check_recipe(name, recipe) {
-            return fail(format!("recipe `{name}`: {message}"));
-        }
     }
     if trains {
         for (name, rates) in &e.rates {
