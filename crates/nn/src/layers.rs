@@ -200,7 +200,14 @@ impl ConvNorm {
         relu: bool,
     ) -> Result<Self> {
         let options = Conv::new(stride, kernel / 2);
-        Self::build(scope, names, (inputs, outputs), kernel, options, relu)
+        Self::build(
+            scope,
+            names,
+            (inputs, outputs),
+            kernel,
+            options,
+            (relu, 1.0),
+        )
     }
 
     /// The same without ReLU and with a norm that gives zeros at first: at the end of a residual
@@ -216,10 +223,14 @@ impl ConvNorm {
         stride: usize,
     ) -> Result<Self> {
         let options = Conv::new(stride, kernel / 2);
-        Ok(Self {
-            conv: Conv2d::new(scope.sub(names.0), inputs, outputs, kernel, options)?,
-            norm: BatchNorm2d::with_scale(scope.sub(names.1), outputs, false, 0.0)?,
-        })
+        Self::build(
+            scope,
+            names,
+            (inputs, outputs),
+            kernel,
+            options,
+            (false, 0.0),
+        )
     }
 
     /// The same, each channel alone: a depthwise convolution.
@@ -238,7 +249,14 @@ impl ConvNorm {
             groups: channels,
             ..Conv::new(stride, kernel / 2)
         };
-        Self::build(scope, names, (channels, channels), kernel, options, relu)
+        Self::build(
+            scope,
+            names,
+            (channels, channels),
+            kernel,
+            options,
+            (relu, 1.0),
+        )
     }
 
     fn build(
@@ -247,11 +265,11 @@ impl ConvNorm {
         (inputs, outputs): (usize, usize),
         kernel: usize,
         options: Conv,
-        relu: bool,
+        (relu, scale): (bool, f64),
     ) -> Result<Self> {
         Ok(Self {
             conv: Conv2d::new(scope.sub(names.0), inputs, outputs, kernel, options)?,
-            norm: BatchNorm2d::new(scope.sub(names.1), outputs, relu)?,
+            norm: BatchNorm2d::with_scale(scope.sub(names.1), outputs, relu, scale)?,
         })
     }
 

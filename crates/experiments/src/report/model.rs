@@ -8,7 +8,7 @@ use crate::machine::{Machine, date};
 use crate::plan::{Effort, Plan, Planned, State};
 use crate::record::{DataInfo, Record, Store};
 use crate::results::{Results, Sample};
-use crate::spec::{Column, Experiment, Figure, FigureKind, Row};
+use crate::spec::{Column, Experiment, Figure, FigureKind, Row, metric_kind};
 use crate::stats::{duration, mean, sd, show};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -423,7 +423,8 @@ fn our_entry(planned: &Planned, row: &Row, column: &Column, results: &Results<'_
         };
     }
     // Empty where this metric is not meant to be measured for this row.
-    let concerns = row.measures.iter().any(|m| yields(*m, &column.metric));
+    let kind = metric_kind(&column.metric).0;
+    let concerns = (row.measures.iter()).any(|m| m.metrics().contains(&kind));
     let refused = planned
         .cells
         .iter()
@@ -439,30 +440,6 @@ fn our_entry(planned: &Planned, row: &Row, column: &Column, results: &Results<'_
         class: "missing".to_owned(),
         ..Entry::default()
     }
-}
-
-/// Whether a measure yields a metric.
-fn yields(measure: crate::spec::Measure, metric: &str) -> bool {
-    use crate::spec::Measure as M;
-    let names: &[&str] = match measure {
-        M::Train => &[
-            "top1_error",
-            "accuracy",
-            "top5_error",
-            "train_seconds",
-            "epochs_to",
-            "seconds_to",
-        ],
-        M::LayerTime => &["forward_backward_ms", "forward_ms", "backward_ms"],
-        M::RootError => &["root_error", "gradient_error", "products"],
-        M::DecompositionTime => &["single_ms", "batch_ms"],
-        M::NetworkTime => &["network_ms", "network_forward_ms", "parameters"],
-        M::Throughput => &["images_per_s"],
-        M::Scaling => &["ms", "memory", "exponent", "memory_exponent"],
-        M::Precision => &["f32_error", "f32_gradient_error"],
-        M::Abilities => &["forward_by", "backward_by", "gradient_check", "thread_gain"],
-    };
-    names.contains(&metric.split(':').next().unwrap_or(metric))
 }
 
 fn spread(sample: &Sample, digits: Option<usize>) -> String {

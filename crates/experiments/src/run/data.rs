@@ -99,15 +99,22 @@ impl Source {
         let Self::Own(home) = self else {
             return Ok(None);
         };
-        let (mut infos, mut all) = (Infos::default(), true);
+        let mut sets = Vec::new();
         for (name, recipe) in recipes(experiments)? {
             let set = Set::named(&recipe.data)?;
-            if set.is_written(home, SEED, smoke)? {
+            sets.push((name, recipe, set, set.is_written(home, SEED, smoke)?));
+        }
+        // They are opened as a whole then, not here as well.
+        if sets.iter().all(|(.., written)| *written) {
+            return Ok(None);
+        }
+        let mut infos = Infos::default();
+        for (name, recipe, set, written) in sets {
+            if written {
                 let data = Data::own(home, name, recipe, smoke)?;
                 infos.own.insert(name.to_owned(), data.info);
                 continue;
             }
-            all = false;
             let sizes = set.sizes(smoke);
             let (_, _, side) = pipelines(recipe)?;
             let val = match sizes.val {
@@ -127,7 +134,7 @@ impl Source {
             };
             infos.own.insert(name.to_owned(), info);
         }
-        Ok((!all).then_some(infos))
+        Ok(Some(infos))
     }
 }
 

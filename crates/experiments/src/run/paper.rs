@@ -169,8 +169,8 @@ fn set_aside(out: &Path) -> Result<()> {
         return Ok(());
     }
     let name = out.file_name().unwrap_or_default().to_string_lossy();
-    let free = (1..).map(|n| out.with_file_name(format!("{name}-before{n}")));
-    match free.into_iter().find(|path| !path.exists()) {
+    let mut free = (1..).map(|n| out.with_file_name(format!("{name}-before{n}")));
+    match free.find(|path| !path.exists()) {
         Some(path) => std::fs::rename(out, &path).map_err(Error::io("rename", out)),
         None => Ok(()),
     }

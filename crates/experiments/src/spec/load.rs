@@ -5,6 +5,7 @@
 
 use super::{
     Experiment, FigureKind, Measure, Recipe, Row, check_decomposition_size, check_size, embedded,
+    metric_kind,
 };
 use crate::error::{Error, Result};
 use candle_core::{DType, Device};
@@ -316,7 +317,7 @@ fn check_metrics(e: &Experiment) -> std::result::Result<(), String> {
     let paper = (e.rows.iter().flat_map(|r| &r.paper)).map(|p| ("paper", &p.metric, &p.on));
     for (place, metric, on) in columns.chain(claims).chain(figures).chain(paper) {
         // Whether a metric with a size was measured at that size only the numbers tell.
-        let (kind, of) = metric.split_at(metric.find(':').map_or(metric.len(), |at| at + 1));
+        let (kind, of) = metric_kind(metric);
         if !known.contains(&kind) {
             let near = hint(nearest(kind, known.iter().copied()).as_deref());
             return Err(format!("`{place}`: no row is measured by `{metric}`{near}"));

@@ -444,13 +444,18 @@ impl Measure {
             Self::LayerTime => &["forward_backward_ms", "forward_ms", "backward_ms"],
             Self::RootError => &["root_error", "gradient_error", "products"],
             Self::DecompositionTime => &["single_ms", "batch_ms"],
-            Self::NetworkTime => &["network_ms", "network_forward_ms"],
+            Self::NetworkTime => &["network_ms", "network_forward_ms", "parameters"],
             Self::Throughput => &["images_per_s:"],
             Self::Scaling => &["ms:", "memory:", "exponent:", "memory_exponent:"],
             Self::Precision => &["f32_error", "f32_gradient_error"],
             Self::Abilities => &["forward_by", "backward_by", "gradient_check", "thread_gain"],
         }
     }
+}
+
+/// A metric as it stands in [`Measure::metrics`], up to and with a colon, and what follows that.
+pub(crate) fn metric_kind(metric: &str) -> (&str, &str) {
+    metric.split_at(metric.find(':').map_or(metric.len(), |at| at + 1))
 }
 
 /// A number of the paper.
