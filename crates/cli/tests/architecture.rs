@@ -6,20 +6,29 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Folder of each crate and the crates of this workspace that it may depend on. Arrows run one
-/// way: cli -> experiments -> train -> {models, datasets}, models -> nn -> linalg.
-const MAP: [(&str, &[&str]); 8] = [
-    ("linalg", &[]),
-    ("nn", &["linalg"]),
+/// way: cli -> experiments -> train -> {models, datasets}, models -> nn -> linalg -> device.
+const MAP: [(&str, &[&str]); 9] = [
+    ("device", &[]),
+    ("linalg", &["device"]),
+    ("nn", &["device", "linalg"]),
     ("models", &["linalg", "nn"]),
     ("datasets", &[]),
-    ("train", &["linalg", "nn", "models", "datasets"]),
+    ("train", &["device", "linalg", "nn", "models", "datasets"]),
     (
         "experiments",
         &["linalg", "nn", "models", "datasets", "train"],
     ),
     (
         "cli",
-        &["linalg", "nn", "models", "datasets", "train", "experiments"],
+        &[
+            "device",
+            "linalg",
+            "nn",
+            "models",
+            "datasets",
+            "train",
+            "experiments",
+        ],
     ),
     ("testkit", &[]),
 ];
@@ -36,6 +45,7 @@ const RESERVED: [(&str, &[&str]); 5] = [
     (
         "candle",
         &[
+            "device",
             "linalg",
             "nn",
             "models",
