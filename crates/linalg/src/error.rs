@@ -49,7 +49,9 @@ pub enum Error {
         kernel: &'static str,
     },
     /// The device has no implementation.
-    #[error("covariance pooling runs on the CPU in this build; move the features to Device::Cpu")]
+    #[error(
+        "covariance pooling needs all its tensors on one device, the CPU or (with the feature cuda) a GPU"
+    )]
     Device,
     /// A dense decomposition did not converge.
     #[error("the {what} of batch element {index} did not converge")]

@@ -6,7 +6,7 @@
 
 use crate::reference::{Number, product, shifted, transposed};
 use crate::{Error, Result};
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor};
 use faer::{Mat, MatRef};
 use rayon::prelude::*;
 use std::marker::PhantomData;
@@ -95,13 +95,17 @@ pub(crate) fn pool_in_double<M: Method<f64> + 'static>(
     }
 }
 
-/// Features of type `T`, computed with in type `S`.
+/// Features of type `T`, computed with in type `S`; those of a GPU are pooled by the CPU.
 pub(crate) fn pool_in<T, S, M>(x: &Tensor, moment: Moment, method: M) -> Result<Tensor>
 where
     T: Number + crate::layer::Layered,
     S: Number + 'static,
     M: Method<S> + 'static,
 {
+    if !x.device().is_cpu() {
+        let pooled = pool_in::<T, S, M>(&x.to_device(&Device::Cpu)?, moment, method)?;
+        return Ok(pooled.to_device(x.device())?);
+    }
     let (batch, d, positions) = crate::layer::feature_shape(x)?;
     if !matches!(x.dtype(), DType::F32 | DType::F64) {
         return Err(Error::Dtype {

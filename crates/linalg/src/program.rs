@@ -221,11 +221,8 @@ impl Program {
         (kept, derived)
     }
 
-    /// Assigns workspace slots to the registers that `wants` one, so that a slot serves again once
-    /// its register has been read for the last time. Returns the slot of each register
-    /// (`usize::MAX` for none) and their count. The same slots serve the tangents, which are read
-    /// at the same steps.
-    pub(crate) fn slots(&self, wants: impl Fn(Register) -> bool) -> (Vec<usize>, usize) {
+    /// The last step that reads each register; the number of steps for the result.
+    pub(crate) fn last_read(&self) -> Vec<usize> {
         let mut last_read = vec![0; self.registers];
         for (at, step) in self.steps.iter().enumerate() {
             let terms = step
@@ -241,6 +238,15 @@ impl Program {
             }
         }
         last_read[self.result] = self.steps.len();
+        last_read
+    }
+
+    /// Assigns workspace slots to the registers that `wants` one, so that a slot serves again once
+    /// its register has been read for the last time. Returns the slot of each register
+    /// (`usize::MAX` for none) and their count. The same slots serve the tangents, which are read
+    /// at the same steps.
+    pub(crate) fn slots(&self, wants: impl Fn(Register) -> bool) -> (Vec<usize>, usize) {
+        let last_read = self.last_read();
         let mut slots = vec![usize::MAX; self.registers];
         let (mut free, mut count) = (Vec::new(), 0);
         let mut take = |slot: &mut usize, free: &mut Vec<usize>| {

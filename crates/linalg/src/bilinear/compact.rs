@@ -6,7 +6,7 @@ use crate::config::out_of_range;
 use crate::layer::{Layered, feature_shape};
 use crate::moment::{Method, Moment, pool_in};
 use crate::reference::{Number, from_row_major, product, transposed};
-use candle_core::{DType, Tensor, WithDType};
+use candle_core::{DType, Device, Tensor, WithDType};
 use faer::Mat;
 
 /// Compact bilinear pooling (CBP).
@@ -61,6 +61,11 @@ impl CompactBilinear {
     /// for Random Maclaurin (on the features themselves `2DdM`, more for `M > d/2`). Nothing
     /// but the sums waits for the backward pass.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if !x.device().is_cpu() {
+            // The sums are of the CPU, and so is what they are made of.
+            let pooled = self.forward(&x.to_device(&Device::Cpu)?)?;
+            return Ok(pooled.to_device(x.device())?);
+        }
         match x.dtype() {
             DType::F32 => self.forward_in::<f32>(x),
             _ => self.forward_in::<f64>(x),

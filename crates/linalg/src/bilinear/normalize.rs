@@ -3,7 +3,7 @@
 use crate::layer::{Layered, values};
 use crate::reference::Number;
 use crate::{Error, Result};
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor};
 use rayon::prelude::*;
 
 /// What is added below the root, as in `BCNN.py` and `CBP.py` of jiangtaoxie/fast-MPN-COV.
@@ -17,13 +17,13 @@ pub const ROOT_EPSILON: f64 = 1e-8;
 /// of zeros stays zeros.
 ///
 /// # Shapes
-/// `(batch, n)` to `(batch, n)`, f32 or f64.
+/// `(batch, n)` to `(batch, n)`, f32 or f64; those of a GPU go through the CPU.
 ///
 /// # Errors
-/// [`Error::Dtype`], [`Error::Device`].
+/// [`Error::Dtype`].
 pub fn normalize(x: &Tensor) -> Result<Tensor> {
     if !x.device().is_cpu() {
-        return Err(Error::Device);
+        return Ok(normalize(&x.to_device(&Device::Cpu)?)?.to_device(x.device())?);
     }
     match x.dtype() {
         DType::F32 | DType::F64 => Ok(x.contiguous()?.apply_op1(Normalize)?),

@@ -1,6 +1,8 @@
 //! The layer as one custom op: covariance, normalisation, iteration, compensation and triangle,
 //! with its adjoint.
 
+#[cfg(feature = "cuda")]
+mod gpu;
 mod image;
 mod plan;
 
@@ -8,8 +10,14 @@ use crate::config::{CovPool, Output};
 use crate::kernel::buffer::Kept;
 use crate::kernel::{Dispatch, Isa};
 use crate::{Error, Result};
+#[cfg(feature = "cuda")]
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor};
+#[cfg(feature = "cuda")]
+use candle_core::{CudaStorage, CustomOp3};
 use image::{Image, Summary};
+#[cfg(feature = "cuda")]
+use isqrt_device::cuda;
 use plan::Plan;
 use rayon::prelude::*;
 use std::sync::OnceLock;
@@ -23,6 +31,10 @@ impl CovPool {
     ///   of the same type; covariance with divisor `M = height * width`
     ///
     /// Constant features (and so `M = 1`) give zeros, and zero gradients.
+    ///
+    /// # Devices
+    /// The CPU, and CUDA with the feature `cuda`, where nothing waits for the GPU: features that are not
+    /// finite give NaN there, and no error.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Empty`], [`Error::Dtype`], [`Error::Device`],
@@ -57,6 +69,8 @@ impl CovPool {
             batch,
             tracked: x.track_op(),
             state: OnceLock::new(),
+            #[cfg(feature = "cuda")]
+            on_gpu: OnceLock::new(),
         };
         // Without a gradient to come, the op is dropped here and its memory is free again.
         Ok(x.contiguous()?.apply_op1(op)?)
@@ -81,7 +95,7 @@ impl CovPool {
     }
 }
 
-/// `(batch, d, M)` of feature maps on the CPU.
+/// `(batch, d, M)` of feature maps.
 pub(crate) fn feature_shape(x: &Tensor) -> Result<(usize, usize, usize)> {
     let shape = || x.dims().to_vec();
     let (batch, d, positions) = match *x.dims() {
@@ -91,9 +105,6 @@ pub(crate) fn feature_shape(x: &Tensor) -> Result<(usize, usize, usize)> {
     };
     if d == 0 || positions == 0 {
         return Err(Error::Empty { shape: shape() });
-    }
-    if !x.device().is_cpu() {
-        return Err(Error::Device);
     }
     Ok((batch, d, positions))
 }
@@ -137,8 +148,19 @@ pub struct Description {
     pub kernel: &'static str,
 }
 
+#[cfg(feature = "cuda")]
+pub(crate) use isqrt_device::cuda::Real as OnGpu;
+
+/// Without GPUs nothing is asked of element types.
+#[cfg(not(feature = "cuda"))]
+pub(crate) trait OnGpu {}
+#[cfg(not(feature = "cuda"))]
+impl OnGpu for f32 {}
+#[cfg(not(feature = "cuda"))]
+impl OnGpu for f64 {}
+
 /// Element types of the layer, with their place in candle's storage.
-pub(crate) trait Layered: Dispatch {
+pub(crate) trait Layered: Dispatch + OnGpu {
     fn slice(storage: &CpuStorage) -> Option<&[Self]>;
     fn storage(values: Vec<Self>) -> CpuStorage;
 }
@@ -181,6 +203,8 @@ struct Op<T: 'static> {
     batch: usize,
     tracked: bool,
     state: OnceLock<State<T>>,
+    #[cfg(feature = "cuda")]
+    on_gpu: OnceLock<gpu::State<T>>,
 }
 
 /// A pointer that may cross threads; each image uses its own part.
@@ -276,6 +300,61 @@ impl<T: Layered> Op<T> {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl<T: Layered> Op<T> {
+    fn on_device<'a>(&'a self, device: &'a candle_core::CudaDevice) -> gpu::Batch<'a> {
+        gpu::Batch {
+            plan: &self.plan,
+            batch: self.batch,
+            device,
+        }
+    }
+}
+
+/// The backward pass on a GPU, as an op of features, output and gradient.
+#[cfg(feature = "cuda")]
+struct Gradient<'a, T: 'static>(&'a Op<T>);
+
+#[cfg(feature = "cuda")]
+impl<T: Layered> CustomOp3 for Gradient<'_, T> {
+    fn name(&self) -> &'static str {
+        "covariance-pooling-gradient"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        Err(Error::Device.into())
+    }
+
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        y: &CudaStorage,
+        y_layout: &Layout,
+        g: &CudaStorage,
+        g_layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let Some(state) = self.0.on_gpu.get() else {
+            candle_core::bail!("covariance-pooling: backward before forward")
+        };
+        let out = self.0.on_device(x.device()).backward(
+            state,
+            cuda::input::<T>(x, x_layout)?,
+            cuda::input::<T>(y, y_layout)?,
+            cuda::input::<T>(g, g_layout)?,
+        )?;
+        Ok((out.into_storage(), x_layout.shape().clone()))
+    }
+}
+
 impl<T: Layered> CustomOp1 for Op<T> {
     fn name(&self) -> &'static str {
         "covariance-pooling"
@@ -291,6 +370,19 @@ impl<T: Layered> CustomOp1 for Op<T> {
         Ok((T::storage(out), shape))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        storage: &CudaStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let batch = self.on_device(storage.device());
+        let (out, state) = batch.forward(cuda::input::<T>(storage, layout)?, self.tracked)?;
+        let _ = self.on_gpu.set(state);
+        let shape = out_shape(self.plan.output, self.batch, self.plan.d);
+        Ok((out.into_storage(), shape))
+    }
+
     fn bwd(
         &self,
         arg: &Tensor,
@@ -298,6 +390,14 @@ impl<T: Layered> CustomOp1 for Op<T> {
         grad_res: &Tensor,
     ) -> candle_core::Result<Option<Tensor>> {
         let (arg, grad_res) = (arg.contiguous()?, grad_res.contiguous()?);
+        #[cfg(feature = "cuda")]
+        if arg.device().is_cuda() {
+            return Ok(Some(arg.apply_op3_no_bwd(
+                res,
+                &grad_res,
+                &Gradient(self),
+            )?));
+        }
         let (x, x_layout) = arg.storage_and_layout();
         let (y, y_layout) = res.storage_and_layout();
         let (g, g_layout) = grad_res.storage_and_layout();
