@@ -61,6 +61,7 @@ enum Command {
     /// Look at data sets: list, check, measure, make small ones
     #[command(subcommand)]
     Data(commands::data::Data),
+    Doctor(commands::doctor::Doctor),
 }
 
 fn main() -> ExitCode {
@@ -161,6 +162,7 @@ fn run(cli: &Cli) -> anyhow::Result<Ended> {
         Command::Features(c) => c.run(json),
         Command::Classify(c) => c.run(json),
         Command::Data(c) => c.run(json),
+        Command::Doctor(c) => c.run(json),
     };
     done.map(|()| Ended::Done)
 }

@@ -14,6 +14,7 @@
 
 pub mod archive;
 pub mod claims;
+pub mod doctor;
 mod error;
 pub mod files;
 pub use isqrt_train::machine;

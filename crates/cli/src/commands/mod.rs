@@ -4,6 +4,7 @@ pub mod bench;
 pub mod classify;
 pub mod convert;
 pub mod data;
+pub mod doctor;
 pub mod eval;
 pub mod features;
 pub mod iterations;
