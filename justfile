@@ -39,3 +39,11 @@ bench *ARGS:
 # API documentation in target/doc.
 docs:
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+
+# With CUDA (docs/cuda.md).
+gpu:
+    cargo gpu
+
+# The feature cuda on a machine without a GPU.
+check-cuda:
+    tools/cuda/check.sh

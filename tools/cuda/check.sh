@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Builds isqrt with CUDA and checks it on a machine without a GPU, by the stand-in for CUDA's libraries
+# (tools/cuda/stand-in): the tests of the feature, and isqrt doctor. Some minutes the first time.
+#   usage: tools/cuda/check.sh [FOLDER for compiler and stand-in; default target/cuda]
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+folder=${1:-target/cuda}
+mkdir -p "$folder"
+folder=$(cd "$folder" && pwd)
+
+command -v nvcc >/dev/null || [ -e "$folder/env.sh" ] || tools/cuda/toolkit.sh "$folder"
+if [ -e "$folder/env.sh" ]; then
+    # shellcheck source=/dev/null
+    source "$folder/env.sh"
+fi
+tools/cuda/stand-in/install.sh "$folder/stand-in"
+
+target=x86_64-unknown-linux-gnu
+cargo gpu
+isqrt=${CARGO_TARGET_DIR:-target}/$target/release/isqrt
+echo "== the program starts without CUDA's libraries"
+"$isqrt" doctor --help >/dev/null
+LD_LIBRARY_PATH='' "$isqrt" doctor --device cuda:0 2>&1 | tail -n 1
+echo "== tests, on the stand-in"
+export LD_LIBRARY_PATH=$folder/stand-in
+cargo test --release --target "$target" --features isqrt-linalg/cuda --package isqrt-linalg --test cuda \
+    --config "target.$target.rustflags = [\"--cfg\", \"feature=\\\"dynamic-loading\\\"\"]"
+echo "== isqrt doctor, on the stand-in"
+"$isqrt" doctor --device cuda:0
