@@ -9,6 +9,8 @@
 
 mod blocked;
 mod checkpoint;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod element;
 mod error;
 mod init;

@@ -37,6 +37,17 @@ pub struct Input {
 /// # Errors
 /// Where it is of another type or not contiguous.
 pub fn input<T: Real>(storage: &CudaStorage, layout: &Layout) -> candle_core::Result<Input> {
+    input_of::<T>(storage, layout)
+}
+
+/// As [`input`], of any type: labels, places.
+///
+/// # Errors
+/// As there.
+pub fn input_of<T: CudaDType>(
+    storage: &CudaStorage,
+    layout: &Layout,
+) -> candle_core::Result<Input> {
     let Some((start, end)) = layout.contiguous_offsets() else {
         candle_core::bail!("operand of shape {:?} is not contiguous", layout.shape())
     };

@@ -8,7 +8,7 @@ mod open;
 pub use blas::{Gemm, Precision, gemm};
 pub use cudarc::driver::DeviceRepr;
 pub use launch::{Argument, Grid, Module, int, launch, launch_with, long, pointer, real};
-pub use memory::{Input, Output, Real, input, read_back, with_bytes};
+pub use memory::{Input, Output, Real, input, input_of, read_back, with_bytes};
 pub use open::{found, open};
 
 pub(crate) use open::call;
@@ -28,8 +28,12 @@ pub mod kernels {
     }
 
     modules! {
+        /// Linear layer and loss.
+        LINEAR = "linear";
         /// The covariance layer, but for its products.
         POOLING = "pooling";
+        /// Rectifiers.
+        RELU = "relu";
         /// Products of symmetric matrices.
         SYMMETRIC = "symmetric";
     }

@@ -1,9 +1,15 @@
 //! Cross entropy of logits and class labels, with its log-softmax, in one node.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp1, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
 };
+#[cfg(feature = "cuda")]
+use std::sync::OnceLock;
 
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::element::{Element, dispatch, read, values};
 use crate::error::shape_error;
 use crate::{Error, Result};
@@ -45,6 +51,8 @@ pub fn cross_entropy(logits: &Tensor, labels: &[u32], smoothing: f64) -> Result<
         labels: labels.to_vec(),
         classes,
         smoothing,
+        #[cfg(feature = "cuda")]
+        on_gpu: OnceLock::new(),
     };
     Ok(logits.contiguous()?.apply_op1(op)?)
 }
@@ -53,6 +61,8 @@ struct CrossEntropy {
     labels: Vec<u32>,
     classes: usize,
     smoothing: f64,
+    #[cfg(feature = "cuda")]
+    on_gpu: OnceLock<cuda::cross_entropy::State>,
 }
 
 impl CrossEntropy {
@@ -117,7 +127,24 @@ impl CustomOp1 for CrossEntropy {
         Ok((loss, Shape::from(())))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, s: &CudaStorage, l: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let options = (self.classes, self.smoothing);
+        let (loss, shape, state) = cuda::cross_entropy::forward((s, l), &self.labels, options)?;
+        let _ = self.on_gpu.set(state);
+        Ok((loss, shape))
+    }
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            let Some(state) = self.on_gpu.get() else {
+                candle_core::bail!("cross_entropy: backward before forward")
+            };
+            let options = (self.classes, self.smoothing);
+            let dx = cuda::cross_entropy::backward(state, x, &dy.contiguous()?, options)?;
+            return Ok(Some(dx));
+        }
         let xs = read(x);
         dispatch!("cross_entropy", x.dtype(), T => {
             let upstream = dy.to_scalar::<T>()?.to_f64();

@@ -1,11 +1,15 @@
 //! A linear layer, `y = x·Wᵀ + b`, in one node.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp3, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
 };
 
 use crate::Result;
 use crate::checkpoint::{Aside, past_the_tape};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::element::{Element, Matrix, dispatch, parallel_product, read, transpose, values};
 use crate::error::shape_error;
 
@@ -112,6 +116,20 @@ impl CustomOp3 for Linear {
         Ok((y, Shape::from((self.batch, self.out))))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let operands = [(s1, l1), (s2, l2), (s3, l3)];
+        cuda::linear::forward(operands, (self.batch, self.inputs, self.out))
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -121,6 +139,16 @@ impl CustomOp3 for Linear {
         dy: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            let sizes = (self.batch, self.inputs, self.out);
+            let (dx, dw, db) = cuda::linear::backward((x, weight, &dy), sizes)?;
+            return Ok((
+                dx,
+                past_the_tape(self.aside.as_ref(), weight, dw)?,
+                Some(db),
+            ));
+        }
         let (xs, ws, dys) = (read(x), read(weight), read(&dy));
         let device = x.device();
         dispatch!("linear", x.dtype(), T => {

@@ -1,12 +1,16 @@
 //! ReLU, alone and after a residual sum, and ReLU6. The derivative at 0 (and 6) is 0, as in PyTorch
 //! (candle: 1).
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
 };
 use rayon::prelude::*;
 
 use crate::Result;
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::element::{Element, dispatch, read, values};
 use crate::error::shape_error;
 use crate::record::note_op;
@@ -86,6 +90,10 @@ pub(super) fn backward(y: &Tensor, dy: &Tensor) -> candle_core::Result<Tensor> {
 /// `dy` where `y` is positive and below `upper`.
 fn between(y: &Tensor, dy: &Tensor, upper: f64) -> candle_core::Result<Tensor> {
     let dy = dy.contiguous()?;
+    #[cfg(feature = "cuda")]
+    if y.device().is_cuda() {
+        return cuda::relu::between(y, &dy, upper);
+    }
     let (ys, dys) = (read(y), read(&dy));
     dispatch!("relu", y.dtype(), T => {
         let (ys, dys) = (ys.values::<T>()?, dys.values::<T>()?);
@@ -128,6 +136,11 @@ impl CustomOp1 for Clip {
         Ok((y, l.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, s: &CudaStorage, l: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        cuda::relu::clip((s, l), self.upper)
+    }
+
     fn bwd(&self, _x: &Tensor, y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
         Ok(Some(between(y, dy, self.upper)?))
     }
@@ -159,6 +172,17 @@ impl CustomOp2 for AddRelu {
             Ok(T::to_cpu_storage_owned(y))
         })?;
         Ok((y, l1.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        cuda::relu::add_relu([(s1, l1), (s2, l2)])
     }
 
     fn bwd(
