@@ -67,6 +67,22 @@ __device__ void fetch(T *tile, const T *from, int row_distance, int inner, int r
     }
 }
 
+// Neighbours from shared memory, 16 bytes at a time.
+template <int COUNT> __device__ inline void load(float (&to)[COUNT], const float *from) {
+#pragma unroll
+    for (int at = 0; at < COUNT; at += 4) {
+        float4 values = *reinterpret_cast<const float4 *>(from + at);
+        to[at] = values.x, to[at + 1] = values.y, to[at + 2] = values.z, to[at + 3] = values.w;
+    }
+}
+template <int COUNT> __device__ inline void load(double (&to)[COUNT], const double *from) {
+#pragma unroll
+    for (int at = 0; at < COUNT; at += 2) {
+        double2 values = *reinterpret_cast<const double2 *>(from + at);
+        to[at] = values.x, to[at + 1] = values.y;
+    }
+}
+
 template <typename T>
 __device__ void write_tile(const Target &target, const Product &job, long long image, int top, int left,
                            const T (&acc)[8][4], int row, int column, T *staged) {
@@ -162,10 +178,8 @@ template <typename T> __device__ void product(const Product &job) {
 #pragma unroll
         for (int k = 0; k < DEPTH; ++k) {
             T a[8], b[4];
-#pragma unroll
-            for (int r = 0; r < 8; ++r) a[r] = left_tile[k * TILE + r];
-#pragma unroll
-            for (int c = 0; c < 4; ++c) b[c] = right_tile[k * TILE + c];
+            load(a, left_tile + k * TILE);
+            load(b, right_tile + k * TILE);
 #pragma unroll
             for (int r = 0; r < 8; ++r)
 #pragma unroll
@@ -177,8 +191,12 @@ template <typename T> __device__ void product(const Product &job) {
         write_tile(job.targets[t], job, image, top, left, acc, row, column, memory);
 }
 
+// Blocks that a multiprocessor shall hold at once, which bounds the registers.
+template <typename T> constexpr int BLOCKS = sizeof(T) == 4 ? 3 : 2;
+
 #define PRODUCT(T, NAME)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS) product_##NAME(const __grid_constant__ Product job) {       \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS<T>)                                           \
+        product_##NAME(const __grid_constant__ Product job) {                                                         \
         product<T>(job);                                                                                              \
     }
 INSTANCES(PRODUCT)

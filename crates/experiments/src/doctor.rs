@@ -1,7 +1,7 @@
 //! Whether a device computes what it should: small checks, each with a verdict.
 //!
 //! The reference is the plain implementation of `isqrt_linalg::reference` on the CPU in f64, or the CPU's
-//! own ops, which have their checks in the tests. Nothing here is timed but for [`bench`].
+//! own ops, which have their checks in the tests. Only [`bench()`] times anything.
 
 use candle_core::{DType, Device, Tensor, Var};
 use isqrt_linalg::{CovPool, Memory, Output, PreNormalization, Root, Schedule, Side};
