@@ -23,7 +23,7 @@ echo "== the program starts without CUDA's libraries"
 LD_LIBRARY_PATH='' "$isqrt" doctor --device cuda:0 2>&1 | tail -n 1
 echo "== tests, on the stand-in"
 export LD_LIBRARY_PATH=$folder/stand-in
-cargo test --release --target "$target" --features isqrt-linalg/cuda --package isqrt-linalg --test cuda \
+cargo test --release --target "$target" --features isqrt-nn/cuda --package isqrt-linalg --package isqrt-nn --test cuda \
     --config "target.$target.rustflags = [\"--cfg\", \"feature=\\\"dynamic-loading\\\"\"]"
 echo "== isqrt doctor, on the stand-in"
 "$isqrt" doctor --device cuda:0
