@@ -20,7 +20,7 @@ cargo gpu
 isqrt=${CARGO_TARGET_DIR:-target}/$target/release/isqrt
 echo "== the program starts without CUDA's libraries"
 "$isqrt" doctor --help >/dev/null
-LD_LIBRARY_PATH='' "$isqrt" doctor --device cuda:0 2>&1 | tail -n 1
+(LD_LIBRARY_PATH='' "$isqrt" doctor --device cuda:0 2>&1 || true) | tail -n 1
 echo "== tests, on the stand-in"
 export LD_LIBRARY_PATH=$folder/stand-in
 cargo test --release --target "$target" --features isqrt-nn/cuda --package isqrt-linalg --package isqrt-nn --test cuda \
