@@ -6,10 +6,9 @@ set -euo pipefail
 [ $# = 1 ] || { echo "usage: $0 FOLDER" >&2; exit 2; }
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
-packages=(nvcc nvvm crt runtime nvrtc cccl)
-python3 -m pip download --quiet --no-deps --dest "$folder/wheels" \
-    "${packages[@]/#/nvidia-cuda-}" nvidia-curand nvidia-cublas \
-    --constraint <(printf 'nvidia-cuda-%s==13.0.*\n' "${packages[@]}"; echo 'nvidia-cublas==13.0.*')
+packages=(nvidia-nvvm nvidia-cublas)
+packages+=(nvidia-cuda-{nvcc,crt,runtime,nvrtc,cccl})
+python3 -m pip download --quiet --no-deps --dest "$folder/wheels" "${packages[@]/%/==13.0.*}" nvidia-curand
 for wheel in "$folder"/wheels/*.whl; do
     python3 -m zipfile -e "$wheel" "$folder"
 done
