@@ -4,6 +4,12 @@
 #include <cuda_bf16.h>
 
 #define INSTANCES(KERNEL) KERNEL(float, f32) KERNEL(double, f64)
+// Of feature maps, which may be bf16; parameters are then f32.
+#define INSTANCES_OF_MAPS(KERNEL) INSTANCES(KERNEL) KERNEL(__nv_bfloat16, bf16)
+// For each value of a tensor: a thread a value, striding where there are more.
+#define EACH(i, count)                                                                                                \
+    for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < (count);                                 \
+         i += (long long)gridDim.x * blockDim.x)
 
 __device__ inline double wide(float value) { return value; }
 __device__ inline double wide(double value) { return value; }

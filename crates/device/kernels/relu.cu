@@ -36,4 +36,4 @@ template <typename T> __device__ void clip_gradient(const T *y, const T *dy, T *
     extern "C" __global__ void clip_gradient_##NAME(const T *y, const T *dy, T *dx, long long count, double upper) {  \
         clip_gradient(y, dy, dx, count, upper);                                                                       \
     }
-INSTANCES(RELU)
+INSTANCES_OF_MAPS(RELU)

@@ -203,7 +203,7 @@ fn pass(forward: impl Fn() -> isqrt_nn::Result<Tensor>) -> Result<(f64, f64)> {
 /// Random maps as the ops of a ResNet meet them: blocked, if the channels fill blocks.
 fn maps(batch: usize, channels: usize, side: usize) -> Result<Var> {
     let x = random("x", &[batch, channels, side, side])?;
-    let blocked = can_block(channels, x.dtype());
+    let blocked = can_block(channels, &x);
     Ok(Var::from_tensor(&if blocked { block(&x)? } else { x })?)
 }
 

@@ -9,9 +9,13 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
+#[cfg(feature = "cuda")]
+use candle_core::backend::BackendDevice;
 use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, Var, WithDType};
+#[cfg(feature = "cuda")]
+use candle_core::{CudaStorage, Storage};
 
 use crate::element::{dispatch, read};
 use crate::vars::Step;
@@ -141,6 +145,18 @@ where
         Ok((values, y.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, s: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let Some(y) = lock(&self.y).take() else {
+            candle_core::bail!("checkpoint: forward for the second time")
+        };
+        let (storage, layout) = y.storage_and_layout();
+        match &*storage {
+            Storage::Cuda(values) => Ok((values.try_clone(layout)?, y.shape().clone())),
+            _ => candle_core::bail!("checkpoint: the part left {:?}", s.device().id()),
+        }
+    }
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
         // Before all the work, not after it.
         if own(&mut lock(&self.aside)).is_none() {
@@ -172,6 +188,12 @@ impl CustomOp1 for Seed {
     fn cpu_fwd(&self, s: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let scalar =
             dispatch!("seed", s.dtype(), T => Ok(T::to_cpu_storage_owned(vec![0.0 as T])))?;
+        Ok((scalar, Shape::from(())))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, s: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let scalar = s.device().zeros_impl(&Shape::from(()), s.dtype())?;
         Ok((scalar, Shape::from(())))
     }
 

@@ -311,10 +311,7 @@ impl ConvNorm {
     /// # Errors
     /// As [`forward`](Self::forward).
     pub fn forward_in_any_layout(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        match (
-            ops::is_blocked(x),
-            ops::can_block(self.outputs(), x.dtype()),
-        ) {
+        match (ops::is_blocked(x), ops::can_block(self.outputs(), x)) {
             (false, true) => self.forward_into_blocks(x, mode),
             (true, false) => self.forward(&ops::unblock(x)?, mode),
             _ => self.forward(x, mode),

@@ -6,7 +6,7 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use candle_core::{Tensor, WithDType};
+use candle_core::{DType, Device, Tensor, WithDType};
 use rayon::prelude::*;
 
 use crate::Result;
@@ -83,7 +83,11 @@ pub fn record_values<R>(forward: impl FnOnce() -> R) -> (R, Vec<LayerValues>) {
 /// # Errors
 /// For element types other than f32 and f64.
 pub fn largest_magnitude(x: &Tensor) -> Result<f64> {
-    let x = x.contiguous()?;
+    let x = x.to_device(&Device::Cpu)?.contiguous()?;
+    let x = match x.dtype() {
+        DType::BF16 => x.to_dtype(DType::F32)?,
+        _ => x,
+    };
     let held = read(&x);
     // NaN stays.
     let larger = |a: f64, b: f64| if b > a || b.is_nan() { b } else { a };

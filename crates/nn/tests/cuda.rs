@@ -5,7 +5,12 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use isqrt_device::{Choice, Error};
-use isqrt_nn::ops;
+use isqrt_nn::layers::{ConvNorm, Dropout, GradientCheckpoint, Linear};
+use isqrt_nn::ops::{self, BatchNorm, Conv, LocalResponseNorm, Pool};
+use isqrt_nn::{
+    AdamW, AdamWConfig, Buffer, Decay, Ema, Mode, Optimizer, Sgd, SgdConfig, Vars, clip_grad_norm,
+    clip_grad_value, grad_squares,
+};
 
 fn gpu() -> Option<Device> {
     match Choice::Cuda(0).open() {
@@ -71,7 +76,18 @@ fn same(
     operands: &[Tensor],
     op: impl Fn(&[Tensor]) -> isqrt_nn::Result<Tensor>,
 ) {
-    for (dtype, limit) in [(DType::F64, 1e-12), (DType::F32, 1e-5)] {
+    same_within(gpu, what, operands, (1e-12, 1e-5), op);
+}
+
+/// As [`same`], within these shares of the largest value in f64 and f32.
+fn same_within(
+    gpu: &Device,
+    what: &str,
+    operands: &[Tensor],
+    limits: (f64, f64),
+    op: impl Fn(&[Tensor]) -> isqrt_nn::Result<Tensor>,
+) {
+    for (dtype, limit) in [(DType::F64, limits.0), (DType::F32, limits.1)] {
         let ours = run(&op, operands, dtype, gpu);
         let theirs = run(&op, operands, dtype, &Device::Cpu);
         for (part, (a, b)) in ours.iter().zip(&theirs).enumerate() {
@@ -79,7 +95,7 @@ fn same(
             let most = b.iter().fold(1e-300_f64, |m, v| m.max(v.abs()));
             for (a, b) in a.iter().zip(b) {
                 let close = (a - b).abs() <= limit * most || a.is_nan() && b.is_nan();
-                assert!(close, "{what} {dtype:?} part {part}: {a} and {b}");
+                assert!(close, "{what} {dtype:?} part {part}: {a} and {b} of at most {most}");
             }
         }
     }
@@ -128,5 +144,374 @@ fn cross_entropy() {
                 ops::cross_entropy(&x[0], &labels, smoothing)
             });
         }
+    }
+}
+
+/// `op` of maps with the channels of a pixel beside each other on the GPU, of plain ones on the CPU.
+fn last(x: &Tensor, op: impl Fn(&Tensor) -> isqrt_nn::Result<Tensor>) -> isqrt_nn::Result<Tensor> {
+    match x.device().is_cuda() {
+        true => ops::unblock(&op(&ops::block(x)?)?),
+        false => op(x),
+    }
+}
+
+#[test]
+fn layouts() {
+    let Some(gpu) = gpu() else { return };
+    for shape in [[1, 1, 1, 1], [3, 5, 7, 2], [2, 33, 9, 41]] {
+        let x = numbers(&shape, 0.2);
+        same(&gpu, "block", std::slice::from_ref(&x), |x| {
+            last(&x[0], |x| Ok(x.clone()))
+        });
+        let blocked = ops::block(&x.to_device(&gpu).unwrap()).unwrap();
+        let [b, c, h, w] = shape;
+        assert_eq!(blocked.dims(), [b, 1, h, w, c]);
+        let pixels = x.permute((0, 2, 3, 1)).unwrap().unsqueeze(1).unwrap();
+        assert_eq!(home(&blocked), home(&pixels));
+    }
+}
+
+#[test]
+fn convolutions() {
+    let Some(gpu) = gpu() else { return };
+    let options = |stride, padding, dilation, groups, relu| Conv {
+        stride,
+        padding,
+        dilation,
+        groups,
+        relu,
+    };
+    for (x, w, conv) in [
+        (
+            [2, 3, 9, 8],
+            [4, 3, 3, 3],
+            options((1, 1), (1, 1), (1, 1), 1, false),
+        ),
+        (
+            [1, 4, 7, 7],
+            [6, 4, 1, 1],
+            options((2, 2), (0, 0), (1, 1), 1, true),
+        ),
+        (
+            [2, 6, 10, 7],
+            [4, 3, 3, 2],
+            options((2, 1), (2, 0), (1, 2), 2, true),
+        ),
+        (
+            [2, 5, 6, 6],
+            [5, 1, 3, 3],
+            options((1, 1), (1, 1), (1, 1), 5, false),
+        ),
+    ] {
+        let operands = [numbers(&x, 0.1), numbers(&w, 0.7), numbers(&w[..1], 0.4)];
+        same(&gpu, "conv2d with bias", &operands, |x| {
+            ops::conv2d(&x[0], &x[1], Some(&x[2]), conv)
+        });
+        same(&gpu, "conv2d", &operands[..2], |x| {
+            ops::conv2d(&x[0], &x[1], None, conv)
+        });
+        same(&gpu, "conv2d, channels last", &operands, |x| {
+            last(&x[0], |maps| ops::conv2d(maps, &x[1], Some(&x[2]), conv))
+        });
+        same(&gpu, "conv2d into blocks", &operands, |x| {
+            match x[0].device().is_cuda() {
+                true => ops::unblock(&ops::conv2d_into_blocks(&x[0], &x[1], Some(&x[2]), conv)?),
+                false => ops::conv2d(&x[0], &x[1], Some(&x[2]), conv),
+            }
+        });
+    }
+}
+
+/// Running statistics where `like` is.
+fn norm(like: &Tensor, channels: usize, relu: bool) -> BatchNorm {
+    let place = |t: Tensor| {
+        let t = t.to_dtype(like.dtype()).unwrap();
+        Buffer::new(t.to_device(like.device()).unwrap())
+    };
+    BatchNorm {
+        running_mean: place(numbers(&[channels], 0.6)),
+        running_var: place((numbers(&[channels], 0.2).abs().unwrap() + 0.5).unwrap()),
+        momentum: 0.1,
+        epsilon: 1e-5,
+        relu,
+    }
+}
+
+#[test]
+fn batch_norms() {
+    let Some(gpu) = gpu() else { return };
+    for shape in [[4, 3, 5, 5], [2, 8, 3, 7], [2, 70, 3, 2], [3, 64, 20, 20]] {
+        let c = shape[1];
+        // Far from zero: variances must not suffer.
+        let x = (numbers(&shape, 0.9) + 50.0).unwrap();
+        let operands = [x, numbers(&[c], 0.8), numbers(&[c], 0.5)];
+        for relu in [false, true] {
+            for mode in [Mode::Train, Mode::Eval, Mode::Frozen] {
+                let what = format!("batch_norm {shape:?} {mode:?} {relu}");
+                let plain = |x: &[Tensor]| {
+                    let norm = norm(&x[0], c, relu);
+                    let y = ops::batch_norm(&x[0], &x[1], &x[2], &norm, mode)?;
+                    // The running statistics move alike.
+                    let stats = [norm.running_mean.get(), norm.running_var.get()];
+                    let stats = Tensor::stack(&stats, 0)?
+                        .sum_all()?
+                        .broadcast_as(y.shape())?;
+                    Ok((y + (stats * 0.01)?)?)
+                };
+                same_within(&gpu, &what, &operands, (1e-10, 3e-4), plain);
+                same_within(&gpu, &what, &operands, (1e-10, 3e-4), |x| {
+                    let norm = norm(&x[0], c, relu);
+                    last(&x[0], |maps| {
+                        ops::batch_norm(maps, &x[1], &x[2], &norm, mode)
+                    })
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn convolutions_with_norms() {
+    let Some(gpu) = gpu() else { return };
+    for (x, w, stride) in [
+        ([2, 3, 9, 8], [8, 3, 3, 3], 2),
+        ([3, 4, 5, 5], [6, 4, 1, 1], 1),
+    ] {
+        let c = w[0];
+        let conv = Conv::new(stride, w[2] / 2);
+        let operands = [
+            numbers(&x, 0.1),
+            numbers(&w, 0.7),
+            numbers(&[c], 0.8),
+            numbers(&[c], 0.5),
+        ];
+        for mode in [Mode::Train, Mode::Eval, Mode::Frozen] {
+            same(&gpu, &format!("conv_norm {mode:?}"), &operands, |x| {
+                let norm = norm(&x[0], c, true);
+                let y = match x[0].device().is_cuda() {
+                    true => {
+                        let maps = ops::block(&x[0])?;
+                        ops::unblock(&ops::conv_norm(
+                            &maps,
+                            &x[1],
+                            conv,
+                            (&x[2], &x[3]),
+                            &norm,
+                            mode,
+                        )?)?
+                    }
+                    false => {
+                        let y = ops::conv2d(&x[0], &x[1], None, conv)?;
+                        ops::batch_norm(&y, &x[2], &x[3], &norm, mode)?
+                    }
+                };
+                let stats = [norm.running_mean.get(), norm.running_var.get()];
+                let stats = Tensor::stack(&stats, 0)?
+                    .sum_all()?
+                    .broadcast_as(y.shape())?;
+                Ok((y + (stats * 0.01)?)?)
+            });
+        }
+    }
+}
+
+#[test]
+fn pooling() {
+    let Some(gpu) = gpu() else { return };
+    let pools = [
+        (2, 2, 0, false, true),
+        (3, 2, 1, false, true),
+        (3, 1, 1, false, false),
+        (3, 2, 0, true, false),
+        (5, 3, 2, true, true),
+    ];
+    for (kernel, stride, padding, ceil_mode, count_include_pad) in pools {
+        let pool = Pool {
+            kernel: (kernel, kernel),
+            stride: (stride, stride),
+            padding: (padding, padding),
+            ceil_mode,
+            count_include_pad,
+        };
+        let x = numbers(&[2, 5, 8, 9], 0.3);
+        let x = std::slice::from_ref(&x);
+        same(&gpu, "max_pool2d", x, |x| ops::max_pool2d(&x[0], pool));
+        same(&gpu, "max_pool2d, channels last", x, |x| {
+            last(&x[0], |x| ops::max_pool2d(x, pool))
+        });
+        same(&gpu, "avg_pool2d", x, |x| ops::avg_pool2d(&x[0], pool));
+    }
+    let x = numbers(&[2, 5, 8, 9], 0.3);
+    for output in [(1, 1), (3, 2), (7, 9), (12, 5)] {
+        same(&gpu, "adaptive_avg_pool2d", std::slice::from_ref(&x), |x| {
+            ops::adaptive_avg_pool2d(&x[0], output)
+        });
+    }
+    same(&gpu, "global_avg_pool", std::slice::from_ref(&x), |x| {
+        ops::global_avg_pool(&x[0])
+    });
+    for size in [1, 2, 5] {
+        let norm = LocalResponseNorm {
+            k: 2.0,
+            alpha: 0.3,
+            ..LocalResponseNorm::new(size)
+        };
+        same(&gpu, "local_response_norm", std::slice::from_ref(&x), |x| {
+            ops::local_response_norm(&x[0], norm)
+        });
+    }
+}
+
+#[test]
+fn dropout_has_the_masks_of_the_cpu() {
+    let Some(gpu) = gpu() else { return };
+    for len in [1, 63, 64, 65, 5000] {
+        let key = ops::MaskKey {
+            seed: 3,
+            layer: 1 << 40,
+            step: (1 << 33) + 5,
+        };
+        let x = (numbers(&[len], 0.0).abs().unwrap() + 1.0).unwrap();
+        same(&gpu, "dropout", &[x], |x| {
+            ops::dropout(&x[0], 0.4, key, Mode::Train)
+        });
+    }
+}
+
+/// A network with everything that training needs, after some steps: parameters, buffers and losses.
+fn train(device: &Device, dtype: DType, adamw: bool) -> Vec<Vec<f64>> {
+    let mut vars = Vars::new(7, dtype, device);
+    let mut root = vars.root();
+    let stem = ConvNorm::new(&mut root, ("conv1", "bn1"), (3, 8), 3, 1, true).unwrap();
+    let second = ConvNorm::new(&mut root, ("conv2", "bn2"), (8, 16), 3, 2, true).unwrap();
+    let checkpoint = GradientCheckpoint::new(&root);
+    let dropout = Dropout::new(root.sub("dropout"), 0.2).unwrap();
+    let linear = Linear::new(root.sub("fc"), 16, 5).unwrap();
+    let mut optimizer: Box<dyn Optimizer> = match adamw {
+        true => Box::new(AdamW::new(&vars, AdamWConfig::default()).unwrap()),
+        false => {
+            let config = SgdConfig {
+                momentum: 0.9,
+                nesterov: true,
+                weight_decay: 1e-2,
+                decay: Decay::default(),
+            };
+            Box::new(Sgd::new(&vars, config).unwrap())
+        }
+    };
+    let mut ema = Ema::new(&vars, 0.9).unwrap();
+    let mut out = vec![];
+    for step in 0..3 {
+        vars.set_step(step);
+        let x = numbers(&[4, 3, 8, 8], 0.1 * step as f64);
+        let x = x.to_dtype(dtype).unwrap().to_device(device).unwrap();
+        let part = second.clone();
+        let y = stem.forward_into_blocks(&x, Mode::Train).unwrap();
+        let y = checkpoint
+            .forward(&y, Mode::Train, move |x, mode| part.forward(x, mode))
+            .unwrap();
+        let y = if ops::is_blocked(&y) {
+            ops::unblock(&y).unwrap()
+        } else {
+            y
+        };
+        let y = dropout
+            .forward(&ops::global_avg_pool(&y).unwrap(), Mode::Train)
+            .unwrap();
+        let loss = ops::cross_entropy(&linear.forward(&y).unwrap(), &[0, 1, 2, 3], 0.1).unwrap();
+        let mut gradients = vars.backward(&loss).unwrap();
+        let squares = grad_squares(&vars, &gradients).unwrap();
+        out.push(squares.iter().map(|(_, sum)| *sum).collect());
+        clip_grad_value(&vars, &mut gradients, 0.05).unwrap();
+        let norm = clip_grad_norm(&vars, &mut gradients, 0.1).unwrap();
+        optimizer.step(&gradients, 0.1).unwrap();
+        ema.update(&vars).unwrap();
+        out.push(vec![home(&loss)[0], norm]);
+    }
+    out.extend(vars.parameters().map(|(_, p)| home(p.as_tensor())));
+    out.extend(vars.buffers().map(|(_, b)| home(&b.get())));
+    out.extend(ema.state().unwrap().values().map(home));
+    out.extend(optimizer.state().unwrap().values().map(home));
+    out
+}
+
+#[test]
+fn a_network_trains_as_on_the_cpu() {
+    let Some(gpu) = gpu() else { return };
+    for adamw in [false, true] {
+        let (ours, theirs) = (
+            train(&gpu, DType::F64, adamw),
+            train(&Device::Cpu, DType::F64, adamw),
+        );
+        assert_eq!(ours.len(), theirs.len());
+        for (part, (a, b)) in ours.iter().zip(&theirs).enumerate() {
+            let most = b.iter().fold(1e-300_f64, |m, v| m.max(v.abs()));
+            for (a, b) in a.iter().zip(b) {
+                assert!(
+                    (a - b).abs() <= 1e-9 * most,
+                    "adamw {adamw} part {part}: {a} and {b}"
+                );
+            }
+        }
+    }
+}
+
+/// Maps in bf16 have parameters in f32; results are those of the same values in f32 within bf16's
+/// rounding (2⁻⁸).
+#[test]
+fn maps_in_bf16() {
+    let Some(gpu) = gpu() else { return };
+    let place = |t: &Tensor, dtype| {
+        t.to_dtype(DType::BF16)
+            .unwrap()
+            .to_dtype(dtype)
+            .unwrap()
+            .to_device(&gpu)
+            .unwrap()
+    };
+    let gradients = |dtype| {
+        let x = Var::from_tensor(&place(&numbers(&[2, 3, 8, 8], 0.1), dtype)).unwrap();
+        let w = Var::from_tensor(&place(&numbers(&[16, 3, 3, 3], 0.7), DType::F32)).unwrap();
+        let gamma = Var::from_tensor(&place(&numbers(&[16], 0.8), DType::F32)).unwrap();
+        let beta = Var::from_tensor(&place(&numbers(&[16], 0.5), DType::F32)).unwrap();
+        let norm = norm(&w, 16, true);
+        let maps = ops::block(&x).unwrap();
+        let y = ops::conv_norm(
+            &maps,
+            &w,
+            Conv::new(1, 1),
+            (&gamma, &beta),
+            &norm,
+            Mode::Train,
+        )
+        .unwrap();
+        let y = ops::add_relu(&y, &y).unwrap();
+        assert_eq!(y.dtype(), dtype);
+        let y = ops::unblock(&y).unwrap().to_dtype(DType::F32).unwrap();
+        let gradients = (&y * &place(&numbers(y.dims(), 0.3), DType::F32))
+            .unwrap()
+            .sum_all()
+            .unwrap()
+            .backward()
+            .unwrap();
+        let mut out = vec![
+            home(&y),
+            home(&norm.running_mean.get()),
+            home(&norm.running_var.get()),
+        ];
+        for var in [&x, &w, &gamma, &beta] {
+            let gradient = gradients.get(var.as_tensor()).unwrap();
+            assert_eq!(gradient.dtype(), var.dtype());
+            out.push(home(gradient));
+        }
+        out
+    };
+    let (ours, theirs) = (gradients(DType::BF16), gradients(DType::F32));
+    for (part, (a, b)) in ours.iter().zip(&theirs).enumerate() {
+        let size = |v: &[f64]| v.iter().map(|v| v * v).sum::<f64>().sqrt();
+        let apart: Vec<f64> = a.iter().zip(b).map(|(a, b)| a - b).collect();
+        let share = size(&apart) / size(b);
+        // What sits at a rectifier's edge goes elsewhere.
+        assert!(share < 0.03, "part {part}: {share}");
     }
 }

@@ -79,7 +79,7 @@ fn conv2d_agrees_with_pytorch() {
         let var = |key| tensor(key).map(|t| Var::from_tensor(&t).unwrap());
         let (x, w, b) = (var("x").unwrap(), var("w").unwrap(), var("b"));
         for blocked in [false, true] {
-            if blocked && !(can_block(o[1], dtype) && can_block(o[4], dtype)) {
+            if blocked && !(can_block(o[1], &x) && can_block(o[4], &x)) {
                 continue;
             }
             let maps = if blocked {

@@ -4,7 +4,8 @@ use super::call;
 use crate::{Error, Result};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda::CudaDType;
-use candle_core::{CudaDevice, CudaStorage, Layout, WithDType};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaDevice, CudaStorage, Layout, Shape, Storage, Tensor, WithDType};
 use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr};
 
 /// Element types of kernels.
@@ -60,6 +61,18 @@ pub fn input_of<T: CudaDType>(
     })
 }
 
+/// Where the values of a contiguous tensor on a GPU begin; they live as long as the tensor.
+///
+/// # Errors
+/// As [`input`], and for a tensor that is elsewhere.
+pub fn address<T: CudaDType>(tensor: &Tensor) -> candle_core::Result<u64> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cuda(storage) => Ok(input_of::<T>(storage, layout)?.at),
+        _ => candle_core::bail!("operand of shape {:?} is not on the GPU", tensor.shape()),
+    }
+}
+
 /// New memory for a result, with any content.
 #[derive(Debug)]
 pub struct Output<T> {
@@ -105,6 +118,12 @@ impl<T: Real> Output<T> {
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.slice.len()
+    }
+
+    /// As a tensor off the tape.
+    pub fn into_tensor(self, shape: impl Into<Shape>) -> Tensor {
+        let storage = Storage::Cuda(self.into_storage());
+        Tensor::from_storage(storage, shape, BackpropOp::none(), false)
     }
 
     /// As the storage of a tensor.
@@ -157,6 +176,23 @@ pub fn with_bytes<R>(
     }
     let slice = allocate::<u8>(op, device, &[bytes])?;
     let stream = device.cuda_stream();
+    let (at, _) = slice.device_ptr(&stream);
+    work(at)
+}
+
+/// Copies a table to the GPU, behind the work before it; its memory is freed behind the work after it.
+///
+/// # Errors
+/// As [`Output::new`].
+pub fn with_table<S: DeviceRepr, R>(
+    op: &'static str,
+    device: &CudaDevice,
+    table: &[S],
+    work: impl FnOnce(u64) -> candle_core::Result<R>,
+) -> candle_core::Result<R> {
+    let mut slice = allocate::<S>(op, device, &[table.len()])?;
+    let stream = device.cuda_stream();
+    call(op, stream.memcpy_htod(table, &mut slice))?;
     let (at, _) = slice.device_ptr(&stream);
     work(at)
 }

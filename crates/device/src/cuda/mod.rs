@@ -1,14 +1,18 @@
 //! What ops need of a GPU.
 
 mod blas;
+mod dnn;
 mod launch;
 mod memory;
 mod open;
 
-pub use blas::{Gemm, Precision, gemm};
+pub use blas::{Gemm, Precision, gemm, precision, set_precision};
 pub use cudarc::driver::DeviceRepr;
+pub use dnn::{Along, Convolution, Pass, convolve};
 pub use launch::{Argument, Grid, Module, int, launch, launch_with, long, pointer, real};
-pub use memory::{Input, Output, Real, input, input_of, read_back, with_bytes};
+pub use memory::{
+    Input, Output, Real, address, input, input_of, read_back, with_bytes, with_table,
+};
 pub use open::{found, open};
 
 pub(crate) use open::call;
@@ -28,13 +32,23 @@ pub mod kernels {
     }
 
     modules! {
+        /// What convolutions need beside cuDNN, and layouts.
+        CONVOLUTION = "convolution";
+        /// Dropout.
+        DROPOUT = "dropout";
         /// Linear layer and loss.
         LINEAR = "linear";
+        /// Batch normalisation.
+        NORM = "norm";
+        /// Optimisers, over all parameters at once.
+        OPTIMISER = "optimiser";
         /// The covariance layer, but for its products.
         POOLING = "pooling";
         /// Rectifiers.
         RELU = "relu";
         /// Products of symmetric matrices.
         SYMMETRIC = "symmetric";
+        /// Pooling over windows and local response normalisation.
+        WINDOWS = "windows";
     }
 }

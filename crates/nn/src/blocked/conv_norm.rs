@@ -6,15 +6,21 @@
 //! convolves again.
 
 use std::borrow::Cow;
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp3, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
 };
+#[cfg(feature = "cuda")]
+use isqrt_device::cuda::{address, input};
 use isqrt_linalg::Kernel;
 
 use super::{Lanes, dims};
 use crate::checkpoint::{Aside, past_the_tape};
+#[cfg(feature = "cuda")]
+use crate::cuda::{self, Maps, norm::Extent};
 use crate::element::{dispatch, read, values};
 use crate::ops::{BatchNorm, BatchNormOp, Conv, ConvShapes, check_affine};
 use crate::{Mode, Result};
@@ -63,15 +69,17 @@ pub(crate) fn conv_norm_of(
         norm: BatchNormOp::new((conv.batch, channels, conv.lanes), plane, norm, mode)?,
         folds: mode == Mode::Eval,
         convolved: OnceLock::new(),
+        #[cfg(feature = "cuda")]
+        on_gpu: OnceLock::new(),
         aside: aside.cloned(),
     };
-    let used = Arc::clone(&op.norm.used);
+    let pending = op.norm.pending();
     // An op takes three tensors: scale and shift come as one.
     let affine = Tensor::stack(&[affine.0, affine.1], 0)?;
     let y = x
         .contiguous()?
         .apply_op3(&weight.contiguous()?, &affine, op)?;
-    norm.update(&used, conv.batch * plane, mode)?;
+    norm.update(&pending, conv.batch * plane, mode)?;
     Ok(y)
 }
 
@@ -82,7 +90,57 @@ struct Op {
     folds: bool,
     /// The output of the convolution; none where the norm is folded in.
     convolved: OnceLock<CpuStorage>,
+    /// The same in the memory of a GPU, where nothing is folded.
+    #[cfg(feature = "cuda")]
+    on_gpu: OnceLock<Box<dyn cuda::Held>>,
     aside: Option<Aside>,
+}
+
+#[cfg(feature = "cuda")]
+impl Op {
+    fn extent(&self) -> Extent {
+        let (batch, channels) = (self.conv.batch, self.conv.channels.1);
+        Extent::new(batch, channels, self.conv.pixels(), true)
+    }
+
+    /// Addresses of scale and shift.
+    fn affine<T: Maps>(&self, at: u64) -> (u64, u64) {
+        (
+            at,
+            at + (self.conv.channels.1 * size_of::<T::Parameter>()) as u64,
+        )
+    }
+
+    fn backward_on_gpu(
+        &self,
+        (x, weight, affine): (&Tensor, &Tensor, &Tensor),
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let device = cuda::device_of(x)?;
+        let Some(convolved) = self.on_gpu.get() else {
+            candle_core::bail!("conv_norm: backward before forward")
+        };
+        cuda::of_maps!("conv_norm", x.dtype(), T => {
+            let from = (convolved.at(), address::<T>(dy)?);
+            let (between, [dgamma, dbeta]) =
+                self.norm.backward_on_gpu::<T>(device, self.extent(), from)?;
+            let dx = match x.track_op() {
+                true => {
+                    let from = (address::<<T as Maps>::Parameter>(weight)?, between.at());
+                    let dx = cuda::conv::input_gradient::<T>(device, &self.conv, (true, true), from)?;
+                    Some(dx.into_tensor(x.shape()))
+                }
+                false => None,
+            };
+            let from = (address::<T>(x)?, between.at());
+            let dw = cuda::conv::weight_gradient::<T>(device, &self.conv, (true, true), from)?;
+            let dw = dw.into_tensor(weight.shape());
+            let channels = self.conv.channels.1;
+            let both = [dgamma.into_tensor(channels), dbeta.into_tensor(channels)];
+            let daffine = Tensor::stack(&both, 0)?.reshape(affine.shape())?;
+            Ok((dx, past_the_tape(self.aside.as_ref(), weight, dw)?, Some(daffine)))
+        })
+    }
 }
 
 impl CustomOp3 for Op {
@@ -117,6 +175,36 @@ impl CustomOp3 for Op {
         Ok((y, self.conv.shape()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let device = s1.device();
+        let y = cuda::of_maps!("conv_norm", s1.dtype(), T => {
+            let (x, weight) = (input::<T>(s1, l1)?, cuda::conv::parameter::<T>((s2, l2))?);
+            let affine = self.affine::<T>(cuda::conv::parameter::<T>((s3, l3))?);
+            let from = (x.at, weight);
+            let convolved =
+                cuda::conv::forward_of::<T>(device, &self.conv, (true, true), from, (None, false))?;
+            let from = (self.extent(), convolved.at());
+            let y = self.norm.forward_on_gpu::<T>(device, from, affine)?;
+            // candle runs an op value once.
+            let _ = self.on_gpu.set(Box::new(convolved));
+            Ok(y.into_storage())
+        })?;
+        let (rows, columns) = (self.conv.rows.output, self.conv.columns.output);
+        Ok((
+            y,
+            Shape::from((self.conv.batch, 1, rows, columns, self.conv.channels.1)),
+        ))
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -126,6 +214,10 @@ impl CustomOp3 for Op {
         dy: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return self.backward_on_gpu((x, weight, affine), &dy);
+        }
         let (xs, ws, gs, ys, dys) = (read(x), read(weight), read(affine), read(y), read(&dy));
         let device = x.device();
         dispatch!("conv_norm", x.dtype(), T => {

@@ -5,6 +5,9 @@
 //! weights of a block of channels. Backbones enter with [`block`], keep their maps blocked from
 //! layer to layer, and leave with [`unblock`]. The ops of [`crate::ops`] tell the layouts apart by
 //! the rank and the last dimension, so a volume of that shape would be taken for blocked maps.
+//!
+//! On a GPU all channels are one block: `(batch, 1, height, width, channels)`, which libraries call
+//! channels last or NHWC. Any number of channels fills it.
 
 pub(crate) mod conv;
 mod conv_norm;
@@ -16,12 +19,16 @@ pub use conv_norm::conv_norm;
 pub(crate) use conv_norm::conv_norm_of;
 pub(crate) use kernel::Lanes;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
 };
 use rayon::prelude::*;
 
 use crate::Result;
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::element::{Unwritten, dispatch, read, values};
 use crate::error::shape_error;
 use crate::ops::dims4;
@@ -38,18 +45,22 @@ pub(crate) fn width(dtype: DType) -> Option<usize> {
 
 /// Whether feature maps of this shape are blocked.
 pub fn is_blocked(x: &Tensor) -> bool {
-    x.rank() == 5 && x.dims().last().copied() == width(x.dtype())
+    match x.dims() {
+        [_, panels, _, _, _] if x.device().is_cuda() => *panels == 1,
+        [_, _, _, _, lanes] => width(x.dtype()) == Some(*lanes),
+        _ => false,
+    }
 }
 
-/// Whether maps of these channels can be blocked.
-pub fn can_block(channels: usize, dtype: DType) -> bool {
-    width(dtype).is_some_and(|w| channels.is_multiple_of(w))
+/// Whether maps of so many channels, of the type and on the device of `like`, can be blocked.
+pub fn can_block(channels: usize, like: &Tensor) -> bool {
+    like.device().is_cuda() || width(like.dtype()).is_some_and(|w| channels.is_multiple_of(w))
 }
 
 /// Whether the channels of each group of such a convolution fill blocks, or those of all groups of a
 /// depthwise one.
 pub(crate) fn fills_blocks(weight: &Tensor, groups: usize) -> bool {
-    let fills = |channels| can_block(channels, weight.dtype());
+    let fills = |channels| can_block(channels, weight);
     match *weight.dims() {
         [out, 1, ..] if out == groups => fills(out),
         [out, inputs, ..] => fills(inputs) && fills(out / groups.max(1)),
@@ -82,7 +93,7 @@ pub(crate) fn dims_of_any_layout(op: &'static str, x: &Tensor) -> Result<(usize,
 
 /// Checks that so many channels (`kind` says which) of the type of `x` can be blocked.
 pub(crate) fn check_fills(op: &'static str, kind: &str, channels: usize, x: &Tensor) -> Result<()> {
-    if can_block(channels, x.dtype()) {
+    if can_block(channels, x) {
         return Ok(());
     }
     let (dtype, width) = (x.dtype(), width(x.dtype()).unwrap_or(1));
@@ -158,6 +169,11 @@ impl CustomOp1 for Relayout {
         "relayout"
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, s: &CudaStorage, l: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        cuda::conv::relayout((s, l))
+    }
+
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let dims = l.dims();
         let pixels = dims[2] * dims[3];
@@ -170,6 +186,11 @@ impl CustomOp1 for Relayout {
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            let into_blocks = !self.into_blocks;
+            return Ok(Some(dy.apply_op1_no_bwd(&Relayout { into_blocks })?));
+        }
         let pixels = x.dim(2)? * x.dim(3)?;
         let dys = read(&dy);
         dispatch!("block", x.dtype(), T => {

@@ -1,9 +1,9 @@
 //! Softmax cross-entropy; nothing is read back.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CudaStorage, Device, Result, Shape, Storage, Tensor};
+use candle_core::{CudaStorage, Device, Result, Shape, Tensor};
 use isqrt_device::cuda::kernels::LINEAR;
-use isqrt_device::cuda::{Grid, Output, input, int, pointer, real};
+use isqrt_device::cuda::{Grid, Output, address, input, int, pointer, real};
 
 use super::{OnGpu, Operand, allocate, on_gpu, run};
 
@@ -29,7 +29,7 @@ pub(crate) fn forward(
         let logits = input::<T>(s, l)?;
         let arguments = [
             pointer(logits.at),
-            pointer(address(&labels)?),
+            pointer(address::<u32>(&labels)?),
             pointer(facts.at()),
             int(classes),
             real(smoothing),
@@ -41,15 +41,6 @@ pub(crate) fn forward(
         Ok(loss.into_storage())
     })?;
     Ok((loss, Shape::from(()), State { labels, facts }))
-}
-
-/// Where labels lie on the GPU.
-fn address(labels: &Tensor) -> Result<u64> {
-    let (storage, layout) = labels.storage_and_layout();
-    match &*storage {
-        Storage::Cuda(storage) => Ok(isqrt_device::cuda::input_of::<u32>(storage, layout)?.at),
-        _ => candle_core::bail!("cross_entropy: the labels are not on the GPU"),
-    }
 }
 
 /// The gradient of the logits.
@@ -65,7 +56,7 @@ pub(crate) fn backward(
             let dx = allocate::<T>("cross_entropy", s.device(), l.dims())?;
             let arguments = [
                 pointer(x.at),
-                pointer(address(&state.labels)?),
+                pointer(address::<u32>(&state.labels)?),
                 pointer(state.facts.at()),
                 pointer(g.at),
                 pointer(dx.at()),

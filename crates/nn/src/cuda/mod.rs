@@ -3,16 +3,56 @@
 //! candle shows an op its operands as storages; [`OnGpu`] makes an op of a function of them, so that a
 //! backward pass too is an op, off the tape.
 
+pub(crate) mod conv;
 pub(crate) mod cross_entropy;
+pub(crate) mod dropout;
 pub(crate) mod linear;
+pub(crate) mod norm;
+pub(crate) mod optim;
 pub(crate) mod relu;
+pub(crate) mod windows;
 
 use candle_core::{CpuStorage, CudaDevice, CudaStorage, CustomOp1, CustomOp2, CustomOp3};
-use candle_core::{Layout, Result, Shape};
+use candle_core::{Device, Layout, Result, Shape, Tensor};
 use isqrt_device::cuda::{Argument, Grid, Module, Output, Real, launch};
 
 /// A storage and where its values lie.
 pub(crate) type Operand<'a> = (&'a CudaStorage, &'a Layout);
+
+/// Element types of feature maps, and what their parameters are of.
+pub(crate) trait Maps: Real {
+    /// f32 for bf16.
+    type Parameter: Real;
+}
+
+impl Maps for f32 {
+    type Parameter = f32;
+}
+impl Maps for f64 {
+    type Parameter = f64;
+}
+impl Maps for half::bf16 {
+    type Parameter = f32;
+}
+
+/// Memory of any type.
+pub(crate) trait Held: Send + Sync {
+    fn at(&self) -> u64;
+}
+
+impl<T: Real> Held for Output<T> {
+    fn at(&self) -> u64 {
+        Output::at(self)
+    }
+}
+
+/// The GPU that a tensor is on.
+pub(crate) fn device_of(x: &Tensor) -> Result<&CudaDevice> {
+    match x.device() {
+        Device::Cuda(device) => Ok(device),
+        _ => candle_core::bail!("operand of shape {:?} is not on the GPU", x.shape()),
+    }
+}
 
 /// An op that only a GPU runs: its name and what it does.
 pub(crate) struct OnGpu<F>(pub &'static str, pub F);
@@ -121,3 +161,25 @@ macro_rules! on_gpu {
     };
 }
 use on_gpu;
+
+/// As [`on_gpu`], for maps, which may be bf16.
+macro_rules! of_maps {
+    ($op:expr, $dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            candle_core::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            candle_core::DType::F64 => {
+                type $T = f64;
+                $body
+            }
+            candle_core::DType::BF16 => {
+                type $T = half::bf16;
+                $body
+            }
+            other => Err(crate::element::bad_dtype($op, other)),
+        }
+    };
+}
+pub(crate) use of_maps;

@@ -5,11 +5,11 @@ use candle_core::{CudaStorage, Result, Shape, Tensor};
 use isqrt_device::cuda::kernels::RELU;
 use isqrt_device::cuda::{Grid, input, long, pointer, real};
 
-use super::{OnGpu, Operand, allocate, on_gpu, run};
+use super::{OnGpu, Operand, allocate, of_maps, run};
 
 /// `min(max(x, 0), upper)`.
 pub(crate) fn clip((s, l): Operand<'_>, upper: f64) -> Result<(CudaStorage, Shape)> {
-    on_gpu!("relu", s, T => {
+    of_maps!("relu", s.dtype(), T => {
         let x = input::<T>(s, l)?;
         let y = allocate::<T>("relu", s.device(), l.dims())?;
         let arguments = [pointer(x.at), pointer(y.at()), long(x.len), real(upper)];
@@ -20,7 +20,7 @@ pub(crate) fn clip((s, l): Operand<'_>, upper: f64) -> Result<(CudaStorage, Shap
 
 /// `max(a + b, 0)`.
 pub(crate) fn add_relu([(s, l), (s2, l2)]: [Operand<'_>; 2]) -> Result<(CudaStorage, Shape)> {
-    on_gpu!("add_relu", s, T => {
+    of_maps!("add_relu", s.dtype(), T => {
         let (a, b) = (input::<T>(s, l)?, input::<T>(s2, l2)?);
         let y = allocate::<T>("add_relu", s.device(), l.dims())?;
         let arguments = [pointer(a.at), pointer(b.at), pointer(y.at()), long(a.len)];
@@ -32,7 +32,7 @@ pub(crate) fn add_relu([(s, l), (s2, l2)]: [Operand<'_>; 2]) -> Result<(CudaStor
 /// `dy` where `y` is positive and below `upper`.
 pub(crate) fn between(y: &Tensor, dy: &Tensor, upper: f64) -> Result<Tensor> {
     let gradient = |[(s, l), (s2, l2)]: [Operand<'_>; 2]| {
-        on_gpu!("relu", s, T => {
+        of_maps!("relu", s.dtype(), T => {
             let (y, dy) = (input::<T>(s, l)?, input::<T>(s2, l2)?);
             let dx = allocate::<T>("relu", s.device(), l.dims())?;
             let arguments = [pointer(y.at), pointer(dy.at), pointer(dx.at()), long(y.len), real(upper)];

@@ -4,6 +4,8 @@
 
 use std::ops::Range;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp1, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
 };
@@ -12,6 +14,8 @@ use rayon::prelude::*;
 use super::window::Windows;
 use super::{Pool, dims4};
 use crate::Result;
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::element::{Element, dispatch, lane_sums, read, values};
 use crate::record::note_op;
 
@@ -140,8 +144,31 @@ impl CustomOp1 for AvgPool {
         Ok((y, self.windows.shape()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, s: &CudaStorage, l: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        use isqrt_device::cuda::input;
+        let windows = self.windows.on_gpu(self.count_include_pad);
+        let y = cuda::of_maps!("avg_pool2d", s.dtype(), T => {
+            let (x, batch) = (input::<T>(s, l)?, self.windows.batch);
+            let y = cuda::windows::average_pool::<T>(s.device(), windows, batch, x.at, false)?;
+            Ok(y.into_storage())
+        })?;
+        Ok((y, self.windows.shape()))
+    }
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            use isqrt_device::cuda::address;
+            let windows = self.windows.on_gpu(self.count_include_pad);
+            let (device, batch) = (cuda::device_of(x)?, self.windows.batch);
+            return cuda::of_maps!("avg_pool2d", x.dtype(), T => {
+                let at = address::<T>(&dy)?;
+                let dx = cuda::windows::average_pool::<T>(device, windows, batch, at, true)?;
+                Ok(Some(dx.into_tensor(x.shape())))
+            });
+        }
         let dys = read(&dy);
         dispatch!("avg_pool2d", x.dtype(), T => {
             let dx = self.backward(dys.values::<T>()?, x.elem_count());
@@ -169,8 +196,29 @@ impl CustomOp1 for GlobalAvgPool {
         Ok((y, self.shape.clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, s: &CudaStorage, l: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        use isqrt_device::cuda::input;
+        let extent = (self.shape.elem_count(), self.plane);
+        let y = cuda::of_maps!("global_avg_pool", s.dtype(), T => {
+            let x = input::<T>(s, l)?;
+            Ok(cuda::windows::plane_means::<T>(s.device(), x.at, extent)?.into_storage())
+        })?;
+        Ok((y, self.shape.clone()))
+    }
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            use isqrt_device::cuda::address;
+            let (device, extent) = (cuda::device_of(x)?, (self.shape.elem_count(), self.plane));
+            return cuda::of_maps!("global_avg_pool", x.dtype(), T => {
+                let at = address::<T>(&dy)?;
+                let dx = cuda::windows::plane_means_gradient::<T>(device, at, extent)?;
+                Ok(Some(dx.into_tensor(x.shape())))
+            });
+        }
         let dys = read(&dy);
         dispatch!("global_avg_pool", x.dtype(), T => {
             let n = self.plane as T;

@@ -12,9 +12,15 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{
     CpuStorage, CustomOp3, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
 };
+#[cfg(feature = "cuda")]
+use candle_core::{CudaDevice, CudaStorage};
+#[cfg(feature = "cuda")]
+use isqrt_device::cuda::{Output, address, input};
 use rayon::prelude::*;
 
 use crate::blocked::{self, Lanes, norm};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::element::{Element, Unwritten, dispatch, lane_sums, read, values, vectorised};
 use crate::error::shape_error;
 use crate::{Buffer, Mode, Result};
@@ -53,11 +59,11 @@ pub fn batch_norm(
     let (lanes, [batch, panels, height, width]) = blocked::dims_of_any_layout("batch_norm", x)?;
     check_affine("batch_norm", panels * lanes, gamma, beta)?;
     let op = BatchNormOp::new((batch, panels * lanes, lanes), height * width, norm, mode)?;
-    let used = Arc::clone(&op.used);
+    let pending = op.pending();
     let y = x
         .contiguous()?
         .apply_op3(&gamma.contiguous()?, &beta.contiguous()?, op)?;
-    norm.update(&used, batch * height * width, mode)?;
+    norm.update(&pending, batch * height * width, mode)?;
     Ok(y)
 }
 
@@ -83,13 +89,14 @@ pub(crate) fn check_affine(
 
 impl BatchNorm {
     /// Moves the running statistics towards those of a batch of `count` values a channel.
-    pub(crate) fn update(
-        &self,
-        used: &OnceLock<Statistics>,
-        count: usize,
-        mode: Mode,
-    ) -> Result<()> {
-        let Some(batch) = used.get().filter(|_| mode.updates_statistics()) else {
+    pub(crate) fn update(&self, pending: &Pending, count: usize, mode: Mode) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some((mean, variance)) = pending.on_gpu.as_ref().and_then(|norm| norm.moved()) {
+            self.running_mean.set(mean);
+            self.running_var.set(variance);
+            return Ok(());
+        }
+        let Some(batch) = pending.used.get().filter(|_| mode.updates_statistics()) else {
             return Ok(());
         };
         let unbiased = count as f64 / (count as f64 - 1.0);
@@ -106,6 +113,13 @@ pub(crate) struct Statistics {
     variance: Vec<f64>,
 }
 
+/// What a forward pass leaves for the running statistics.
+pub(crate) struct Pending {
+    used: Arc<OnceLock<Statistics>>,
+    #[cfg(feature = "cuda")]
+    on_gpu: Option<Arc<cuda::norm::Norm>>,
+}
+
 pub(crate) struct BatchNormOp {
     channels: usize,
     /// Channels beside each other: 1, or a block.
@@ -116,7 +130,12 @@ pub(crate) struct BatchNormOp {
     /// Running statistics, where these are used.
     fixed: Option<Statistics>,
     /// The statistics that the forward pass used.
-    pub used: Arc<OnceLock<Statistics>>,
+    used: Arc<OnceLock<Statistics>>,
+    /// The same op for maps on a GPU, and what its forward pass left.
+    #[cfg(feature = "cuda")]
+    on_gpu: Option<Arc<cuda::norm::Norm>>,
+    #[cfg(feature = "cuda")]
+    kept: OnceLock<cuda::norm::Kept>,
 }
 
 impl BatchNormOp {
@@ -150,7 +169,8 @@ impl BatchNormOp {
                 );
             }
         }
-        let fixed = match mode.uses_batch_statistics() {
+        let on_gpu = norm.running_mean.get().device().is_cuda();
+        let fixed = match mode.uses_batch_statistics() || on_gpu {
             true => None,
             false => Some(Statistics {
                 mean: norm.running_mean.values()?,
@@ -165,7 +185,58 @@ impl BatchNormOp {
             relu: norm.relu,
             fixed,
             used: Arc::default(),
+            #[cfg(feature = "cuda")]
+            on_gpu: match on_gpu {
+                true => {
+                    let constant = !mode.uses_batch_statistics();
+                    let updates = mode.updates_statistics();
+                    Some(Arc::new(cuda::norm::Norm::new(norm, constant, updates)?))
+                }
+                false => None,
+            },
+            #[cfg(feature = "cuda")]
+            kept: OnceLock::new(),
         })
+    }
+
+    /// What [`BatchNorm::update`] needs once the op has run.
+    pub(crate) fn pending(&self) -> Pending {
+        Pending {
+            used: Arc::clone(&self.used),
+            #[cfg(feature = "cuda")]
+            on_gpu: self.on_gpu.clone(),
+        }
+    }
+
+    /// Normalises maps on a GPU.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn forward_on_gpu<T: cuda::Maps>(
+        &self,
+        device: &CudaDevice,
+        (extent, x): (cuda::norm::Extent, u64),
+        affine: (u64, u64),
+    ) -> candle_core::Result<Output<T>> {
+        let Some(norm) = &self.on_gpu else {
+            candle_core::bail!("batch_norm: the running statistics are not on the GPU")
+        };
+        let (y, kept) = norm.forward::<T>(device, extent, x, affine)?;
+        // candle runs an op value once.
+        let _ = self.kept.set(kept);
+        Ok(y)
+    }
+
+    /// Gradients of the maps `x`, and of scale and shift, on a GPU.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn backward_on_gpu<T: cuda::Maps>(
+        &self,
+        device: &CudaDevice,
+        extent: cuda::norm::Extent,
+        (x, dy): (u64, u64),
+    ) -> candle_core::Result<(Output<T>, [Output<T::Parameter>; 2])> {
+        match (&self.on_gpu, self.kept.get()) {
+            (Some(norm), Some(kept)) => norm.backward::<T>(device, extent, kept, (x, dy)),
+            _ => candle_core::bail!("batch_norm: backward before forward"),
+        }
     }
 
     fn image(&self) -> usize {
@@ -467,6 +538,25 @@ impl CustomOp3 for BatchNormOp {
         Ok((y, l1.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let extent = cuda::norm::Extent::of(l1.dims())?;
+        let y = cuda::of_maps!("batch_norm", s1.dtype(), T => {
+            let affine = (cuda::conv::parameter::<T>((s2, l2))?, cuda::conv::parameter::<T>((s3, l3))?);
+            let x = input::<T>(s1, l1)?;
+            Ok(self.forward_on_gpu::<T>(s1.device(), (extent, x.at), affine)?.into_storage())
+        })?;
+        Ok((y, l1.shape().clone()))
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -476,6 +566,19 @@ impl CustomOp3 for BatchNormOp {
         dy: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            let (device, extent) = (cuda::device_of(x)?, cuda::norm::Extent::of(x.dims())?);
+            return cuda::of_maps!("batch_norm", x.dtype(), T => {
+                let from = (address::<T>(x)?, address::<T>(&dy)?);
+                let (dx, [dgamma, dbeta]) = self.backward_on_gpu::<T>(device, extent, from)?;
+                Ok((
+                    Some(dx.into_tensor(x.shape())),
+                    Some(dgamma.into_tensor(self.channels)),
+                    Some(dbeta.into_tensor(self.channels)),
+                ))
+            });
+        }
         let (xs, gammas, ys, dys) = (read(x), read(gamma), read(y), read(&dy));
         let device = x.device();
         dispatch!("batch_norm", x.dtype(), T => {

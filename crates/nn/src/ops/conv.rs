@@ -9,6 +9,8 @@ mod plain;
 
 use std::borrow::Cow;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
 };
@@ -19,6 +21,8 @@ use super::dims4;
 use super::relu::backward as through_relu;
 use crate::blocked::{self, Lanes};
 use crate::checkpoint::{Aside, past_the_tape};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::element::{dispatch, lane_sums, read, values};
 use crate::error::shape_error;
 use crate::{Error, Result};
@@ -231,7 +235,9 @@ impl Shapes {
         let rows = axis(height, kh, stride.0, padding.0, dilation.0);
         let columns = axis(width, kw, stride.1, padding.1, dilation.1);
         let depthwise = groups == channels && groups == out;
+        // On a GPU a block holds all channels, of whatever number.
         let in_blocks = depthwise
+            || x.device().is_cuda()
             || (channels / groups).is_multiple_of(lanes) && (out / groups).is_multiple_of(lanes);
         let fits = Some(channels) == in_group.checked_mul(groups) && out % groups == 0 && in_blocks;
         match (rows, columns) {
@@ -429,6 +435,23 @@ impl ConvOp {
         Ok((y, shape))
     }
 
+    #[cfg(feature = "cuda")]
+    fn forward_on_gpu(
+        &self,
+        (x, weight): ((&CudaStorage, &Layout), (&CudaStorage, &Layout)),
+        bias: Option<(&CudaStorage, &Layout)>,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let last = self.into_blocks || x.1.dims().len() == 5;
+        let relu = self.relu;
+        cuda::conv::forward(
+            &self.shapes,
+            last,
+            x,
+            weight,
+            &cuda::conv::After { bias, relu },
+        )
+    }
+
     fn backward(
         &self,
         x: &Tensor,
@@ -442,6 +465,11 @@ impl ConvOp {
         } else {
             dy.contiguous()?
         };
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            let (dx, dw, db) = cuda::conv::backward(&self.shapes, (x, weight, &dy), biased)?;
+            return Ok((dx, past_the_tape(self.aside.as_ref(), weight, dw)?, db));
+        }
         let (xs, ws, dys) = (read(x), read(weight), read(&dy));
         let device = x.device();
         dispatch!("conv2d", x.dtype(), T => {
@@ -479,6 +507,17 @@ impl CustomOp2 for ConvOp {
         self.forward(((s1, l1), (s2, l2)), None)
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        self.forward_on_gpu(((s1, l1), (s2, l2)), None)
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -506,6 +545,19 @@ impl CustomOp3 for ConvOp {
         l3: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         self.forward(((s1, l1), (s2, l2)), Some((s3, l3)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        self.forward_on_gpu(((s1, l1), (s2, l2)), Some((s3, l3)))
     }
 
     fn bwd(

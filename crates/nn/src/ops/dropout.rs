@@ -1,10 +1,14 @@
 //! Dropout whose mask is never stored: the backward pass makes it again from its key.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp1, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
 };
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::element::{Element, Unwritten, dispatch, read, values, vectorised};
 use crate::{Error, Mode, Result, philox};
 
@@ -64,6 +68,16 @@ struct Dropout {
 }
 
 impl Dropout {
+    #[cfg(feature = "cuda")]
+    fn mask(&self) -> cuda::dropout::Mask {
+        cuda::dropout::Mask {
+            key: self.key,
+            step: self.step,
+            threshold: self.threshold,
+            scale: self.scale,
+        }
+    }
+
     fn apply<T: Element>(&self, x: &[T]) -> Vec<T> {
         let mut y = Unwritten::new(x.len());
         y.places()
@@ -113,8 +127,26 @@ impl CustomOp1 for Dropout {
         Ok((y, l.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, s: &CudaStorage, l: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let y = cuda::of_maps!("dropout", s.dtype(), T => {
+            let x = isqrt_device::cuda::input::<T>(s, l)?;
+            Ok(cuda::dropout::apply::<T>(s.device(), x.at, x.len, self.mask())?.into_storage())
+        })?;
+        Ok((y, l.shape().clone()))
+    }
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            let (device, len) = (cuda::device_of(x)?, x.elem_count());
+            return cuda::of_maps!("dropout", x.dtype(), T => {
+                let at = isqrt_device::cuda::address::<T>(&dy)?;
+                let dx = cuda::dropout::apply::<T>(device, at, len, self.mask())?;
+                Ok(Some(dx.into_tensor(x.shape())))
+            });
+        }
         let dys = read(&dy);
         dispatch!("dropout", x.dtype(), T => {
             let dx = self.apply(dys.values::<T>()?);

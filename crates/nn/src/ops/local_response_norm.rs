@@ -7,12 +7,16 @@
 
 use std::ops::Range;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp1, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
 };
 use rayon::prelude::*;
 
 use super::dims4;
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::element::{Element, Unwritten, dispatch, read, values, vectorised, with_scratch};
 use crate::record::note_op;
 use crate::{Error, Result};
@@ -97,6 +101,19 @@ struct LrnOp {
 }
 
 impl LrnOp {
+    #[cfg(feature = "cuda")]
+    fn on_gpu(&self) -> cuda::windows::Response {
+        cuda::windows::Response {
+            alpha: self.norm.alpha / self.norm.size as f64,
+            beta: self.norm.beta,
+            k: self.norm.k,
+            size: self.norm.size as i32,
+            channels: self.channels as i32,
+            pixels: self.plane as i32,
+            unused: 0,
+        }
+    }
+
     fn image(&self) -> usize {
         self.channels * self.plane
     }
@@ -233,8 +250,29 @@ impl CustomOp1 for LrnOp {
         Ok((y, l.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, s: &CudaStorage, l: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let y = cuda::of_maps!("local_response_norm", s.dtype(), T => {
+            let x = isqrt_device::cuda::input::<T>(s, l)?;
+            let (device, from) = (s.device(), (x.at, None));
+            let y = cuda::windows::response_norm::<T>(device, self.on_gpu(), x.len, from)?;
+            Ok(y.into_storage())
+        })?;
+        Ok((y, l.shape().clone()))
+    }
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            use isqrt_device::cuda::address;
+            let (device, len) = (cuda::device_of(x)?, x.elem_count());
+            return cuda::of_maps!("local_response_norm", x.dtype(), T => {
+                let from = (address::<T>(x)?, Some(address::<T>(&dy)?));
+                let dx = cuda::windows::response_norm::<T>(device, self.on_gpu(), len, from)?;
+                Ok(Some(dx.into_tensor(x.shape())))
+            });
+        }
         let (xs, dys) = (read(x), read(&dy));
         dispatch!("local_response_norm", x.dtype(), T => {
             let dx = self.backward::<T>(xs.values()?, dys.values()?);

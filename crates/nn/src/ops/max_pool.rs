@@ -6,6 +6,8 @@
 
 use std::sync::OnceLock;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp1, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
 };
@@ -15,6 +17,8 @@ use super::Pool;
 use super::window::Windows;
 use crate::Result;
 use crate::blocked::Lanes;
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::element::{Element, dispatch, read, values, vectorised};
 use crate::record::note_op;
 
@@ -32,6 +36,8 @@ pub fn max_pool2d(x: &Tensor, window: impl Into<Pool>) -> Result<Tensor> {
     let op = MaxPool {
         windows: Windows::of_any_layout("max_pool2d", x, window.into())?,
         winners: OnceLock::new(),
+        #[cfg(feature = "cuda")]
+        on_gpu: OnceLock::new(),
     };
     let y = x.contiguous()?.apply_op1(op)?;
     note_op("max_pool2d", &y);
@@ -42,6 +48,9 @@ struct MaxPool {
     windows: Windows,
     /// For each output its place in the input plane.
     winners: OnceLock<Vec<u32>>,
+    /// The same in the memory of a GPU.
+    #[cfg(feature = "cuda")]
+    on_gpu: OnceLock<Box<dyn cuda::Held>>,
 }
 
 impl MaxPool {
@@ -143,7 +152,32 @@ impl CustomOp1 for MaxPool {
         Ok((y, self.windows.shape()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, s: &CudaStorage, l: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        use isqrt_device::cuda::input;
+        let (windows, batch) = (self.windows.on_gpu(false), self.windows.batch);
+        let y = cuda::of_maps!("max_pool2d", s.dtype(), T => {
+            let x = input::<T>(s, l)?;
+            let (y, winners) = cuda::windows::max_pool::<T>(s.device(), windows, batch, x.at)?;
+            // candle runs an op value once.
+            let _ = self.on_gpu.set(Box::new(winners));
+            Ok(y.into_storage())
+        })?;
+        Ok((y, self.windows.shape()))
+    }
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        #[cfg(feature = "cuda")]
+        if let Some(winners) = self.on_gpu.get() {
+            use isqrt_device::cuda::address;
+            let (windows, batch) = (self.windows.on_gpu(false), self.windows.batch);
+            let (device, dy) = (cuda::device_of(x)?, dy.contiguous()?);
+            return cuda::of_maps!("max_pool2d", x.dtype(), T => {
+                let from = (address::<T>(&dy)?, winners.at());
+                let dx = cuda::windows::max_pool_gradient::<T>(device, windows, batch, from)?;
+                Ok(Some(dx.into_tensor(x.shape())))
+            });
+        }
         let Some(winners) = self.winners.get() else {
             candle_core::bail!("max_pool2d: backward before forward")
         };

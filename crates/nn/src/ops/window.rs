@@ -169,13 +169,15 @@ pub(super) struct Windows {
     pub(super) channels: usize,
     /// Channels beside each other: 1, or those of a block.
     pub(super) lanes: usize,
+    /// Whether the maps are blocked.
+    last: bool,
     pub(super) rows: Axis,
     pub(super) columns: Axis,
 }
 
 impl Windows {
     pub(super) fn new(op: &'static str, x: &Tensor, pool: Pool) -> Result<Self> {
-        Self::over(op, dims4(op, x)?, 1, pool)
+        Self::over(op, dims4(op, x)?, (1, false), pool)
     }
 
     /// Windows that share each plane out to `(rows, columns)`.
@@ -189,6 +191,7 @@ impl Windows {
             batch,
             channels,
             lanes: 1,
+            last: false,
             rows: Axis::adaptive(height, rows)?,
             columns: Axis::adaptive(width, columns)?,
         })
@@ -197,13 +200,13 @@ impl Windows {
     /// As [`new`](Self::new), for maps that may be blocked.
     pub(super) fn of_any_layout(op: &'static str, x: &Tensor, pool: Pool) -> Result<Self> {
         let (lanes, dims) = blocked::dims_of_any_layout(op, x)?;
-        Self::over(op, dims, lanes, pool)
+        Self::over(op, dims, (lanes, x.rank() == 5), pool)
     }
 
     fn over(
         op: &'static str,
         [batch, channels, height, width]: [usize; 4],
-        lanes: usize,
+        (lanes, last): (usize, bool),
         pool: Pool,
     ) -> Result<Self> {
         let down = (pool.kernel.0, pool.stride.0, pool.padding.0);
@@ -212,9 +215,32 @@ impl Windows {
             batch,
             channels,
             lanes,
+            last,
             rows: Axis::new(op, height, down, pool.ceil_mode)?,
             columns: Axis::new(op, width, across, pool.ceil_mode)?,
         })
+    }
+
+    /// As kernels have them. Channels of a GPU's blocked maps are all in one block.
+    #[cfg(feature = "cuda")]
+    pub(super) fn on_gpu(&self, include_padding: bool) -> crate::cuda::windows::Windows {
+        use crate::cuda::windows;
+        let axis = |axis: &Axis| windows::Axis {
+            input: axis.input as i32,
+            output: axis.output as i32,
+            kernel: axis.kernel as i32,
+            stride: axis.stride as i32,
+            padding: axis.padding as i32,
+            adaptive: i32::from(axis.adaptive),
+        };
+        windows::Windows {
+            rows: axis(&self.rows),
+            columns: axis(&self.columns),
+            channels: (self.channels * self.lanes) as i32,
+            beside: i32::from(self.last),
+            include_padding: i32::from(include_padding),
+            unused: 0,
+        }
     }
 
     /// Size of an input plane, of all its lanes.
@@ -231,7 +257,7 @@ impl Windows {
     pub(super) fn shape(&self) -> Shape {
         let (rows, columns) = (self.rows.output, self.columns.output);
         match self.lanes {
-            1 => Shape::from((self.batch, self.channels, rows, columns)),
+            _ if !self.last => Shape::from((self.batch, self.channels, rows, columns)),
             lanes => Shape::from((self.batch, self.channels, rows, columns, lanes)),
         }
     }

@@ -85,12 +85,26 @@ impl Optimizer for AdamW {
             epsilon,
             ..
         } = self.config;
+        #[cfg(feature = "cuda")]
+        let mut table = self.slots.table("adamw");
         for slot in self.slots.iter_mut() {
             let Some(gradient) = gradients.get(slot.parameter.as_tensor()) else {
                 continue;
             };
-            let gradient = gradient.contiguous()?;
+            slot.steps += 1;
+            let rate = rate * slot.lr_factor;
+            let keep = 1.0 - rate * slot.weight_decay;
+            let t = slot.steps as f64;
+            let size = rate / (1.0 - libm::pow(beta1, t));
+            let unbias = 1.0 / (1.0 - libm::pow(beta2, t)).sqrt();
             let [mean, square] = &slot.tensors;
+            #[cfg(feature = "cuda")]
+            if let Some(table) = &mut table {
+                let tensors = [slot.parameter.as_tensor(), mean, square, gradient];
+                table.push(tensors, [keep, size, unbias])?;
+                continue;
+            }
+            let gradient = gradient.contiguous()?;
             mean.inplace_op2(
                 &gradient,
                 &Update("adamw", |m, [g]: [f64; 1]| beta1 * m + (1.0 - beta1) * g),
@@ -101,12 +115,6 @@ impl Optimizer for AdamW {
                     beta2 * v + (1.0 - beta2) * g * g
                 }),
             )?;
-            slot.steps += 1;
-            let rate = rate * slot.lr_factor;
-            let keep = 1.0 - rate * slot.weight_decay;
-            let t = slot.steps as f64;
-            let size = rate / (1.0 - libm::pow(beta1, t));
-            let unbias = 1.0 / (1.0 - libm::pow(beta2, t)).sqrt();
             slot.parameter.inplace_op3(
                 mean,
                 square,
@@ -114,6 +122,10 @@ impl Optimizer for AdamW {
                     keep * p - size * m / (v.sqrt() * unbias + epsilon)
                 }),
             )?;
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(table) = table {
+            table.adamw((beta1, beta2), epsilon)?;
         }
         Ok(())
     }

@@ -6,6 +6,8 @@ use candle_core::{Tensor, WithDType};
 use rayon::prelude::*;
 
 use super::check;
+#[cfg(feature = "cuda")]
+use crate::cuda::optim::Table;
 use crate::element::{Element, dispatch, read};
 use crate::{Error, Result, Vars};
 
@@ -24,7 +26,7 @@ pub fn clip_grad_norm(vars: &Vars, gradients: &mut GradStore, max_norm: f64) -> 
     // PyTorch's, whose 1e-6 keeps a norm of 0 harmless.
     let factor = max_norm / (norm + 1e-6);
     if factor < 1.0 {
-        replace(vars, gradients, |v| v * factor)?;
+        replace(vars, gradients, (factor, f64::INFINITY))?;
     }
     Ok(norm)
 }
@@ -56,12 +58,13 @@ fn squares_of<'a>(
     vars: &'a Vars,
     gradients: &GradStore,
 ) -> Result<Vec<(&'a str, f64)>> {
-    let mut squares = Vec::new();
-    for (name, parameter) in vars.parameters() {
-        let Some(gradient) = gradients.get(parameter.as_tensor()) else {
-            continue;
-        };
-        let sum = sum_of_squares(gradient)?;
+    let given = vars.parameters().filter_map(|(name, parameter)| {
+        let gradient = gradients.get(parameter.as_tensor())?;
+        Some((name, gradient))
+    });
+    let given: Vec<(&str, &Tensor)> = given.collect();
+    let mut squares = Vec::with_capacity(given.len());
+    for (name, sum) in sums_of_squares(op, &given)? {
         if !sum.is_finite() {
             let name = name.to_owned();
             return Err(Error::NonFinite { op, name });
@@ -78,14 +81,36 @@ fn squares_of<'a>(
 /// [`Error::Option`] for a `value` that is not positive.
 pub fn clip_grad_value(vars: &Vars, gradients: &mut GradStore, value: f64) -> Result<()> {
     check(value > 0.0, "clip value", value, "above 0")?;
-    replace(vars, gradients, |v| v.clamp(-value, value))
+    replace(vars, gradients, (1.0, value))
+}
+
+/// The sum of squares of each gradient; from a GPU all come at once.
+fn sums_of_squares<'a>(
+    op: &'static str,
+    gradients: &[(&'a str, &Tensor)],
+) -> Result<Vec<(&'a str, f64)>> {
+    let names = gradients.iter().map(|&(name, _)| name);
+    #[cfg(feature = "cuda")]
+    if let Some(mut table) = gradients
+        .first()
+        .and_then(|(_, first)| Table::new(op, first))
+    {
+        for (_, gradient) in gradients {
+            table.push([*gradient], [])?;
+        }
+        return Ok(names.zip(table.squares()?).collect());
+    }
+    let sums = gradients
+        .iter()
+        .map(|(_, gradient)| sum_of_squares(op, gradient));
+    Ok(names.zip(sums.collect::<Result<Vec<f64>>>()?).collect())
 }
 
 /// In f64; blocks of fixed length, added up in order.
-fn sum_of_squares(gradient: &Tensor) -> Result<f64> {
+fn sum_of_squares(op: &'static str, gradient: &Tensor) -> Result<f64> {
     let gradient = gradient.contiguous()?;
     let held = read(&gradient);
-    let sum = dispatch!("clip_grad_norm", gradient.dtype(), T => {
+    let sum = dispatch!(op, gradient.dtype(), T => {
         let blocks = held.values::<T>()?.par_chunks(BLOCK);
         let sums: Vec<f64> = blocks
             .map(|block| block.iter().map(|v| v.to_f64() * v.to_f64()).sum())
@@ -95,20 +120,37 @@ fn sum_of_squares(gradient: &Tensor) -> Result<f64> {
     Ok(sum)
 }
 
-fn replace(
-    vars: &Vars,
-    gradients: &mut GradStore,
-    update: impl Fn(f64) -> f64 + Sync,
-) -> Result<()> {
+/// Each gradient times a factor, then between `-limit` and `limit`.
+fn replace(vars: &Vars, gradients: &mut GradStore, (factor, limit): (f64, f64)) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    let mut table: Option<Table> = None;
     for (_, parameter) in vars.parameters() {
         let Some(gradient) = gradients.get(parameter.as_tensor()) else {
             continue;
         };
         let gradient = gradient.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if gradient.device().is_cuda() {
+            if table.is_none() {
+                table = Table::new("gradient clipping", &gradient);
+            }
+            if let Some(table) = &mut table {
+                // SAFETY: written by the launch below, before anybody reads.
+                let replaced = unsafe { gradient.empty_like()? };
+                table.push([&gradient, &replaced], [])?;
+                gradients.insert(parameter.as_tensor(), replaced);
+            }
+            continue;
+        }
+        let update = |v: f64| (v * factor).clamp(-limit, limit);
         let replaced = dispatch!("gradient clipping", gradient.dtype(), T => {
             updated::<T>(&gradient, &update)
         })?;
         gradients.insert(parameter.as_tensor(), replaced);
+    }
+    #[cfg(feature = "cuda")]
+    if let Some(table) = table {
+        table.clip(factor, limit)?;
     }
     Ok(())
 }

@@ -6,6 +6,8 @@ use candle_core::Tensor;
 
 use super::check_share;
 use super::state::{Import, Update};
+#[cfg(feature = "cuda")]
+use crate::cuda::optim::Table;
 use crate::{Error, Result, Vars};
 
 /// `a ← δ·a + (1 − δ)·p` for every parameter and buffer, from their values at the start.
@@ -35,15 +37,30 @@ impl Ema {
     pub fn update(&mut self, vars: &Vars) -> Result<()> {
         self.check(vars)?;
         let decay = self.decay;
+        #[cfg(feature = "cuda")]
+        let mut table = self
+            .averages
+            .values()
+            .next()
+            .and_then(|first| Table::new("ema", first));
         for (name, value) in current(vars) {
             let Some(average) = self.averages.get_mut(name) else {
                 continue;
             };
+            #[cfg(feature = "cuda")]
+            if let Some(table) = &mut table {
+                table.push([average, &value], [])?;
+                continue;
+            }
             let value = value.contiguous()?;
             average.inplace_op2(
                 &value,
                 &Update("ema", |a, [p]: [f64; 1]| decay * a + (1.0 - decay) * p),
             )?;
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(table) = table {
+            table.average(decay)?;
         }
         Ok(())
     }

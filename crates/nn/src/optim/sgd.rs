@@ -69,6 +69,18 @@ impl Optimizer for Sgd {
         let SgdConfig {
             momentum, nesterov, ..
         } = self.config;
+        #[cfg(feature = "cuda")]
+        if let Some(mut table) = self.slots.table("sgd") {
+            for slot in self.slots.iter_mut() {
+                let Some(gradient) = gradients.get(slot.parameter.as_tensor()) else {
+                    continue;
+                };
+                let [velocity] = &slot.tensors;
+                let tensors = [slot.parameter.as_tensor(), velocity, gradient];
+                table.push(tensors, [rate * slot.lr_factor, slot.weight_decay])?;
+            }
+            return Ok(table.sgd(momentum, nesterov)?);
+        }
         for slot in self.slots.iter_mut() {
             let Some(gradient) = gradients.get(slot.parameter.as_tensor()) else {
                 continue;

@@ -67,6 +67,13 @@ impl<const N: usize> Slots<N> {
         self.slots.values_mut()
     }
 
+    /// For one launch that updates all parameters, where they are on a GPU.
+    #[cfg(feature = "cuda")]
+    pub(super) fn table(&self, op: &'static str) -> Option<crate::cuda::optim::Table> {
+        let first = self.slots.values().next()?;
+        crate::cuda::optim::Table::new(op, first.parameter.as_tensor())
+    }
+
     pub(super) fn export(&self) -> Result<BTreeMap<String, Tensor>> {
         let mut state = BTreeMap::new();
         for (name, slot) in &self.slots {
