@@ -95,7 +95,10 @@ fn same_within(
             let most = b.iter().fold(1e-300_f64, |m, v| m.max(v.abs()));
             for (a, b) in a.iter().zip(b) {
                 let close = (a - b).abs() <= limit * most || a.is_nan() && b.is_nan();
-                assert!(close, "{what} {dtype:?} part {part}: {a} and {b} of at most {most}");
+                assert!(
+                    close,
+                    "{what} {dtype:?} part {part}: {a} and {b} of at most {most}"
+                );
             }
         }
     }
