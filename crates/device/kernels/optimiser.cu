@@ -89,8 +89,11 @@ template <typename T> __device__ void sum_squares(const Entry *entries, const do
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-// Tensors: gradient, what becomes of it: times a factor, or between -limit and limit; NaN stays.
-template <typename T> __device__ void clip(const Entry *entries, int tensors, double factor, double limit) {
+// Tensors: gradient, what becomes of it: times a factor (of this memory, where that is given), then between -limit and
+// limit; NaN stays.
+template <typename T>
+__device__ void clip(const Entry *entries, int tensors, double factor, const double *known, double limit) {
+    if (known) factor = *known;
     const Entry &e = entry(entries, tensors);
     const T *g = (const T *)e.tensors[0];
     T *to = (T *)e.tensors[1];
@@ -117,7 +120,8 @@ template <typename T> __device__ void clip(const Entry *entries, int tensors, do
     extern "C" __global__ void sum_squares_##NAME(const Entry *entries, const double *partial, double *sums) {        \
         sum_squares<T>(entries, partial, sums);                                                                       \
     }                                                                                                                 \
-    extern "C" __global__ void clip_##NAME(const Entry *entries, int tensors, double factor, double limit) {          \
-        clip<T>(entries, tensors, factor, limit);                                                                     \
+    extern "C" __global__ void clip_##NAME(const Entry *entries, int tensors, double factor,                          \
+                                           const double *known, double limit) {                                       \
+        clip<T>(entries, tensors, factor, known, limit);                                                                     \
     }
 INSTANCES(OPTIMISER)

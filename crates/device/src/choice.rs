@@ -84,6 +84,26 @@ fn gpu(ordinal: usize) -> Result<Opened> {
     Err(Error::NotBuilt { asked })
 }
 
+/// The same device once more, with a stream of its own: for work beside other work, which shares no tensor
+/// with it.
+///
+/// # Errors
+/// As [`Choice::open`].
+pub fn beside(device: &Device) -> Result<Device> {
+    match device.location() {
+        candle_core::DeviceLocation::Cuda { gpu_id } => Ok(gpu(gpu_id)?.device),
+        _ => Ok(device.clone()),
+    }
+}
+
+/// Waits until all work on a device is done; on the CPU it is.
+///
+/// # Errors
+/// For what went wrong in that work.
+pub fn wait(device: &Device) -> candle_core::Result<()> {
+    device.synchronize()
+}
+
 /// Name of the device of tensors, as [`Choice`] reads it.
 pub fn name(device: &Device) -> String {
     match device.location() {

@@ -60,11 +60,35 @@ impl Gpu {
         2.0 * lanes * f64::from(self.multiprocessors) * f64::from(self.clock_khz) * 1e3
     }
 
+    /// Operations a second of the tensor cores on dense matrices: in TF32, and in bf16 with sums in f32. A clock
+    /// and multiprocessor of NVIDIA's data sheets: 1024 and 2048 (compute capability 8.0), 2048 and 4096
+    /// (9.0), 4096 and 8192 (10.0), else 256 and 512.
+    #[must_use]
+    pub fn peak_tensor(&self) -> (f64, f64) {
+        let tf32 = match self.capability {
+            (8, 0) => 1024.0,
+            (9, _) => 2048.0,
+            (10, _) => 4096.0,
+            _ => 256.0,
+        };
+        let clocks = f64::from(self.multiprocessors) * f64::from(self.clock_khz) * 1e3;
+        (tf32 * clocks, 2.0 * tf32 * clocks)
+    }
+
     /// Bytes a second of the memory: two transfers a clock.
     #[must_use]
     pub fn peak_bandwidth(&self) -> f64 {
         2.0 * f64::from(self.memory_clock_khz) * 1e3 * f64::from(self.bus_bits) / 8.0
     }
+}
+
+/// What the GPU of a device is; none for the CPU.
+#[must_use]
+pub fn gpu_of(device: &candle_core::Device) -> Option<Gpu> {
+    let candle_core::DeviceLocation::Cuda { gpu_id } = device.location() else {
+        return None;
+    };
+    found().gpus.into_iter().find(|gpu| gpu.ordinal == gpu_id)
 }
 
 /// Looks for driver, libraries and GPUs. Never fails, and never starts a GPU.

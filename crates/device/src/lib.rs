@@ -2,7 +2,7 @@
 //!
 //! With the feature `cuda` there is `cuda`: what is installed ([`found`]), opening a device, the
 //! kernels (`kernels/*.cu`, compiled to PTX when the crate is built), launches, and the calls of
-//! cuBLAS and cuSOLVER that ops share. NVIDIA's libraries are opened when they are first used,
+//! cuBLAS, cuDNN and cuSOLVER that ops share. NVIDIA's libraries are opened when they are first used,
 //! never when the program starts.
 
 mod choice;
@@ -10,7 +10,9 @@ mod choice;
 pub mod cuda;
 mod error;
 mod found;
+mod precision;
 
-pub use choice::{Choice, Opened, name};
+pub use choice::{Choice, Opened, beside, name, wait};
 pub use error::{Error, Result};
-pub use found::{Found, Gpu, Library, found};
+pub use found::{Found, Gpu, Library, found, gpu_of};
+pub use precision::{Precision, precision, set_precision};

@@ -4,11 +4,14 @@
 //! own ops, which have their checks in the tests. Only [`bench()`] times anything.
 
 use candle_core::{DType, Device, Tensor, Var};
+use isqrt_linalg::bench::{DecompositionRow, LayerCase, LayerTiming, decompositions};
 use isqrt_linalg::{CovPool, Memory, Output, PreNormalization, Root, Schedule, Side};
+use isqrt_models::bench::{NetworkCase, NetworkTiming};
 use isqrt_models::{BACKBONES, BackboneSpec, ModelSpec, Network, RepresentationSpec};
 use isqrt_nn::ops::cross_entropy;
 use isqrt_nn::{Decay, Mode, Optimizer, Sgd, SgdConfig};
-use std::time::Instant;
+use isqrt_train::Precision;
+use std::time::Duration;
 
 /// What came of a check.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
@@ -303,72 +306,65 @@ fn save_and_load(device: &Device) -> Outcome {
     outcome
 }
 
-/// A row of the layer's timings, medians in milliseconds.
-#[derive(Clone, Debug, PartialEq, serde::Serialize)]
-pub struct LayerTime {
-    /// Steps of Newton–Schulz.
-    pub iterations: usize,
-    /// Images.
-    pub batch: usize,
-    /// Channels.
-    pub channels: usize,
-    /// Positions.
-    pub positions: usize,
-    /// Forward pass.
-    pub forward_ms: f64,
-    /// Backward pass.
-    pub backward_ms: f64,
-    /// Floating-point operations of the method a second, both passes, in 10⁹; symmetric products
-    /// counted half.
-    pub gflops: f64,
+/// What [`bench`] timed.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Timing {
+    /// The paper's layer: batch, steps, and a row an implementation.
+    Layer(usize, usize, Vec<LayerTiming>),
+    /// Decompositions beside it.
+    Decomposition(Vec<DecompositionRow>),
+    /// A training step of a network: name, batch, precision.
+    Network(String, usize, Precision, NetworkTiming),
 }
 
-/// Times the paper's layer (d = 256, 14x14, f32) at this batch: a warm-up, then five repetitions.
-///
-/// # Errors
-/// Those of the layer.
-pub fn bench(device: &Device, batch: usize) -> isqrt_linalg::Result<Vec<LayerTime>> {
-    let (channels, positions) = (256, 196);
-    let x = Tensor::randn(0.0_f32, 1.0, (batch, channels, positions), device)?;
-    let x = Var::from_tensor(&x.relu()?)?;
-    let mut rows = vec![];
+/// Times the paper's layer (d = 256, 14x14, N = 1, 3, 5, 7), decompositions of its covariance, and a
+/// training step of ResNet-50 with it at 224x224 in each precision that the device has. A part that fails
+/// does not keep the others from running: `each` hears of all.
+pub fn bench(device: &Device, batch: usize, mut each: impl FnMut(Result<Timing, String>)) {
+    const LAYER: Duration = Duration::from_secs(2);
+    const NETWORK: Duration = Duration::from_secs(10);
     for iterations in [1, 3, 5, 7] {
-        let pool = CovPool::isqrt(iterations);
-        let upstream = Tensor::ones((batch, pool.out_dim(channels)), DType::F32, device)?;
-        let (mut forward, mut backward) = (vec![], vec![]);
-        for repetition in 0..6 {
-            device.synchronize()?;
-            let began = Instant::now();
-            let y = pool.forward(x.as_tensor())?;
-            device.synchronize()?;
-            let there = began.elapsed().as_secs_f64() * 1e3;
-            let loss = (&y * &upstream)?.sum_all()?;
-            device.synchronize()?;
-            let began = Instant::now();
-            drop(loss.backward()?);
-            device.synchronize()?;
-            if repetition > 0 {
-                forward.push(there);
-                backward.push(began.elapsed().as_secs_f64() * 1e3);
-            }
-        }
-        let median = |times: &mut Vec<f64>| {
-            times.sort_by(f64::total_cmp);
-            times[times.len() / 2]
-        };
-        let (forward_ms, backward_ms) = (median(&mut forward), median(&mut backward));
-        let work = pool.describe(channels, positions)?;
-        let operations =
-            2.0 * batch as f64 * (work.forward_multiply_adds + work.backward_multiply_adds);
-        rows.push(LayerTime {
-            iterations,
+        let case = LayerCase {
+            pool: CovPool::isqrt(iterations),
             batch,
-            channels,
-            positions,
-            forward_ms,
-            backward_ms,
-            gflops: operations / ((forward_ms + backward_ms) * 1e6),
-        });
+            d: 256,
+            positions: 196,
+        };
+        let rows = isqrt_linalg::bench::layer(&case, device, LAYER);
+        let rows = rows.map(|rows| Timing::Layer(batch, iterations, rows));
+        each(rows.map_err(|error| error.to_string()));
     }
-    Ok(rows)
+    let rows = decompositions(256, &[1, batch.min(32)], device, LAYER);
+    each(rows.map(Timing::Decomposition).map_err(|e| e.to_string()));
+    let precisions: &[Precision] = match device.is_cpu() {
+        true => &[Precision::F32],
+        false => &[Precision::F32, Precision::Tf32, Precision::Bf16],
+    };
+    for head in ["gap", "isqrt"] {
+        for &precision in precisions {
+            let name = format!("resnet50+{head}");
+            each(network_step(&name, device, batch, (precision, NETWORK)));
+        }
+    }
+    isqrt_device::set_precision(isqrt_device::Precision::Full);
+}
+
+fn network_step(
+    name: &str,
+    device: &Device,
+    batch: usize,
+    (precision, budget): (Precision, Duration),
+) -> Result<Timing, String> {
+    let time = || -> Result<Timing, Box<dyn std::error::Error>> {
+        precision.begin(device)?;
+        let case = NetworkCase {
+            model: ModelSpec::named(name, 1000)?,
+            batch,
+            side: 224,
+            maps: precision.maps(),
+        };
+        let timing = isqrt_models::bench::network(&case, device, budget)?;
+        Ok(Timing::Network(name.to_owned(), batch, precision, timing))
+    };
+    time().map_err(|error| isqrt_train::without_backtrace(&error.to_string()))
 }

@@ -100,6 +100,15 @@ pub struct Request {
     pub root: Option<PathBuf>,
     /// For the paper profile: where the recipes are, see [`crate::spec::Library::write`].
     pub specs: PathBuf,
+    /// Where the work is done, if that is not the CPU of this machine: timings of another device are others.
+    pub machine: Option<Machine>,
+}
+
+impl Request {
+    /// The machine that does the work.
+    pub fn machine(&self) -> Machine {
+        self.machine.clone().unwrap_or_else(Machine::here)
+    }
 }
 
 /// What is known of the images of a plan.
@@ -326,7 +335,7 @@ impl Plan {
         store: &Store,
         command: impl Fn(&str) -> String,
     ) -> Result<Self> {
-        let machine = Machine::here();
+        let machine = request.machine();
         let known = known(store);
         let mut planned = Vec::new();
         for experiment in experiments {
@@ -879,6 +888,7 @@ fn shrink(e: &mut Experiment) {
 }
 
 fn key(work: &Work, seed: Option<u64>, fingerprint: &str, machine: &Machine) -> String {
+    let device = machine.device.as_str();
     let (data, machine) = match work {
         Work::Train(_) | Work::Search(_) | Work::Pretrain(_) => (fingerprint, None),
         Work::RootError { .. } | Work::Precision { .. } | Work::PaperRun(_) => ("", None),
@@ -895,7 +905,12 @@ fn key(work: &Work, seed: Option<u64>, fingerprint: &str, machine: &Machine) -> 
             recipe.remove(field);
         }
     }
-    let text = serde_json::json!([PROTOCOL, work, seed, data, machine]).to_string();
+    let mut parts = serde_json::json!([PROTOCOL, work, seed, data, machine]);
+    // Another device's numbers are others, those of trainings too.
+    if let (Some(parts), false) = (parts.as_array_mut(), device == "cpu") {
+        parts.push(device.into());
+    }
+    let text = parts.to_string();
     let digest = Sha256::digest(text.as_bytes());
     digest.iter().take(16).map(|b| format!("{b:02x}")).collect()
 }

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 /// Time of one implementation of the layer on one batch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerTiming {
-    /// `ours` or `reference` (plain reverse mode, library products, parallel over the batch).
+    /// `ours` or `reference` (plain reverse mode, library products, parallel over the batch; on a GPU
+    /// [`composed`]).
     pub implementation: &'static str,
     /// Threads used.
     pub threads: usize,
@@ -24,8 +25,12 @@ pub struct LayerTiming {
     /// Arithmetic of forward and backward that this implementation needs (a symmetric product
     /// counted half where it computes half), over time.
     pub gflops: f64,
-    /// `gflops` over [`peak_gflops`] of as many threads.
+    /// `gflops` over [`peak_gflops`] of as many threads, or over the peak of the GPU in f32.
     pub peak_share: f64,
+    /// On a GPU, the bytes that must move over its peak bandwidth, as a share of the time: features read
+    /// twice, their gradient written, output written, its gradient read, and what waits for the backward
+    /// pass written and read.
+    pub bandwidth_share: Option<f64>,
     /// Bytes that wait for the backward pass, an image.
     pub kept_bytes: usize,
     /// Instruction set.
@@ -136,11 +141,15 @@ pub fn peak_gflops(kernel: Kernel) -> Result<f64> {
 
 /// Forward and backward of the layer through candle's autograd, as a training step does them.
 fn time_pool(x: &Var, forward: impl Fn(&Tensor) -> Result<Tensor>) -> Result<(f64, f64)> {
+    let device = x.device();
+    isqrt_device::wait(device)?;
     let start = Instant::now();
     let y = forward(x)?;
+    isqrt_device::wait(device)?;
     let forward = start.elapsed().as_secs_f64();
     let start = Instant::now();
     let gradients = y.backward()?;
+    isqrt_device::wait(device)?;
     let backward = start.elapsed().as_secs_f64();
     drop(gradients);
     Ok((forward, backward))
@@ -157,38 +166,87 @@ fn images<T: Number + candle_core::WithDType>(x: &Tensor) -> Result<Vec<Mat<T>>>
         .collect())
 }
 
-/// Times our layer and the plain reference on the same batch, in turn.
+/// The layer as the official PyTorch code has it in spirit, of candle's ops on any device: covariance by two
+/// products, the coupled iteration with full matrices, compensation; differentiated by the tape. Features
+/// `(batch, d, M)` to `(batch, d, d)`.
+///
+/// # Errors
+/// Those of candle.
+pub fn composed(x: &Tensor, iterations: usize) -> Result<Tensor> {
+    let (_, d, positions) = x.dims3()?;
+    let centred = x.broadcast_sub(&x.mean_keepdim(2)?)?;
+    let covariance = centred.matmul(&centred.t()?.contiguous()?)?;
+    let covariance = (covariance * (1.0 / positions as f64))?;
+    let eye = Tensor::eye(d, x.dtype(), x.device())?.unsqueeze(0)?;
+    let trace = covariance.broadcast_mul(&eye)?.sum_keepdim((1, 2))?;
+    let a = covariance.broadcast_div(&trace)?;
+    let three = (&eye * 3.0)?;
+    let step = |y: &Tensor, z: &Tensor| -> candle_core::Result<Tensor> {
+        three.broadcast_sub(&z.matmul(y)?)? * 0.5
+    };
+    let first = (three.broadcast_sub(&a)? * 0.5)?;
+    let (mut y, mut z) = (a.matmul(&first)?, first);
+    for k in 1..iterations {
+        let t = step(&y, &z)?;
+        y = y.matmul(&t)?;
+        // The last step needs no inverse root.
+        if k + 1 < iterations {
+            z = t.matmul(&z)?;
+        }
+    }
+    Ok(y.broadcast_mul(&trace.sqrt()?)?)
+}
+
+/// Times our layer and the plain reference on the same batch, in turn, on a device.
 ///
 /// # Errors
 /// As [`CovPool::forward`].
-pub fn layer(case: &LayerCase, budget: Duration) -> Result<Vec<LayerTiming>> {
+pub fn layer(case: &LayerCase, device: &Device, budget: Duration) -> Result<Vec<LayerTiming>> {
     let Some(root) = &case.pool.root else {
         let expected = "a layer with a root";
         return Err(crate::config::out_of_range("root", "none", expected));
     };
-    let x = Var::from_tensor(&synthetic_features(case.batch, case.d, case.positions)?)?;
-    let plain: Vec<Mat<f32>> = images(&x)?;
+    let features = synthetic_features(case.batch, case.d, case.positions)?;
+    let x = Var::from_tensor(&features.to_device(device)?)?;
+    let gpu = isqrt_device::gpu_of(device);
     let upstream = Mat::from_fn(case.d, case.d, |i, j| if i <= j { 1.0 } else { 0.0 });
-    let peak = peak_gflops(case.pool.kernel)?;
-    let times = interleaved(
-        &mut [&mut || time_pool(&x, |x| case.pool.forward(x)), &mut || {
-            let parts: Vec<(f64, f64)> = plain
-                .par_iter()
-                .map(|x| reference::timed_layer(root, x, &upstream))
-                .collect::<Result<_>>()?;
-            // Images run side by side: a batch takes the sum over the threads.
-            let share = rayon::current_num_threads().min(case.batch) as f64;
-            let total = parts.iter().fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1));
-            Ok((total.0 / share, total.1 / share))
-        }],
-        budget,
-    )?;
+    let peak = match &gpu {
+        Some(gpu) => gpu.peak_f32() / 1e9,
+        None => peak_gflops(case.pool.kernel)?,
+    };
+    let plain: Vec<Mat<f32>> = match device.is_cpu() {
+        true => images(&x)?,
+        false => vec![],
+    };
+    let mut ours = || time_pool(&x, |x| case.pool.forward(x));
+    let mut reference_on_cpu = || {
+        let parts: Vec<(f64, f64)> = plain
+            .par_iter()
+            .map(|x| reference::timed_layer(root, x, &upstream))
+            .collect::<Result<_>>()?;
+        // Images run side by side: a batch takes the sum over the threads.
+        let share = rayon::current_num_threads().min(case.batch) as f64;
+        let total = parts.iter().fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1));
+        Ok((total.0 / share, total.1 / share))
+    };
+    // The schedules of others have as many steps.
+    let count = root.schedule.steps();
+    let mut reference_on_gpu = || time_pool(&x, |x| composed(x, count));
+    let reference: &mut dyn FnMut() -> Result<(f64, f64)> = match device.is_cpu() {
+        true => &mut reference_on_cpu,
+        false => &mut reference_on_gpu,
+    };
+    let times = interleaved(&mut [&mut ours, reference], budget)?;
     let facts = case.pool.describe(case.d, case.positions)?;
-    let ours = facts.forward_multiply_adds + facts.backward_multiply_adds;
+    let multiply_adds = facts.forward_multiply_adds + facts.backward_multiply_adds;
     let steps = root.schedule.coefficients()?;
     let timing = |implementation, (forward_ms, backward_ms), multiply_adds: f64, kept_bytes| {
         let flops = 2.0 * multiply_adds * case.batch as f64;
         let gflops = flops / (forward_ms + backward_ms) / 1e6;
+        let values = 3 * case.d * case.positions + case.d * (case.d + 1);
+        let bytes = (values * size_of::<f32>() + 2 * kept_bytes) as f64 * case.batch as f64;
+        let seconds = (forward_ms + backward_ms) / 1e3;
+        let bandwidth = gpu.as_ref().map(isqrt_device::Gpu::peak_bandwidth);
         LayerTiming {
             implementation,
             threads: rayon::current_num_threads(),
@@ -196,8 +254,9 @@ pub fn layer(case: &LayerCase, budget: Duration) -> Result<Vec<LayerTiming>> {
             backward_ms,
             gflops,
             peak_share: gflops / peak,
+            bandwidth_share: bandwidth.map(|peak| bytes / seconds / peak),
             kept_bytes,
-            kernel: facts.kernel,
+            kernel: if gpu.is_some() { "cuda" } else { facts.kernel },
         }
     };
     let (products, matrices) = reference::cost(&steps);
@@ -205,7 +264,7 @@ pub fn layer(case: &LayerCase, budget: Duration) -> Result<Vec<LayerTiming>> {
     let plain_cost = products as f64 * d.powi(3) + 2.0 * d * d * m;
     let plain_kept = matrices * case.d * case.d * size_of::<f32>();
     Ok(vec![
-        timing("ours", times[0], ours, facts.kept_bytes),
+        timing("ours", times[0], multiply_adds, facts.kept_bytes),
         timing("reference", times[1], plain_cost, plain_kept),
     ])
 }
@@ -362,6 +421,7 @@ pub struct DecompositionRow {
 pub fn decompositions(
     n: usize,
     batches: &[usize],
+    device: &Device,
     budget: Duration,
 ) -> Result<Vec<DecompositionRow>> {
     // More positions than channels: a covariance of full rank.
@@ -375,6 +435,7 @@ pub fn decompositions(
     let share = budget / batches.len().max(1) as u32;
     for &batch in batches {
         let features = synthetic_features(batch, n, positions)?;
+        let on_device = features.to_device(device)?;
         let covariances: Vec<Mat<f32>> = images::<f32>(&features)?
             .iter()
             .map(|x| {
@@ -409,8 +470,10 @@ pub fn decompositions(
                     })
                 },
                 &mut || {
+                    isqrt_device::wait(device)?;
                     let start = Instant::now();
-                    std::hint::black_box(layer.forward(&features)?);
+                    std::hint::black_box(layer.forward(&on_device)?);
+                    isqrt_device::wait(device)?;
                     Ok((start.elapsed().as_secs_f64(), 0.0))
                 },
             ],

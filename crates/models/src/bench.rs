@@ -21,6 +21,8 @@ pub struct NetworkCase {
     pub batch: usize,
     /// Side of the images.
     pub side: usize,
+    /// Element type of the backbone's maps; parameters are f32.
+    pub maps: DType,
 }
 
 /// Times of a network on a batch, in milliseconds.
@@ -38,17 +40,22 @@ pub struct NetworkTiming {
     pub eval_ms: f64,
     /// Learnt values of the network.
     pub parameters: usize,
+    /// Rate of the training step by the multiply-adds of the definition, those of the backward pass twice
+    /// those of the forward pass; none where those of the pooling head are not known.
+    pub gflops: Option<f64>,
 }
 
-/// Times training steps and evaluation of a network on random images in f32, in turn until
+/// Times training steps and evaluation of a network on random images on a device, in turn until
 /// `budget` is over and at least three times after a warm-up.
 ///
 /// # Errors
 /// As [`Network::new`] and [`Network::forward`].
-pub fn network(case: &NetworkCase, budget: Duration) -> Result<NetworkTiming> {
+pub fn network(case: &NetworkCase, device: &Device, budget: Duration) -> Result<NetworkTiming> {
     let &NetworkCase { batch, side, .. } = case;
-    let network = Network::new(&case.model, 1, DType::F32, &Device::Cpu)?;
-    let images = random("images", &[batch, 3, side, side])?;
+    let mut network = Network::new(&case.model, 1, DType::F32, device)?;
+    network.compute_in(case.maps);
+    let total = network.describe(side)?.total();
+    let images = random("images", &[batch, 3, side, side], device)?;
     let labels: Vec<u32> = (0..batch)
         .map(|i| (i % case.model.classes.max(1)) as u32)
         .collect();
@@ -62,21 +69,22 @@ pub fn network(case: &NetworkCase, budget: Duration) -> Result<NetworkTiming> {
     // Masks of dropout follow the step.
     let mut count = 0;
     let times = medians(budget, || {
+        isqrt_device::wait(device)?;
         network.vars().set_step(count);
         count += 1;
-        let mut watch = Watch::start();
+        let mut watch = Watch::start(device);
         let logits = network.forward(&images, Mode::Train)?;
         let loss = cross_entropy(&logits, &labels, 0.0)?;
-        let forward = watch.lap();
+        let forward = watch.lap()?;
         let gradients = network.vars().backward(&loss)?;
-        let backward = watch.lap();
+        let backward = watch.lap()?;
         // So small a rate that the weights stay what they are, however many steps.
         sgd.step(&gradients, 1e-6)?;
-        let update = watch.lap();
+        let update = watch.lap()?;
         drop((logits, loss, gradients));
-        let release = watch.lap();
+        let release = watch.lap()?;
         network.forward(&images, Mode::Eval)?;
-        let eval = watch.lap();
+        let eval = watch.lap()?;
         let step = forward + backward + update + release;
         Ok([forward, backward, update, step, eval])
     })?;
@@ -88,6 +96,9 @@ pub fn network(case: &NetworkCase, budget: Duration) -> Result<NetworkTiming> {
         step_ms,
         eval_ms,
         parameters: network.vars().parameter_count(),
+        gflops: total
+            .multiply_adds
+            .map(|products| 6.0 * products as f64 * batch as f64 / step_ms / 1e6),
     })
 }
 
@@ -132,19 +143,22 @@ const OTHERS: u32 = 3;
 ///
 /// # Errors
 /// Those of the ops.
-pub fn ops(batch: usize, budget: Duration) -> Result<Vec<OpTiming>> {
-    let peak = peak_gflops(Kernel::Auto)?;
+pub fn ops(batch: usize, device: &Device, budget: Duration) -> Result<Vec<OpTiming>> {
+    let peak = match isqrt_device::gpu_of(device) {
+        Some(gpu) => gpu.peak_f32() / 1e9,
+        None => peak_gflops(Kernel::Auto)?,
+    };
     let share = budget / (CONVOLUTIONS.len() as u32 + OTHERS);
     let mut rows = Vec::new();
     for (name, (inputs, outputs), side, kernel, stride) in CONVOLUTIONS {
         let options = Conv::new(stride, kernel / 2);
-        let x = maps(batch, inputs, side)?;
-        let weight = random("weight", &[outputs, inputs, kernel, kernel])?;
+        let x = maps(batch, inputs, side, device)?;
+        let weight = random("weight", &[outputs, inputs, kernel, kernel], device)?;
         let weight = Var::from_tensor(&weight)?;
         let fixed = x.as_detached_tensor();
         let [forward_ms, backward_ms, dx_ms, dw_ms] = medians(share, || {
-            let (forward, backward) = pass(|| conv2d(&x, &weight, None, options))?;
-            let (_, dw) = pass(|| conv2d(&fixed, &weight, None, options))?;
+            let (forward, backward) = pass(device, || conv2d(&x, &weight, None, options))?;
+            let (_, dw) = pass(device, || conv2d(&fixed, &weight, None, options))?;
             Ok([forward, backward, backward - dw, dw])
         })?;
         let pixels = side.div_ceil(stride).pow(2);
@@ -162,8 +176,8 @@ pub fn ops(batch: usize, budget: Duration) -> Result<Vec<OpTiming>> {
         });
     }
 
-    let x = maps(batch, 64, 112)?;
-    let mut vars = Vars::new(1, DType::F32, &Device::Cpu);
+    let x = maps(batch, 64, 112, device)?;
+    let mut vars = Vars::new(1, DType::F32, device);
     let norm = BatchNorm2d::new(vars.root(), 64, true)?;
     let window = Window {
         kernel: 3,
@@ -179,54 +193,63 @@ pub fn ops(batch: usize, budget: Duration) -> Result<Vec<OpTiming>> {
         gflops: None,
         peak_share: None,
     };
-    let times = medians(share, || Ok(pass(|| norm.forward(&x, Mode::Train))?.into()))?;
+    let times = medians(share, || {
+        Ok(pass(device, || norm.forward(&x, Mode::Train))?.into())
+    })?;
     rows.push(memory_bound("batch norm and ReLU, 64 at 112x112", times));
-    let times = medians(share, || Ok(pass(|| max_pool2d(&x, window))?.into()))?;
+    let times = medians(
+        share,
+        || Ok(pass(device, || max_pool2d(&x, window))?.into()),
+    )?;
     rows.push(memory_bound("max-pool 3x3 stride 2, 64 at 112x112", times));
-    let (x, shortcut) = (maps(batch, 256, 56)?, maps(batch, 256, 56)?);
-    let times = medians(share, || Ok(pass(|| add_relu(&x, &shortcut))?.into()))?;
+    let (x, shortcut) = (maps(batch, 256, 56, device)?, maps(batch, 256, 56, device)?);
+    let times = medians(share, || {
+        Ok(pass(device, || add_relu(&x, &shortcut))?.into())
+    })?;
     rows.push(memory_bound("sum and ReLU, 256 at 56x56", times));
     Ok(rows)
 }
 
 /// Seconds of the forward and of the backward pass of an op.
-fn pass(forward: impl Fn() -> isqrt_nn::Result<Tensor>) -> Result<(f64, f64)> {
-    let mut watch = Watch::start();
+fn pass(device: &Device, forward: impl Fn() -> isqrt_nn::Result<Tensor>) -> Result<(f64, f64)> {
+    isqrt_device::wait(device)?;
+    let mut watch = Watch::start(device);
     let y = forward()?;
-    let forward = watch.lap();
+    let forward = watch.lap()?;
     let gradients = y.backward()?;
-    let backward = watch.lap();
+    let backward = watch.lap()?;
     drop(gradients);
     Ok((forward, backward))
 }
 
 /// Random maps as the ops of a ResNet meet them: blocked, if the channels fill blocks.
-fn maps(batch: usize, channels: usize, side: usize) -> Result<Var> {
-    let x = random("x", &[batch, channels, side, side])?;
+fn maps(batch: usize, channels: usize, side: usize, device: &Device) -> Result<Var> {
+    let x = random("x", &[batch, channels, side, side], device)?;
     let blocked = can_block(channels, &x);
     Ok(Var::from_tensor(&if blocked { block(&x)? } else { x })?)
 }
 
 /// Standard normal values, the same for the same name.
-fn random(name: &str, shape: &[usize]) -> Result<Tensor> {
-    let mut vars = Vars::new(1, DType::F32, &Device::Cpu);
+fn random(name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
+    let mut vars = Vars::new(1, DType::F32, device);
     let tensor = vars.root().parameter(name, shape, Init::Normal(1.0))?;
     Ok(tensor.detach())
 }
 
-/// Seconds between calls.
-struct Watch(Instant);
+/// Seconds between calls, by when the device is done.
+struct Watch<'a>(&'a Device, Instant);
 
-impl Watch {
-    fn start() -> Self {
-        Self(Instant::now())
+impl<'a> Watch<'a> {
+    fn start(device: &'a Device) -> Self {
+        Self(device, Instant::now())
     }
 
-    fn lap(&mut self) -> f64 {
+    fn lap(&mut self) -> Result<f64> {
+        isqrt_device::wait(self.0)?;
         let now = Instant::now();
-        let seconds = (now - self.0).as_secs_f64();
-        self.0 = now;
-        seconds
+        let seconds = (now - self.1).as_secs_f64();
+        self.1 = now;
+        Ok(seconds)
     }
 }
 

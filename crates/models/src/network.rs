@@ -98,6 +98,8 @@ pub struct Network {
     backbone: Box<dyn Backbone>,
     representation: Box<dyn Representation>,
     classifier: Classifier,
+    /// Element type of the backbone's feature maps.
+    maps: DType,
 }
 
 impl Network {
@@ -139,6 +141,7 @@ impl Network {
             backbone,
             representation,
             classifier,
+            maps: dtype,
         })
     }
 
@@ -163,7 +166,29 @@ impl Network {
     /// # Errors
     /// As [`forward`](Self::forward).
     pub fn features(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        self.backbone.forward_features(x, mode)
+        let maps = self
+            .backbone
+            .forward_features(&x.to_dtype(self.maps)?, mode)?;
+        Ok(maps.to_dtype(self.vars.dtype())?)
+    }
+
+    /// Lets the backbone compute with feature maps of this type: on a GPU bf16, with parameters in f32.
+    /// Maps leave it in the type of the parameters.
+    pub fn compute_in(&mut self, maps: DType) {
+        self.maps = maps;
+    }
+
+    /// A copy on another device.
+    ///
+    /// # Errors
+    /// Where it does not fit there.
+    pub fn on(&self, device: &Device) -> Result<Self> {
+        let mut other = Self::new(&self.spec, 0, self.vars.dtype(), device)?;
+        other.maps = self.maps;
+        let values: Vec<(String, Tensor)> = self.values().collect();
+        let values = values.iter().map(|(name, t)| (name.as_str(), t.clone()));
+        other.set_values(&values.collect())?;
+        Ok(other)
     }
 
     /// Representation of images: what the classifier sees.

@@ -15,6 +15,7 @@ mod element;
 mod error;
 mod init;
 pub mod layers;
+mod ledger;
 mod mode;
 pub mod ops;
 mod optim;
@@ -25,6 +26,7 @@ mod vars;
 
 pub use error::{Error, Result};
 pub use init::Init;
+pub use ledger::{Entries, Ledger};
 pub use mode::Mode;
 pub use optim::{
     AdamW, AdamWConfig, Decay, Ema, Optimizer, ParamGroup, Sgd, SgdConfig, clip_grad_norm,

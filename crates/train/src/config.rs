@@ -1,12 +1,12 @@
 //! How a network is trained, as data.
 
-use isqrt_models::ModelSpec;
+use isqrt_models::{ModelSpec, Network};
 use isqrt_nn::{
     AdamW, AdamWConfig, Decay, Mode, Optimizer, ParamGroup, Schedule, Sgd, SgdConfig, Vars,
 };
 use serde::{Deserialize, Serialize};
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::{Error, Result};
 
@@ -74,16 +74,70 @@ pub enum Precision {
     F32,
     /// Double, for studies of precision.
     F64,
+    /// On a GPU: f32, with products of convolutions and linear layers rounded to TF32 (10 bits of
+    /// mantissa). The square root stays in f32.
+    Tf32,
+    /// On a GPU: feature maps of the backbone in bf16, weights and all from the pooling head on in f32.
+    Bf16,
 }
 
 impl Precision {
-    /// Of the network's tensors.
+    /// Of the network's parameters.
     #[must_use]
     pub fn dtype(self) -> DType {
         match self {
-            Self::F32 => DType::F32,
+            Self::F32 | Self::Tf32 | Self::Bf16 => DType::F32,
             Self::F64 => DType::F64,
         }
+    }
+
+    /// Of the backbone's feature maps.
+    #[must_use]
+    pub fn maps(self) -> DType {
+        match self {
+            Self::Bf16 => DType::BF16,
+            other => other.dtype(),
+        }
+    }
+
+    /// Makes a network compute so, on the device where it is.
+    ///
+    /// # Errors
+    /// As [`begin`](Self::begin).
+    pub fn apply(self, network: &mut Network) -> Result<()> {
+        self.begin(network.vars().device())?;
+        network.compute_in(self.maps());
+        Ok(())
+    }
+
+    /// Makes the whole program round products so from now on, see [`isqrt_device::set_precision`].
+    ///
+    /// # Errors
+    /// [`Error::Config`] where the device cannot.
+    pub fn begin(self, device: &Device) -> Result<()> {
+        if matches!(self, Self::Tf32 | Self::Bf16) && !device.is_cuda() {
+            return Err(Error::Config {
+                what: "precision",
+                value: self.to_string(),
+                expected: "f32 or f64 on the CPU; with a GPU, --device cuda:0".to_owned(),
+            });
+        }
+        isqrt_device::set_precision(match self {
+            Self::Tf32 | Self::Bf16 => isqrt_device::Precision::Tf32,
+            Self::F32 | Self::F64 => isqrt_device::Precision::Full,
+        });
+        Ok(())
+    }
+}
+
+impl std::fmt::Display for Precision {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::F64 => "f64",
+            Self::Tf32 => "tf32",
+            Self::Bf16 => "bf16",
+        })
     }
 }
 

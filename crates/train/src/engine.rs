@@ -10,11 +10,12 @@ use isqrt_datasets::{
 };
 use isqrt_models::Network;
 use isqrt_nn::ops::cross_entropy;
-use isqrt_nn::{Ema, Mode, Optimizer, clip_grad_norm};
+use isqrt_nn::{Ema, Ledger, Mode, Optimizer, clip_grad_norm};
 
 use crate::collective::{self, Collective, Single};
 use crate::diagnostics;
-use crate::evaluate::{evaluate, images};
+use crate::evaluate::evaluate;
+use crate::feeder::Feeder;
 use crate::machine::cpu_seconds;
 use crate::observer::{Moment, Observer, StepInfo};
 use crate::spec::DiagnosticsSpec;
@@ -57,6 +58,8 @@ pub struct Job<'a> {
     pub log_every: u64,
     /// Looks into the network.
     pub diagnostics: Option<DiagnosticsSpec>,
+    /// Where the network is.
+    pub device: Device,
     /// The other ranks.
     pub collective: &'a dyn Collective,
 }
@@ -101,6 +104,7 @@ impl<'a> Job<'a> {
             eval_batch: config.batch,
             log_every: 50,
             diagnostics: None,
+            device: Device::Cpu,
             collective: &Single,
             config,
         })
@@ -131,6 +135,9 @@ impl<'a> Job<'a> {
     }
 }
 
+/// Updates from one look at the losses on a GPU to the next: between them nothing waits for it.
+const READ_EVERY: u64 = 10;
+
 /// Trains a new network and evaluates it after each epoch.
 ///
 /// # Errors
@@ -147,6 +154,13 @@ pub struct Trainer<'a> {
     network: Network,
     optimiser: Box<dyn Optimizer>,
     ema: Option<Ema>,
+    feeder: Feeder,
+    /// Losses and right answers that the GPU still has, and how many images they are of. None where every
+    /// update waits for its loss.
+    ledger: Option<Ledger>,
+    unread: Sums,
+    /// Mean loss when it was read last.
+    known_loss: Option<f64>,
     loader: Loader,
     eval_loader: Loader,
     progress: Progress,
@@ -179,8 +193,8 @@ struct Update {
 }
 
 enum Outcome {
-    /// Gradients, those of all ranks, and their norm.
-    Gradients(GradStore, f64),
+    /// Gradients, those of all ranks, and their norm where it is known.
+    Gradients(GradStore, Option<f64>),
     /// Something is not finite.
     Bad(String),
     /// No rank had an image that could be read.
@@ -219,7 +233,15 @@ impl<'a> Trainer<'a> {
         let loader = job.loader(&job.train, loading)?;
         let eval_loader = job.eval_loader(&job.eval)?;
         let dtype = config.precision.dtype();
-        let network = Network::new(&config.model, config.seed, dtype, &Device::Cpu)?;
+        let mut network = Network::new(&config.model, config.seed, dtype, &job.device)?;
+        config.precision.apply(&mut network)?;
+        // Updates that are left out must be known before they are made; other ranks must hear of this one.
+        let waits = config.non_finite != NonFinite::Stop || ranks > 1;
+        let ledger = match waits {
+            true => None,
+            false => Ledger::new(&job.device)?,
+        };
+        let feeder = Feeder::new(&loader, &network)?;
         let optimiser = config.optimiser(network.vars())?;
         let ema = config.ema.map(|share| Ema::new(network.vars(), share));
         Ok(Self {
@@ -238,6 +260,10 @@ impl<'a> Trainer<'a> {
             job,
             network,
             optimiser,
+            feeder,
+            ledger,
+            unread: Sums::default(),
+            known_loss: None,
             loader,
             eval_loader,
         })
@@ -391,7 +417,7 @@ impl<'a> Trainer<'a> {
             let mut norm = None;
             match update.outcome {
                 Outcome::Gradients(ref gradients, n) => {
-                    norm = Some(n);
+                    norm = n;
                     let _span = tracing::info_span!("update").entered();
                     self.optimiser.step(gradients, rate)?;
                     if let Some(ema) = &mut self.ema {
@@ -408,9 +434,19 @@ impl<'a> Trainer<'a> {
                 }
                 Outcome::Nothing => {}
             }
+            if self.ledger.is_some() {
+                self.unread.images += update.sums.images;
+                if self.reads_now(updates, observer) {
+                    norm = self.read_ledger(at)?;
+                }
+            }
             update.sums.seconds = began.elapsed().as_secs_f64();
             self.progress.sums.add(&update.sums);
             self.progress.line.add(&update.sums);
+            if self.ledger.is_some() {
+                // What is known, until more is.
+                update.sums.loss = self.known_loss.unwrap_or(f64::NAN) * update.sums.images;
+            }
             let info = StepInfo {
                 step: self.progress.step,
                 steps: (updates * self.job.config.epochs) as u64,
@@ -428,11 +464,59 @@ impl<'a> Trainer<'a> {
             self.note(&info, norm, &update, observer)?;
             let stop = observer.step(&info).is_break();
             if self.any_rank(stop)? {
+                if self.unread.images > 0.0 {
+                    self.read_ledger(at)?;
+                }
                 return Ok(true);
             }
             self.snapshot(observer, Moment::Step)?;
         }
         Ok(false)
+    }
+
+    /// Whether somebody needs to know now what the updates since the last look came to.
+    fn reads_now(&self, updates: usize, observer: &dyn Observer) -> bool {
+        let step = self.progress.step;
+        let looks = self.job.diagnostics.as_ref();
+        self.known_loss.is_none()
+            || step.is_multiple_of(READ_EVERY)
+            || step.is_multiple_of(self.job.log_every)
+            || looks.is_some_and(|look| step.is_multiple_of(look.every_steps))
+            || self.progress.batch == updates * self.job.config.accumulate
+            || observer.wants_state(step)
+    }
+
+    /// Reads what the last updates came to; the norm of the gradients of the last one.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] where one of them was not finite.
+    fn read_ledger(&mut self, at: usize) -> Result<Option<f64>> {
+        let Some(ledger) = &mut self.ledger else {
+            return Ok(None);
+        };
+        let _span = tracing::info_span!("read").entered();
+        let entries = ledger.take()?;
+        let images = std::mem::take(&mut self.unread).images;
+        if entries.bad > 0.0 {
+            return Err(Error::NonFinite {
+                epoch: self.progress.epoch + 1,
+                step: at + 1,
+                problem: format!(
+                    "the loss or a gradient of this update, or of one of the {} before it, is not \
+                     finite; with --set non_finite.skip=0 each update is looked at, and the layer told",
+                    READ_EVERY - 1
+                ),
+            });
+        }
+        let read = Sums {
+            loss: entries.loss,
+            correct: entries.correct,
+            ..Sums::default()
+        };
+        self.progress.sums.add(&read);
+        self.progress.line.add(&read);
+        self.known_loss = Some(entries.loss / images.max(1.0));
+        Ok(Some(entries.norm))
     }
 
     fn rate(&self, update: usize) -> f64 {
@@ -476,7 +560,7 @@ impl<'a> Trainer<'a> {
             let updates = self.progress.epoch * self.updates();
             let pass = updates * config.accumulate + self.progress.batch + part;
             vars.set_step((pass * ranks + rank) as u64);
-            let images = images(&batch, &self.loader, vars.dtype(), vars.device())?;
+            let images = self.feeder.images(&batch)?;
             match self.pass(&images, &batch, &mut sums, &mut total) {
                 Ok(()) => {}
                 Err(error) if error.is_divergence() => {
@@ -539,14 +623,18 @@ impl<'a> Trainer<'a> {
             self.forward(images, config.mode())?
         };
         let loss = cross_entropy(&logits, &batch.labels, config.label_smoothing)?;
-        let value = loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-        if !value.is_finite() {
-            return Err(Error::Loss(value));
-        }
         let count = batch.len() as f64;
-        sums.loss += value * count;
         sums.images += count;
-        sums.correct += correct(&logits, &batch.labels)? as f64;
+        if let Some(ledger) = &self.ledger {
+            ledger.add(&loss, &logits, &batch.labels)?;
+        } else {
+            let value = loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+            if !value.is_finite() {
+                return Err(Error::Loss(value));
+            }
+            sums.loss += value * count;
+            sums.correct += correct(&logits, &batch.labels)? as f64;
+        }
         // The mean over the images of the update, whatever share of them this pass has.
         let share = count / config.batch as f64;
         let loss = if share == 1.0 { loss } else { (loss * share)? };
@@ -632,8 +720,12 @@ impl<'a> Trainer<'a> {
             total.remove(parameter);
         }
         let limit = config.clip_norm.unwrap_or(f64::INFINITY);
+        if let Some(ledger) = &self.ledger {
+            ledger.clip_grad_norm(vars, &mut total, limit)?;
+            return Ok(Outcome::Gradients(total, None));
+        }
         match clip_grad_norm(vars, &mut total, limit) {
-            Ok(norm) => Ok(Outcome::Gradients(total, norm)),
+            Ok(norm) => Ok(Outcome::Gradients(total, Some(norm))),
             Err(isqrt_nn::Error::NonFinite { name, .. }) => {
                 let found = seen
                     .map(|images| {

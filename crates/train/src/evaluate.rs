@@ -1,11 +1,12 @@
 //! What a network makes of a set of images.
 
-use candle_core::{DType, Device, Tensor};
-use isqrt_datasets::{Batch, Loader};
+use candle_core::{DType, Tensor};
+use isqrt_datasets::Loader;
 use isqrt_models::Network;
 use isqrt_nn::Mode;
 
 use crate::collective::Collective;
+use crate::feeder::Feeder;
 use crate::{Error, Result, Tally};
 
 /// Counts the answers of a network, in evaluation mode, to all images of a loader. Logits of several views
@@ -22,15 +23,11 @@ pub fn evaluate(
 ) -> Result<Tally> {
     let _span = tracing::info_span!("evaluate").entered();
     let mut tally = Tally::new(network.spec().classes);
+    let feeder = Feeder::new(loader, network)?;
     for batch in loader.epoch(0)? {
         let batch = batch?;
         if !batch.is_empty() {
-            let images = images(
-                &batch,
-                loader,
-                network.vars().dtype(),
-                network.vars().device(),
-            )?;
+            let images = feeder.images(&batch)?;
             let logits = network.forward(&images, Mode::Eval)?;
             let logits = mean_of_views(&logits, batch.views)?;
             let rows = logits.to_dtype(DType::F32)?.to_vec2::<f32>()?;
@@ -55,16 +52,4 @@ pub(crate) fn mean_of_views(values: &Tensor, views: usize) -> Result<Tensor> {
     }
     let (rows, n) = values.dims2()?;
     Ok(values.reshape((rows / views, views, n))?.mean(1)?)
-}
-
-/// `(images * views, 3, height, width)`, normalised.
-pub(crate) fn images(
-    batch: &Batch,
-    loader: &Loader,
-    dtype: DType,
-    device: &Device,
-) -> Result<Tensor> {
-    let shape = (batch.len() * batch.views, 3, batch.height, batch.width);
-    let images = Tensor::from_vec(batch.normalised(loader.levels()), shape, device)?;
-    Ok(images.to_dtype(dtype)?)
 }

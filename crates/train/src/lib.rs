@@ -19,6 +19,7 @@ mod error;
 mod evaluate;
 mod events;
 mod feature_file;
+mod feeder;
 pub mod layers;
 mod log;
 pub mod machine;

@@ -1,5 +1,6 @@
 //! What machine and which version of the code gave a number.
 
+use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -15,19 +16,28 @@ pub struct Machine {
     pub threads: usize,
     /// Operating system and architecture.
     pub os: String,
-    /// `cpu`; later versions also run on a GPU.
+    /// `cpu`, or the GPU: `cuda:0 (NVIDIA H100 80GB HBM3)`.
     pub device: String,
 }
 
 impl Machine {
-    /// This machine, with the threads of the current rayon pool.
+    /// This machine, with the threads of the current rayon pool; the work is done by the CPU.
     pub fn here() -> Self {
+        Self::on(&Device::Cpu)
+    }
+
+    /// This machine, the work done by a device.
+    pub fn on(device: &Device) -> Self {
+        let name = isqrt_device::name(device);
         Self {
             cpu: cpu_model().unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             threads: rayon::current_num_threads(),
             os: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
-            device: "cpu".to_owned(),
+            device: match isqrt_device::gpu_of(device) {
+                Some(gpu) => format!("{name} ({})", gpu.name),
+                None => name,
+            },
         }
     }
 }

@@ -18,7 +18,7 @@ pub struct StepInfo {
     pub epoch: usize,
     /// Epochs of the whole run.
     pub epochs: usize,
-    /// Mean loss of its images, before the update.
+    /// Mean loss of its images, before the update; on a GPU that of the last updates whose loss was read.
     pub loss: f64,
     /// Learning rate.
     pub learning_rate: f64,
@@ -74,6 +74,13 @@ pub trait Observer {
         Ok(())
     }
 
+    /// Whether the state after update `step` may be kept. Where not, what the GPU knows of it need not be
+    /// read.
+    fn wants_state(&self, step: u64) -> bool {
+        let _ = step;
+        true
+    }
+
     /// A state from which the run can go on.
     ///
     /// # Errors
@@ -88,4 +95,8 @@ pub trait Observer {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Silent;
 
-impl Observer for Silent {}
+impl Observer for Silent {
+    fn wants_state(&self, _: u64) -> bool {
+        false
+    }
+}

@@ -103,8 +103,13 @@ impl Plan {
         }
         let pass = config.batch / config.accumulate;
         let bytes = match config.precision {
-            Precision::F32 => 1,
             Precision::F64 => 2,
+            Precision::F32 | Precision::Tf32 | Precision::Bf16 => 1,
+        };
+        // Of activations, beside f32.
+        let halves = match config.precision {
+            Precision::Bf16 => 1,
+            _ => 2 * bytes,
         };
         let total = description.total();
         let copies = 2 + config.optimiser.slots() + usize::from(config.ema.is_some());
@@ -118,7 +123,7 @@ impl Plan {
             pass,
             memory: MemoryEstimate {
                 parameters: (4 * bytes * copies * total.parameters) as u64,
-                activations: bytes as u64 * total.activation_bytes * pass as u64,
+                activations: halves as u64 * total.activation_bytes * pass as u64 / 2,
             },
             description,
             spec_hash: spec.hash()?,

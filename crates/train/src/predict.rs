@@ -2,12 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use isqrt_datasets::{Loader, LoaderConfig, Pipeline, Root, Sample};
 use isqrt_models::Network;
 use isqrt_models::checkpoint::Preprocessing;
 use isqrt_nn::Mode;
 
+use crate::feeder::Feeder;
 use crate::{Error, Result};
 
 /// Of one batch of images.
@@ -15,9 +16,9 @@ use crate::{Error, Result};
 pub struct Prediction {
     /// Place of its first image among all.
     pub first: usize,
-    /// `(batch, out_dim)`: what the classifier sees, in f32.
+    /// `(batch, out_dim)`: what the classifier sees, in f32 on the CPU.
     pub representation: Tensor,
-    /// `(batch, classes)`, in f32.
+    /// `(batch, classes)`, the same.
     pub logits: Tensor,
 }
 
@@ -36,16 +37,17 @@ pub fn predict<E: From<Error>>(
     mut each: impl FnMut(Prediction) -> std::result::Result<(), E>,
 ) -> std::result::Result<(), E> {
     let loader = loader(preprocessing, images, batch)?;
+    let feeder = Feeder::new(&loader, network)?;
     let mut first = 0;
     for batch in loader.epoch(0).map_err(Error::from)? {
         let batch = batch.map_err(Error::from)?;
         let run = || -> Result<Prediction> {
-            let vars = network.vars();
-            let shape = (batch.len(), 3, batch.height, batch.width);
-            let x = Tensor::from_vec(batch.normalised(loader.levels()), shape, vars.device())?;
-            let representation = network.represent(&x.to_dtype(vars.dtype())?, Mode::Eval)?;
+            let representation = network.represent(&feeder.images(&batch)?, Mode::Eval)?;
             let logits = network.classify(&representation, Mode::Eval)?;
-            let plain = |x: Tensor| x.detach().to_dtype(candle_core::DType::F32);
+            let plain = |x: Tensor| {
+                let x = x.detach().to_dtype(DType::F32)?;
+                x.to_device(&Device::Cpu)
+            };
             Ok(Prediction {
                 first,
                 representation: plain(representation)?,

@@ -18,6 +18,7 @@ use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use candle_core::Device;
 use isqrt_datasets::{Filter, Skipped, Step};
 use isqrt_models::checkpoint::{self, LoadOptions, Preprocessing, Record, Triangle};
 use isqrt_models::{Network, WholeFile, sync_folder_of};
@@ -247,6 +248,7 @@ pub fn run(
     data: RunData,
     out: &Path,
     resume: &Resume,
+    device: &Device,
     console: &mut dyn Console,
 ) -> Result<RunResult> {
     let paths = Paths {
@@ -263,12 +265,9 @@ pub fn run(
         console.say("this run is finished: its result is in result.json");
         let known = result.svm.as_ref().map(|svm| svm.c);
         if file.spec.evaluation.svm.is_some() && known != file.spec.evaluation.svm {
-            let mut network = Network::new(
-                &config.model,
-                config.seed,
-                config.precision.dtype(),
-                &candle_core::Device::Cpu,
-            )?;
+            let mut network =
+                Network::new(&config.model, config.seed, config.precision.dtype(), device)?;
+            config.precision.apply(&mut network)?;
             add_svm(&mut network, file, &data, &paths, &mut result, &mut console)?;
         }
         return Ok(result);
@@ -278,7 +277,7 @@ pub fn run(
     complete_move(&paths)?;
 
     let collective: &dyn Collective = &Single;
-    let job = job(file, &data, &config, collective);
+    let job = job(file, &data, &config, (device, collective));
     let mut trainer = Trainer::new(job).map_err(|error| file.place(error))?;
     let saved = open_saved(&paths, resume, &identity, &mut console)?;
     let resumed_at = match &saved {
@@ -311,7 +310,7 @@ pub fn run(
             0
         }
     };
-    environment(&paths, &data.info, saved.as_ref(), &mut console)?;
+    environment(&paths, &data.info, (saved.as_ref(), device), &mut console)?;
     write_whole(&paths.spec(), file.spec.to_toml()?.as_bytes())?;
     let lines = saved.as_ref().map_or(0, |saved| saved.progress().lines);
     let (metrics, there) = open_metrics(&paths.metrics(), lines)?;
@@ -480,7 +479,7 @@ pub fn count(
     each: &mut dyn FnMut(usize),
 ) -> Result<Tally> {
     let config = file.spec.config(data.info.classes);
-    let job = job(file, data, &config, &Single);
+    let job = job(file, data, &config, (&Device::Cpu, &Single));
     evaluate(network, &job.eval_loader(feed)?, &Single, each)
 }
 
@@ -488,7 +487,7 @@ pub(crate) fn job<'a>(
     file: &SpecFile,
     data: &RunData,
     config: &'a TrainConfig,
-    collective: &'a dyn Collective,
+    (device, collective): (&Device, &'a dyn Collective),
 ) -> Job<'a> {
     let spec = &file.spec;
     Job {
@@ -503,6 +502,7 @@ pub(crate) fn job<'a>(
         }),
         log_every: spec.log.every_steps,
         diagnostics: spec.diagnostics.clone(),
+        device: device.clone(),
         collective,
         config,
     }
@@ -659,12 +659,12 @@ fn open_saved(
 fn environment(
     paths: &Paths,
     data: &DataInfo,
-    saved: Option<&Saved>,
+    (saved, device): (Option<&Saved>, &Device),
     console: &mut Log<'_>,
 ) -> Result<()> {
     let path = paths.environment();
     let commit = machine::commit();
-    let here = Machine::here();
+    let here = Machine::on(device);
     let old = saved.and_then(|_| std::fs::read(&path).ok());
     let old: Option<Environment> = old.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let environment = match (old, saved) {
@@ -787,6 +787,11 @@ impl Observer for Recorder<'_, '_> {
     fn best(&mut self, network: &Network, _: &EpochMetrics) -> Result<()> {
         let path = self.paths.checkpoint("best");
         Ok(checkpoint::save(network, &path, &self.record)?)
+    }
+
+    fn wants_state(&self, step: u64) -> bool {
+        let every = self.file.spec.checkpoints.every_steps;
+        every.is_some_and(|every| step.is_multiple_of(every))
     }
 
     fn snapshot(&mut self, snapshot: &Snapshot<'_>, moment: Moment) -> Result<()> {

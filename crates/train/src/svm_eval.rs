@@ -1,13 +1,14 @@
 //! The paper's last classifier on a trained network: linear SVMs, one against all, on normalised
 //! representations.
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use isqrt_models::Network;
 use isqrt_nn::Mode;
 
 use crate::collective::Single;
 use crate::data::RunData;
-use crate::evaluate::{images, mean_of_views};
+use crate::evaluate::mean_of_views;
+use crate::feeder::Feeder;
 use crate::run::{SvmOutcome, job};
 use crate::svm::{Svm, SvmConfig, l2_normalise};
 use crate::{Error, Feed, Result, SpecFile};
@@ -81,18 +82,14 @@ fn represent(
     mut each: impl FnMut(Vec<f32>, &[u32]) -> Result<()>,
 ) -> Result<()> {
     let config = file.spec.config(data.info.classes);
-    let loader = job(file, data, &config, &Single).eval_loader(feed)?;
+    let loader = job(file, data, &config, (&Device::Cpu, &Single)).eval_loader(feed)?;
+    let feeder = Feeder::new(&loader, network)?;
     for batch in loader.epoch(0)? {
         let batch = batch?;
         if batch.is_empty() {
             continue;
         }
-        let images = images(
-            &batch,
-            &loader,
-            network.vars().dtype(),
-            network.vars().device(),
-        )?;
+        let images = feeder.images(&batch)?;
         let values = network.represent(&images, Mode::Eval)?.flatten_from(1)?;
         let values = mean_of_views(&values, batch.views)?.to_dtype(DType::F32)?;
         let mut values = values.flatten_all()?.to_vec1::<f32>()?;

@@ -1,5 +1,6 @@
 //! `isqrt classify`: the most probable classes of images.
 
+use super::device::DeviceArg;
 use super::weights::{ImageArgs, WeightsArgs};
 use crate::output;
 use anyhow::Context;
@@ -20,6 +21,8 @@ pub struct Classify {
     model: WeightsArgs,
     #[command(flatten)]
     images: ImageArgs,
+    #[command(flatten)]
+    device: DeviceArg,
     /// Names of the classes, one a line
     #[arg(long, value_name = "FILE")]
     labels: Option<PathBuf>,
@@ -31,7 +34,7 @@ pub struct Classify {
 impl Classify {
     pub fn run(&self, json: bool) -> anyhow::Result<()> {
         let images = list_images(&self.images.images)?;
-        let loaded = self.model.load(&self.weights)?;
+        let loaded = self.model.load_on(&self.weights, &self.device.open()?)?;
         let names = self.names(loaded.network.spec().classes)?;
         let preprocessing = self.images.preprocessing(&loaded)?;
         let batch = usize::from(self.images.batch);

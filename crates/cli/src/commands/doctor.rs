@@ -1,10 +1,12 @@
 //! `isqrt doctor`: what this machine has, and whether a device computes what it should.
 
-use crate::output;
+use super::device::DeviceArg;
+use crate::output::{self, show};
 use anyhow::bail;
 use clap::Args;
-use isqrt_device::{Choice, Found, found};
-use isqrt_experiments::doctor;
+use isqrt_device::{Found, found};
+use isqrt_experiments::doctor::{self, Timing};
+use isqrt_train::Precision;
 use serde_json::json;
 
 /// Say what this machine has, and check that a device computes what it should
@@ -14,10 +16,9 @@ use serde_json::json;
 #[derive(Args)]
 #[command(after_help = "Example:\n  isqrt doctor --device cuda:0 --bench")]
 pub struct Doctor {
-    /// cpu, cuda:0 (or another number), or auto: a GPU if there is one that can be used, else the CPU
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
-    device: Choice,
-    /// Time the layer as well
+    #[command(flatten)]
+    device: DeviceArg,
+    /// Time the layer, decompositions and training steps of ResNet-50 as well
     #[arg(long)]
     bench: bool,
     /// Images at once for --bench [default: 256 on a GPU, 8 on the CPU]
@@ -31,7 +32,7 @@ impl Doctor {
         if !json {
             describe(&found)?;
         }
-        let opened = self.device.open()?;
+        let opened = self.device.device.open()?;
         let name = isqrt_device::name(&opened.device);
         let why = opened.fallback.map(|why| why.to_string());
         if json {
@@ -77,60 +78,98 @@ impl Doctor {
                 (None, true) => 8,
                 (None, false) => 256,
             };
-            let peak = match opened.device.location() {
-                candle_core::DeviceLocation::Cuda { gpu_id } => {
-                    found.gpus.get(gpu_id).map(|gpu| gpu.peak_f32() / 1e9)
-                }
-                _ => None,
-            };
-            self.times(&opened.device, batch, peak, json)?;
+            failed += times(&opened.device, batch, json)?;
         }
         if failed > 0 {
             bail!("{failed} check(s) failed on {name}");
         }
         Ok(())
     }
+}
 
-    fn times(
-        &self,
-        device: &candle_core::Device,
-        batch: usize,
-        peak: Option<f64>,
-        json: bool,
-    ) -> anyhow::Result<()> {
-        let times = doctor::bench(device, batch)?;
-        if json {
-            for time in &times {
-                let mut line = serde_json::to_value(time)?;
-                line["kind"] = "layer".into();
-                line["peak_share"] = peak.map(|peak| time.gflops / peak).into();
-                output::json(&line)?;
+/// Times and prints; how many could not be timed.
+fn times(device: &candle_core::Device, batch: usize, json: bool) -> anyhow::Result<usize> {
+    let gpu = isqrt_device::gpu_of(device);
+    let percent = |share: f64| format!("{:.0} % of peak", 100.0 * share);
+    let (mut failed, mut closed) = (0, None);
+    let name = isqrt_device::name(device);
+    doctor::bench(device, batch, |timing| {
+        // What, implementation, forward, backward, both, what is said of it.
+        let mut rows: Vec<(String, &str, f64, f64, f64, String)> = vec![];
+        match timing {
+            Err(problem) => {
+                failed += 1;
+                let line = match json {
+                    true => output::json(&json!({ "kind": "timing", "problem": problem })),
+                    false => output::line(&format!("FAILED  {problem}")),
+                };
+                closed = closed.take().or(line.err());
             }
-            return Ok(());
+            Ok(Timing::Layer(batch, n, timings)) => rows.extend(timings.iter().map(|t| {
+                let memory = t
+                    .bandwidth_share
+                    .map_or_else(String::new, |share| format!(", memory {}", percent(share)));
+                let said = format!(
+                    "{} GFLOP/s, {}{memory}",
+                    show(t.gflops),
+                    percent(t.peak_share)
+                );
+                let what = format!("layer N={n} d=256 14x14 batch={batch} f32");
+                let both = t.forward_ms + t.backward_ms;
+                (
+                    what,
+                    t.implementation,
+                    t.forward_ms,
+                    t.backward_ms,
+                    both,
+                    said,
+                )
+            })),
+            Ok(Timing::Decomposition(timings)) => rows.extend(timings.iter().map(|t| {
+                let what = format!("{} dim={} batch={} f32", t.method, t.n, t.batch);
+                let said = format!("{} ms a matrix", show(t.ms / t.batch as f64));
+                let implementation = match t.method.starts_with("isqrt") {
+                    true => "ours",
+                    false => "reference",
+                };
+                (what, implementation, t.ms, f64::NAN, t.ms, said)
+            })),
+            Ok(Timing::Network(model, batch, precision, t)) => {
+                let peak = gpu.as_ref().map(|gpu| match precision {
+                    Precision::Tf32 => gpu.peak_tensor().0,
+                    Precision::Bf16 => gpu.peak_tensor().1,
+                    Precision::F32 | Precision::F64 => gpu.peak_f32(),
+                });
+                let share = peak.zip(t.gflops).map(|(peak, rate)| rate * 1e9 / peak);
+                let said = format!(
+                    "{} images/s{}",
+                    show(batch as f64 / t.step_ms * 1e3),
+                    share.map_or_else(String::new, |share| format!(", {}", percent(share)))
+                );
+                let what = format!("{model} 224x224 batch={batch} {precision}");
+                rows.push((what, "ours", t.forward_ms, t.backward_ms, t.step_ms, said));
+            }
         }
-        let rows = times.iter().map(|time| {
-            vec![
-                format!(
-                    "N = {}, batch {}, {} x {}",
-                    time.iterations, time.batch, time.channels, time.positions
-                ),
-                format!("{:.2}", time.forward_ms),
-                format!("{:.2}", time.backward_ms),
-                format!("{:.0}", time.gflops),
-                peak.map_or_else(String::new, |peak| {
-                    format!("{:.0} %", 100.0 * time.gflops / peak)
-                }),
-            ]
-        });
-        output::line("")?;
-        let head = [
-            "layer, f32",
-            "forward ms",
-            "backward ms",
-            "GFLOP/s",
-            "of peak",
-        ];
-        output::table(&head, rows.collect(), 1)
+        for (what, implementation, forward, backward, both, said) in rows {
+            let known = |ms: f64| Some(ms).filter(|ms| ms.is_finite());
+            let line = match json {
+                true => output::json(&json!({
+                    "kind": "timing", "device": name, "case": what, "implementation": implementation,
+                    "forward_ms": forward, "backward_ms": known(backward), "ms": both, "detail": said,
+                })),
+                false => output::line(&format!(
+                    "{what:<44} {implementation:<10} forward {:>9} backward {:>9} all {:>9} ms  {said}",
+                    show(forward),
+                    known(backward).map_or_else(String::new, show),
+                    show(both)
+                )),
+            };
+            closed = closed.take().or(line.err());
+        }
+    });
+    match closed {
+        Some(error) => Err(error),
+        None => Ok(failed),
     }
 }
 

@@ -1,5 +1,6 @@
 //! `isqrt eval`: a trained network on a part of a data set.
 
+use super::device::DeviceArg;
 use super::train::{Settings, svm_line};
 use crate::output;
 use crate::progress::Counter;
@@ -25,6 +26,8 @@ pub struct Eval {
     run: PathBuf,
     #[command(flatten)]
     settings: Settings,
+    #[command(flatten)]
+    device: DeviceArg,
     /// Checkpoint of the run: final (what result.json reports on; of a run that goes on, last), last, best,
     /// epoch-0010 and so on
     #[arg(long, value_name = "NAME", conflicts_with = "weights")]
@@ -97,6 +100,8 @@ impl Eval {
         };
         checkpoint::load_from(&mut network, &weights_file, &options)
             .with_context(|| format!("{} classes in the data", data.info.classes))?;
+        let mut network = network.on(&self.device.open()?)?;
+        config.precision.apply(&mut network)?;
         let feed = match self.part {
             Part::Train => &data.train_as_eval,
             Part::Val => &data.eval,

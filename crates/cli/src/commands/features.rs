@@ -1,5 +1,6 @@
 //! `isqrt features`: representations and logits of images in a file.
 
+use super::device::DeviceArg;
 use super::weights::{ImageArgs, WeightsArgs, differ};
 use crate::output;
 use clap::Args;
@@ -25,6 +26,8 @@ pub struct Features {
     model: WeightsArgs,
     #[command(flatten)]
     images: ImageArgs,
+    #[command(flatten)]
+    device: DeviceArg,
     /// File to write
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
@@ -40,7 +43,7 @@ impl Features {
         differ(&self.weights, &self.out)?;
         differ(&self.images.images, &self.out)?;
         let images = list_images(&self.images.images)?;
-        let loaded = self.model.load(&self.weights)?;
+        let loaded = self.model.load_on(&self.weights, &self.device.open()?)?;
         let network = &loaded.network;
         let preprocessing = self.images.preprocessing(&loaded)?;
         let sizes = (network.out_dim(), network.spec().classes);

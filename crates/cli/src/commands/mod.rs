@@ -4,6 +4,7 @@ pub mod bench;
 pub mod classify;
 pub mod convert;
 pub mod data;
+mod device;
 pub mod doctor;
 pub mod eval;
 pub mod features;

@@ -1,11 +1,13 @@
 //! `isqrt reproduce`: plan, run, record, report.
 
 use super::data::list_options;
+use super::device::DeviceArg;
 use crate::output;
 use crate::progress::{Display, say};
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use isqrt_datasets::Broken;
+use isqrt_experiments::machine::Machine;
 use isqrt_experiments::plan::{Effort, Infos, Plan, Profile, Request, State, needs_data};
 use isqrt_experiments::record::Store;
 use isqrt_experiments::run::{self, RealLab, Source};
@@ -57,9 +59,8 @@ pub struct Reproduce {
     /// them in the records [default: the first one is an error]
     #[arg(long, value_name = "PERCENT", value_parser = percent)]
     skip_broken: Option<f64>,
-    /// auto, cpu or cuda:N
-    #[arg(long, default_value = "auto")]
-    device: String,
+    #[command(flatten)]
+    device: DeviceArg,
     /// Output folder [default: out/reproduce, with the data's name added for --data; out/smoke]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -98,7 +99,7 @@ enum ProfileArg {
 
 impl Reproduce {
     pub fn run(&self, json: bool, threads: Option<u16>) -> anyhow::Result<()> {
-        check_device(&self.device)?;
+        let device = self.device.open()?;
         let library = match &self.experiments {
             Some(dir) => Library::from_dir(dir)?,
             None => Library::embedded(),
@@ -133,6 +134,7 @@ impl Reproduce {
             smoke: self.smoke,
             search: self.search,
             fresh: self.fresh,
+            machine: Some(Machine::on(&device)),
         };
         if paper && !self.dry_run {
             say("measuring a step of each network");
@@ -164,7 +166,7 @@ impl Reproduce {
             &out,
             &mut store,
             &images,
-            &RealLab::default(),
+            &RealLab::on(&device),
             &mut display,
         );
         display.end();
@@ -252,6 +254,10 @@ impl Reproduce {
                 words.push(format!("--{name} {value}"));
             }
         };
+        flag(
+            "device",
+            Some(self.device.device.to_string()).filter(|d| d != "auto"),
+        );
         flag("data", self.data.as_deref().map(quoted));
         flag("labels", self.labels.clone());
         flag("cache", self.cache.as_deref().map(quoted));
@@ -383,16 +389,6 @@ impl Found {
             Self::Images(images) => images.infos(),
             Self::Described(infos) => infos.clone(),
         }
-    }
-}
-
-fn check_device(device: &str) -> anyhow::Result<()> {
-    match device {
-        "auto" | "cpu" => Ok(()),
-        d if d == "cuda" || d.starts_with("cuda:") => {
-            bail!("--device {d}: this build has no CUDA; run with --device cpu")
-        }
-        d => bail!("--device {d}: expected auto, cpu or cuda:N"),
     }
 }
 

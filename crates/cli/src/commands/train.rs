@@ -1,5 +1,6 @@
 //! `isqrt train`: from an experiment file to a finished run.
 
+use super::device::DeviceArg;
 use crate::output::{self, show};
 use crate::progress::{Training, say};
 use anyhow::Context;
@@ -26,6 +27,8 @@ pub struct Train {
     spec: PathBuf,
     #[command(flatten)]
     settings: Settings,
+    #[command(flatten)]
+    device: DeviceArg,
     /// Run folder [default: runs/ and the name of the spec]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -102,8 +105,9 @@ impl Train {
             "never" => Resume::Never,
             path => Resume::From(path.into()),
         };
+        let device = self.device.open()?;
         let mut console = Training::start(&file.spec, &data.info)?;
-        let result = run(&file, data, &out, &resume, &mut console);
+        let result = run(&file, data, &out, &resume, &device, &mut console);
         console.end();
         let result = result?;
         let stopped = result.status != "finished";

@@ -1,6 +1,7 @@
 //! A network with weights from a file, as several commands take it.
 
 use anyhow::Context;
+use candle_core::Device;
 use clap::{Args, ValueEnum};
 use isqrt_models::checkpoint::{
     self, Checkpoint, LoadOptions, Preprocessing, Record, Report, Triangle,
@@ -53,6 +54,15 @@ pub struct Loaded {
 }
 
 impl WeightsArgs {
+    /// As [`load`](Self::load), the network then on this device.
+    pub fn load_on(&self, path: &Path, device: &Device) -> anyhow::Result<Loaded> {
+        let loaded = self.load(path)?;
+        Ok(Loaded {
+            network: loaded.network.on(device)?,
+            ..loaded
+        })
+    }
+
     /// Reads the weights; what found no place is told on standard error where `partial` allows it.
     pub fn load(&self, path: &Path) -> anyhow::Result<Loaded> {
         let file = Checkpoint::open(path)?;

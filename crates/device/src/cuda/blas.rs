@@ -1,38 +1,10 @@
 //! Batched products by cuBLAS.
 
 use super::memory::Real;
-use crate::Error;
+use crate::{Error, Precision};
 use candle_core::{CudaDevice, DType};
 use cudarc::cublas::{result, sys};
 use std::ffi::c_void;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-/// How products of f32 are computed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Precision {
-    /// In f32.
-    #[default]
-    Full,
-    /// On tensor cores, whose operands have 10 bits of mantissa (TF32).
-    Tf32,
-}
-
-/// Whether networks may round to TF32; the covariance layer never does by this.
-static TF32: AtomicBool = AtomicBool::new(false);
-
-/// How convolutions and linear layers of the whole program round products of f32 from now on; in full
-/// at first.
-pub fn set_precision(precision: Precision) {
-    TF32.store(precision == Precision::Tf32, Ordering::Relaxed);
-}
-
-/// What [`set_precision`] said last.
-pub fn precision() -> Precision {
-    match TF32.load(Ordering::Relaxed) {
-        true => Precision::Tf32,
-        false => Precision::Full,
-    }
-}
 
 /// `C = alpha · op(A) · op(B) + beta · C` of row-major matrices, one for each image of a batch.
 #[derive(Clone, Copy, Debug)]

@@ -1,8 +1,7 @@
 //! Convolutions by cuDNN.
 
-use super::blas::{Precision, precision};
 use super::memory::{Real, with_bytes};
-use crate::Error;
+use crate::{Error, Precision, precision};
 use candle_core::cuda::cudarc::cudnn::{result, sys};
 use candle_core::cuda_backend::DeviceId;
 use candle_core::{CudaDevice, DType};
@@ -64,7 +63,7 @@ pub enum Pass {
 }
 
 /// Runs a pass on the stream of the device: one of the addresses of `(input, filter, output)` is written,
-/// the other two are read. Products are rounded as [`precision`] says.
+/// the other two are read. Products are rounded as [`crate::precision`] says.
 ///
 /// The algorithm of each shape is chosen once a thread, from cuDNN's own ranking, among those that give
 /// the same bits each time and take at most 512 MiB of scratch.

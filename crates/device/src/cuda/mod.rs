@@ -5,8 +5,10 @@ mod dnn;
 mod launch;
 mod memory;
 mod open;
+mod upload;
 
-pub use blas::{Gemm, Precision, gemm, precision, set_precision};
+pub use crate::Precision;
+pub use blas::{Gemm, gemm};
 pub use cudarc::driver::DeviceRepr;
 pub use dnn::{Along, Convolution, Pass, convolve};
 pub use launch::{Argument, Grid, Module, int, launch, launch_with, long, pointer, real};
@@ -14,6 +16,7 @@ pub use memory::{
     Input, Output, Real, address, input, input_of, read_back, with_bytes, with_table,
 };
 pub use open::{found, open};
+pub use upload::Uploads;
 
 pub(crate) use open::call;
 
@@ -36,6 +39,8 @@ pub mod kernels {
         CONVOLUTION = "convolution";
         /// Dropout.
         DROPOUT = "dropout";
+        /// Images before the first layer, and what is kept of a step.
+        IMAGES = "images";
         /// Linear layer and loss.
         LINEAR = "linear";
         /// Batch normalisation.

@@ -6,7 +6,7 @@ use super::probe::{features, probe, weigh};
 use crate::error::Result;
 use crate::record::Measurement;
 use crate::spec::LayerSettings;
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use isqrt_linalg::Factorisations;
 use isqrt_models::RepresentationSpec;
 use std::time::Instant;
@@ -42,7 +42,7 @@ pub(super) fn run(head: &RepresentationSpec, settings: &LayerSettings) -> Result
 
 /// In words, what an image takes beside products of matrices, in each pass.
 fn factorisations(head: &RepresentationSpec, x: &Tensor) -> Result<[String; 2]> {
-    let layer = Layer::new(head, x.dim(1).map_err(failed)?, DType::F32)?;
+    let layer = Layer::new(head, x.dim(1).map_err(failed)?, DType::F32, &Device::Cpu)?;
     let x = x.to_dtype(DType::F32).and_then(|x| Var::from_tensor(&x));
     let x = x.map_err(failed)?;
     let before = Factorisations::so_far();
@@ -82,7 +82,7 @@ fn gradient_check(head: &RepresentationSpec) -> Result<f64> {
     let slope = (found.gradient.mul(&direction))
         .and_then(|x| x.sum_all()?.to_scalar::<f64>())
         .map_err(failed)?;
-    let layer = Layer::new(head, SMALL[1], DType::F64)?;
+    let layer = Layer::new(head, SMALL[1], DType::F64, &Device::Cpu)?;
     let at = |step: f64| -> Result<f64> {
         let moved = (direction.affine(step, 0.0))
             .and_then(|d| x.add(&d))
@@ -97,7 +97,7 @@ fn gradient_check(head: &RepresentationSpec) -> Result<f64> {
 /// Seconds of both passes with so many threads.
 fn on_threads(head: &RepresentationSpec, x: &Tensor, threads: usize) -> Result<f64> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-    let layer = Layer::new(head, x.dim(1).map_err(failed)?, DType::F32)?;
+    let layer = Layer::new(head, x.dim(1).map_err(failed)?, DType::F32, &Device::Cpu)?;
     let x = Var::from_tensor(x).map_err(failed)?;
     pool.map_err(failed)?.install(|| {
         let mut best = f64::INFINITY;

@@ -8,6 +8,7 @@ use super::layer::summary;
 use crate::error::Result;
 use crate::record::Measurement;
 use crate::spec::DecompositionSettings;
+use candle_core::Device;
 use isqrt_linalg::bench::{DecompositionRow, decompositions};
 use isqrt_models::RepresentationSpec;
 use std::sync::Mutex;
@@ -28,6 +29,7 @@ impl Cache {
         &self,
         head: &RepresentationSpec,
         settings: &DecompositionSettings,
+        device: &Device,
     ) -> Result<Vec<Measurement>> {
         let mut known = self
             .known
@@ -39,7 +41,9 @@ impl Cache {
                 let mut rows = Vec::new();
                 for _ in 0..settings.repeats.max(3) {
                     let batches = [1, settings.batch];
-                    rows.extend(decompositions(settings.dim, &batches, BUDGET).map_err(failed)?);
+                    rows.extend(
+                        decompositions(settings.dim, &batches, device, BUDGET).map_err(failed)?,
+                    );
                 }
                 &known.insert((settings.clone(), rows)).1
             }

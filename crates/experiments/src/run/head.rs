@@ -17,8 +17,13 @@ impl Layer {
     ///
     /// # Errors
     /// [`Error::Cell`] for a head that does not exist.
-    pub(super) fn new(head: &RepresentationSpec, channels: usize, dtype: DType) -> Result<Self> {
-        let mut vars = Vars::new(1, dtype, &Device::Cpu);
+    pub(super) fn new(
+        head: &RepresentationSpec,
+        channels: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let mut vars = Vars::new(1, dtype, device);
         let built = head
             .entry()
             .and_then(|entry| entry.build(&head.options, channels, vars.root()));

@@ -5,7 +5,7 @@ use super::head::{Layer, failed};
 use crate::error::{Error, Result};
 use crate::record::Measurement;
 use crate::spec::LayerSettings;
-use candle_core::{DType, Var};
+use candle_core::{DType, Device, Var};
 use isqrt_linalg::bench::synthetic_features;
 use isqrt_models::RepresentationSpec;
 use std::time::Instant;
@@ -14,20 +14,26 @@ use std::time::Instant;
 pub(super) fn run(
     head: &RepresentationSpec,
     settings: &LayerSettings,
+    device: &Device,
     tick: &mut Tick<'_>,
 ) -> Result<Vec<Measurement>> {
-    let layer = Layer::new(head, settings.dim, DType::F32)?;
+    let layer = Layer::new(head, settings.dim, DType::F32, device)?;
     let features = synthetic_features(settings.batch, settings.dim, settings.positions);
+    let features = features.map_err(failed)?.to_device(device);
     let x = Var::from_tensor(&features.map_err(failed)?).map_err(failed)?;
+    let wait = || isqrt_device::wait(device).map_err(failed);
     let repeats = settings.repeats.max(3);
     let mut times = [Vec::new(), Vec::new(), Vec::new()];
     // The first round warms caches and workspaces up and is not counted.
     for round in 0..=repeats {
+        wait()?;
         let start = Instant::now();
         let y = layer.forward(&x)?;
+        wait()?;
         let forward = start.elapsed().as_secs_f64();
         let start = Instant::now();
         let gradients = y.backward().map_err(failed)?;
+        wait()?;
         let backward = start.elapsed().as_secs_f64();
         drop(gradients);
         if round > 0 {

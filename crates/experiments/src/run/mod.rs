@@ -24,6 +24,7 @@ use crate::plan::{Cell, Plan, Planned, Request, State, Work};
 use crate::record::{EpochRecord, Measurement, Record, Store};
 use crate::report;
 use crate::spec::{Experiment, Row};
+use candle_core::Device;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -104,29 +105,42 @@ pub trait Lab: Sync {
 }
 
 /// Trains, times and measures.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct RealLab {
     decompositions: decomposition::Cache,
+    device: Device,
+}
+
+impl RealLab {
+    /// Works on a device.
+    #[must_use]
+    pub fn on(device: &Device) -> Self {
+        Self {
+            decompositions: decomposition::Cache::default(),
+            device: device.clone(),
+        }
+    }
 }
 
 impl Lab for RealLab {
     fn run(&self, task: &Task<'_>, tick: &mut Tick<'_>) -> Result<Outcome> {
+        let device = &self.device;
         let measurements = match task.work {
             Work::Train(t) | Work::Search(t) | Work::Pretrain(t) => {
-                return training::run(t, task, tick);
+                return training::run(t, task, device, tick);
             }
-            Work::PaperRun(run) => return run.train(task, tick),
-            Work::LayerTime { head, layer } => layer::run(head, layer, tick)?,
+            Work::PaperRun(run) => return run.train(task, device, tick),
+            Work::LayerTime { head, layer } => layer::run(head, layer, device, tick)?,
             Work::RootError { head, layer } => root::run(head, layer)?,
             Work::Precision { head, layer } => precision::run(head, layer)?,
             Work::Abilities { head, layer } => abilities::run(head, layer)?,
             Work::DecompositionTime {
                 head,
                 decomposition,
-            } => self.decompositions.run(head, decomposition)?,
-            Work::NetworkTime { head, network } => network::time(head, network, tick)?,
-            Work::Throughput { head, network } => network::throughput(head, network, tick)?,
-            Work::Scaling { head, scaling } => scaling::run(head, scaling, tick)?,
+            } => self.decompositions.run(head, decomposition, device)?,
+            Work::NetworkTime { head, network } => network::time(head, network, device, tick)?,
+            Work::Throughput { head, network } => network::throughput(head, network, device, tick)?,
+            Work::Scaling { head, scaling } => scaling::run(head, scaling, device, tick)?,
         };
         Ok(Outcome {
             measurements,
@@ -165,7 +179,7 @@ pub fn run(
 ) -> Result<Summary> {
     let of = plan.todo().count();
     let mut run = Run {
-        machine: Machine::here(),
+        machine: request.machine(),
         commit: commit(),
         threads: threads(),
         of,

@@ -16,9 +16,10 @@ use std::time::Instant;
 pub(super) fn time(
     head: &RepresentationSpec,
     settings: &NetworkSettings,
+    device: &Device,
     tick: &mut Tick<'_>,
 ) -> Result<Vec<Measurement>> {
-    let network = build(head, settings)?;
+    let network = build(head, settings, device)?;
     let times = passes(&network, settings, settings.batch, tick)?;
     let [forward, both] = times.map(|list| {
         let an_image = list.into_iter().map(|s| s * 1e3 / settings.batch as f64);
@@ -39,9 +40,10 @@ pub(super) fn time(
 pub(super) fn throughput(
     head: &RepresentationSpec,
     settings: &NetworkSettings,
+    device: &Device,
     tick: &mut Tick<'_>,
 ) -> Result<Vec<Measurement>> {
-    let network = build(head, settings)?;
+    let network = build(head, settings, device)?;
     let mut measurements = Vec::new();
     for (name, threads) in [("all", rayon::current_num_threads()), ("1", 1)] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
@@ -66,8 +68,13 @@ pub(super) fn throughput(
 }
 
 /// Seconds of a training step's passes of a network, measured after one that is not counted.
-pub(super) fn step_seconds(model: &ModelSpec, side: usize, batch: usize) -> Result<f64> {
-    let network = Network::new(model, 1, DType::F32, &Device::Cpu).map_err(failed)?;
+pub(super) fn step_seconds(
+    model: &ModelSpec,
+    side: usize,
+    batch: usize,
+    device: &Device,
+) -> Result<f64> {
+    let network = Network::new(model, 1, DType::F32, device).map_err(failed)?;
     let settings = NetworkSettings {
         side,
         classes: model.classes,
@@ -78,14 +85,18 @@ pub(super) fn step_seconds(model: &ModelSpec, side: usize, batch: usize) -> Resu
 }
 
 /// The backbone with the head as it was published with it.
-fn build(head: &RepresentationSpec, settings: &NetworkSettings) -> Result<Network> {
+fn build(
+    head: &RepresentationSpec,
+    settings: &NetworkSettings,
+    device: &Device,
+) -> Result<Network> {
     let name = format!("{}+{}", settings.backbone.name, head.name);
     let mut spec = ModelSpec::named(&name, settings.classes).map_err(failed)?;
     spec.representation = head.clone();
     if !settings.backbone.options.is_empty() {
         spec.backbone = settings.backbone.clone();
     }
-    Network::new(&spec, 1, DType::F32, &Device::Cpu).map_err(failed)
+    Network::new(&spec, 1, DType::F32, device).map_err(failed)
 }
 
 /// Seconds of repeats: forward, and forward with backward. The first pass is not counted.
@@ -114,15 +125,21 @@ fn passes(
 /// Seconds of one pass forward, and of that with the backward pass.
 fn pass(network: &Network, settings: &NetworkSettings, batch: usize) -> Result<[f64; 2]> {
     let shape = (batch, 3, settings.side, settings.side);
+    let device = network.vars().device();
     let images = Tensor::randn(0.0_f32, 1.0, shape, &Device::Cpu).map_err(failed)?;
+    let images = images.to_device(device).map_err(failed)?;
+    let wait = || isqrt_device::wait(device).map_err(failed);
     let labels: Vec<u32> = (0..batch).map(|i| (i % settings.classes) as u32).collect();
     // Masks of dropout follow the step.
     network.vars().set_step(0);
+    wait()?;
     let start = Instant::now();
     let logits = network.forward(&images, Mode::Train).map_err(failed)?;
     let loss = cross_entropy(&logits, &labels, 0.0).map_err(failed)?;
+    wait()?;
     let forward = start.elapsed().as_secs_f64();
     let gradients = network.vars().backward(&loss).map_err(failed)?;
+    wait()?;
     let both = start.elapsed().as_secs_f64();
     drop(gradients);
     Ok([forward, both])

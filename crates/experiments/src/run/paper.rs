@@ -6,6 +6,7 @@ use super::{Outcome, Task, Tick};
 use crate::error::{Error, Result};
 use crate::plan::Request;
 use crate::record::{EpochRecord, Measurement};
+use candle_core::Device;
 use isqrt_models::ModelSpec;
 use isqrt_train::data::RunData;
 use isqrt_train::run::{Console, Resume, run};
@@ -90,7 +91,12 @@ impl Run {
     ///
     /// # Errors
     /// [`Error::Cell`] with the trainer's message, [`Error::Stopped`].
-    pub(super) fn train(&self, task: &Task<'_>, tick: &mut Tick<'_>) -> Result<Outcome> {
+    pub(super) fn train(
+        &self,
+        task: &Task<'_>,
+        device: &Device,
+        tick: &mut Tick<'_>,
+    ) -> Result<Outcome> {
         let failed = |message: String| Error::Cell {
             cell: self.spec.clone(),
             message,
@@ -123,8 +129,8 @@ impl Run {
             tick,
             of: file.spec.epochs,
         };
-        let result =
-            run(&file, data, &out, &Resume::Auto, &mut watch).map_err(|e| failed(e.to_string()))?;
+        let result = run(&file, data, &out, &Resume::Auto, device, &mut watch)
+            .map_err(|e| failed(e.to_string()))?;
         if result.status != "finished" {
             return Err(Error::Stopped);
         }
@@ -235,7 +241,7 @@ fn seconds_an_image(model: &ModelSpec, side: usize) -> Result<f64> {
     if let Some((.., seconds)) = known.iter().find(|(m, s, _)| m == model && *s == side) {
         return Ok(*seconds);
     }
-    let seconds = network::step_seconds(model, side, BATCH)? / BATCH as f64;
+    let seconds = network::step_seconds(model, side, BATCH, &Device::Cpu)? / BATCH as f64;
     known.push((model.clone(), side, seconds));
     Ok(seconds)
 }

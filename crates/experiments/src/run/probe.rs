@@ -3,7 +3,7 @@
 
 use super::head::{Layer, failed};
 use crate::error::Result;
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use isqrt_linalg::bench::synthetic_features;
 use isqrt_models::RepresentationSpec;
 
@@ -23,7 +23,7 @@ pub(super) fn features(shape: [usize; 3]) -> Result<Tensor> {
 
 /// Runs the layer in a precision on features in double precision.
 pub(super) fn probe(head: &RepresentationSpec, x: &Tensor, dtype: DType) -> Result<Probe> {
-    let layer = Layer::new(head, x.dim(1).map_err(failed)?, dtype)?;
+    let layer = Layer::new(head, x.dim(1).map_err(failed)?, dtype, &Device::Cpu)?;
     let x = Var::from_tensor(&x.to_dtype(dtype).map_err(failed)?).map_err(failed)?;
     let output = layer.forward(&x)?;
     let loss = weigh(&output)?;

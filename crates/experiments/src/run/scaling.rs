@@ -6,6 +6,7 @@ use super::layer;
 use crate::error::Result;
 use crate::record::Measurement;
 use crate::spec::{LayerSettings, ScalingSettings};
+use candle_core::Device;
 use isqrt_models::RepresentationSpec;
 use isqrt_models::representations::isqrt;
 
@@ -14,6 +15,7 @@ use isqrt_models::representations::isqrt;
 pub(super) fn run(
     head: &RepresentationSpec,
     settings: &ScalingSettings,
+    device: &Device,
     tick: &mut Tick<'_>,
 ) -> Result<Vec<Measurement>> {
     let mut measurements = Vec::new();
@@ -31,7 +33,7 @@ pub(super) fn run(
                 repeats: settings.repeats,
             };
             // The first is that of both passes, an image.
-            let timing = layer::run(&head, &shape, tick)?.swap_remove(0);
+            let timing = layer::run(&head, &shape, device, tick)?.swap_remove(0);
             let whole = |ms: Option<f64>| ms.map(|ms| ms * batch as f64);
             let metric = format!("ms:{name}={value}");
             measurements.push(Measurement {

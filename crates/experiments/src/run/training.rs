@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::files::make_dir;
 use crate::plan::{Training, Work};
 use crate::record::{EpochRecord, Measurement};
+use candle_core::Device;
 use isqrt_models::checkpoint::{self, LoadOptions};
 use isqrt_models::{ModelSpec, Network};
 use isqrt_train::{EpochMetrics, Job, Observer, OptimiserSpec, StepInfo, TrainConfig, Trainer};
@@ -15,7 +16,12 @@ use std::sync::Arc;
 /// Trains on the training part and reports the error on the test part, or for a search on the
 /// validation part. A training that diverged has an error that is not a number. Weights of a network that
 /// others start from are kept.
-pub(super) fn run(training: &Training, task: &Task<'_>, tick: &mut Tick<'_>) -> Result<Outcome> {
+pub(super) fn run(
+    training: &Training,
+    task: &Task<'_>,
+    device: &Device,
+    tick: &mut Tick<'_>,
+) -> Result<Outcome> {
     let search = matches!(task.work, Work::Search(_));
     let keep = matches!(task.work, Work::Pretrain(_)).then_some(&task.keep);
     let seed = task.seed.unwrap_or(0);
@@ -45,9 +51,12 @@ pub(super) fn run(training: &Training, task: &Task<'_>, tick: &mut Tick<'_>) -> 
         last_error: None,
         stopped: false,
     };
+    // Several trainings run beside each other.
+    let device = isqrt_device::beside(device).map_err(|e| failed(e.to_string()))?;
     let result = Job::in_memory(&config, &augment, Arc::clone(&set.train), Arc::clone(eval))
         .map(|job| Job {
             eval_every: training.recipe.eval_every,
+            device,
             ..job
         })
         .and_then(Trainer::new)
@@ -147,6 +156,10 @@ struct Watch<'a, 'b> {
 }
 
 impl Observer for Watch<'_, '_> {
+    fn wants_state(&self, _: u64) -> bool {
+        false
+    }
+
     fn step(&mut self, info: &StepInfo) -> ControlFlow<()> {
         let error = self
             .last_error

@@ -3,7 +3,8 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaDevice, CudaStorage, Result, Shape, Tensor};
 use isqrt_device::cuda::kernels::LINEAR;
-use isqrt_device::cuda::{Gemm, Grid, Precision, Real, gemm, input, int, long, pointer};
+use isqrt_device::cuda::{Gemm, Grid, Real, gemm, input, int, long, pointer};
+use isqrt_device::precision;
 
 use super::{OnGpu, Operand, allocate, on_gpu, run};
 
@@ -28,7 +29,7 @@ fn product<T: Real>(
         batch: 1,
     };
     // SAFETY: the operands are borrowed for the call and of the sizes that the op has checked.
-    unsafe { gemm::<T>("linear", device, Precision::Full, &product) }
+    unsafe { gemm::<T>("linear", device, precision(), &product) }
 }
 
 /// `x Wᵀ + b` for `(batch, inputs)` and `(out, inputs)`.

@@ -6,6 +6,7 @@
 pub(crate) mod conv;
 pub(crate) mod cross_entropy;
 pub(crate) mod dropout;
+pub(crate) mod ledger;
 pub(crate) mod linear;
 pub(crate) mod norm;
 pub(crate) mod optim;

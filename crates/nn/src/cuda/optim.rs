@@ -1,9 +1,9 @@
 //! Updates of all parameters in one launch, and norms of their gradients with one value a tensor read back.
 
 use candle_core::{CudaDevice, DType, Device, Result, Tensor};
-use isqrt_device::cuda::kernels::OPTIMISER;
+use isqrt_device::cuda::kernels::{IMAGES, OPTIMISER};
 use isqrt_device::cuda::{
-    Argument, DeviceRepr, Grid, address, int, pointer, read_back, real, with_table,
+    Argument, DeviceRepr, Grid, Output, address, int, pointer, read_back, real, with_table,
 };
 
 use super::{allocate, run};
@@ -126,15 +126,17 @@ impl Table {
 
     /// Gradient, and what becomes of it: times `factor`, then between `-limit` and `limit`.
     pub(crate) fn clip(&self, factor: f64, limit: f64) -> Result<()> {
-        self.run("clip", &[real(factor), real(limit)])
+        self.run("clip", &[real(factor), pointer(0), real(limit)])
     }
 
-    /// The sum of squares of each tensor: waits for the GPU.
-    pub(crate) fn squares(&self) -> Result<Vec<f64>> {
+    /// The same with a factor that the GPU knows.
+    pub(crate) fn scale(&self, factor: u64) -> Result<()> {
+        self.run("clip", &[real(1.0), pointer(factor), real(f64::INFINITY)])
+    }
+
+    /// The sum of squares of each tensor, on the GPU.
+    fn sums(&self) -> Result<Output<f64>> {
         let op = self.op;
-        if self.entries.is_empty() {
-            return Ok(vec![]);
-        }
         let partial = allocate::<f64>(op, &self.device, &[self.blocks])?;
         let sums = allocate::<f64>(op, &self.device, &[self.entries.len()])?;
         with_table(op, &self.device, &self.entries, |table| {
@@ -147,6 +149,30 @@ impl Table {
             let arguments = [pointer(table), pointer(partial.at()), pointer(sums.at())];
             self.launch("sum_squares", self.entries.len(), &arguments)
         })?;
-        Ok(read_back(op, &sums)?)
+        Ok(sums)
+    }
+
+    /// The sum of squares of each tensor: waits for the GPU.
+    pub(crate) fn squares(&self) -> Result<Vec<f64>> {
+        match self.entries.is_empty() {
+            true => Ok(vec![]),
+            false => Ok(read_back(self.op, &self.sums()?)?),
+        }
+    }
+
+    /// Writes the norm of all tensors together, and the factor that brings it to `limit`, to a ledger.
+    pub(crate) fn limit_norm(&self, ledger: u64, limit: f64) -> Result<()> {
+        if self.entries.is_empty() {
+            return Ok(());
+        }
+        let sums = self.sums()?;
+        let arguments = [
+            pointer(sums.at()),
+            pointer(ledger),
+            int(self.entries.len()),
+            real(limit),
+        ];
+        let grid = Grid::blocks(1, THREADS);
+        run::<f64>(&self.device, &IMAGES, "limit_norm", grid, &arguments)
     }
 }

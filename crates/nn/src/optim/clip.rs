@@ -120,6 +120,49 @@ fn sum_of_squares(op: &'static str, gradient: &Tensor) -> Result<f64> {
     Ok(sum)
 }
 
+/// [`clip_grad_norm`] without waiting for the GPU; norm and factor go to the ledger, see
+/// `images.cu`.
+#[cfg(feature = "cuda")]
+pub(crate) fn clip_on_gpu(
+    vars: &Vars,
+    gradients: &mut GradStore,
+    max_norm: f64,
+    ledger: &Tensor,
+) -> Result<()> {
+    check(max_norm > 0.0, "max_norm", max_norm, "above 0")?;
+    let op = "clip_grad_norm";
+    let given = vars.parameters().filter_map(|(_, parameter)| {
+        let gradient = gradients.get(parameter.as_tensor())?;
+        Some((parameter.as_tensor(), gradient.clone()))
+    });
+    let given: Vec<(&Tensor, Tensor)> = given.collect();
+    let Some(first) = given.first() else {
+        return Ok(());
+    };
+    let (Some(mut squares), Some(mut scaled)) =
+        (Table::new(op, &first.1), Table::new(op, &first.1))
+    else {
+        return Ok(());
+    };
+    for (_, gradient) in &given {
+        squares.push([gradient], [])?;
+    }
+    let at = isqrt_device::cuda::address::<f64>(ledger)?;
+    squares.limit_norm(at, max_norm)?;
+    if max_norm.is_infinite() {
+        return Ok(());
+    }
+    for (parameter, gradient) in &given {
+        // SAFETY: written by the launch below, before anybody reads.
+        let to = unsafe { gradient.empty_like()? };
+        scaled.push([gradient, &to], [])?;
+        gradients.insert(parameter, to);
+    }
+    // The fifth of the ledger.
+    scaled.scale(at + 4 * size_of::<f64>() as u64)?;
+    Ok(())
+}
+
 /// Each gradient times a factor, then between `-limit` and `limit`.
 fn replace(vars: &Vars, gradients: &mut GradStore, (factor, limit): (f64, f64)) -> Result<()> {
     #[cfg(feature = "cuda")]

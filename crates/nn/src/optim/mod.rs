@@ -17,6 +17,8 @@ use candle_core::backprop::GradStore;
 use serde::{Deserialize, Serialize};
 
 pub use adamw::{AdamW, AdamWConfig};
+#[cfg(feature = "cuda")]
+pub(crate) use clip::clip_on_gpu;
 pub use clip::{clip_grad_norm, clip_grad_value, grad_norm, grad_squares};
 pub use ema::Ema;
 pub use group::ParamGroup;

@@ -2,6 +2,7 @@
 
 mod loader;
 
+use super::device::DeviceArg;
 use crate::output::{self, show};
 use anyhow::Context;
 use clap::{Args, Subcommand, ValueEnum};
@@ -10,6 +11,7 @@ use isqrt_linalg::bench::{LayerCase, decompositions, layer, peak_gflops};
 use isqrt_linalg::{CovPool, Kernel, Memory, Root, Schedule, Side};
 use isqrt_models::ModelSpec;
 use isqrt_models::bench::{NetworkCase, network, ops};
+use isqrt_train::Precision;
 use isqrt_train::machine::peak_memory_mb;
 use std::time::Duration;
 
@@ -66,9 +68,11 @@ pub struct LayerBench {
     /// Recompute in the backward pass instead of keeping iterates
     #[arg(long)]
     lean: bool,
-    /// Instruction set
+    /// Instruction set of the CPU
     #[arg(long, value_enum, default_value_t = KernelArg::Auto)]
     kernel: KernelArg,
+    #[command(flatten)]
+    device: DeviceArg,
     /// Seconds of measuring
     #[arg(long, default_value_t = 5.0)]
     budget: f64,
@@ -137,6 +141,7 @@ impl LayerBench {
     }
 
     fn run(&self, json: bool) -> anyhow::Result<()> {
+        let device = self.device.open()?;
         check_size(self.batch, self.dim, self.positions).map_err(anyhow::Error::msg)?;
         let case = self.case();
         let name = format!(
@@ -151,17 +156,19 @@ impl LayerBench {
             self.iterations
         );
         let budget = Duration::try_from_secs_f64(self.budget).context("--budget")?;
-        let rows = layer(&case, budget)?;
+        let rows = layer(&case, &device, budget)?;
         if json {
             for r in &rows {
                 output::json(&serde_json::json!({
                     "case": name,
                     "implementation": r.implementation,
+                    "device": isqrt_device::name(&device),
                     "threads": r.threads,
                     "forward_ms": r.forward_ms,
                     "backward_ms": r.backward_ms,
                     "gflops": r.gflops,
                     "peak_share": r.peak_share,
+                    "bandwidth_share": r.bandwidth_share,
                     "peak_memory_mb": peak_memory_mb(),
                     "kept_bytes_per_image": r.kept_bytes,
                     "kernel": r.kernel,
@@ -204,6 +211,13 @@ impl LayerBench {
                 show(reference.backward_ms / ours.backward_ms)
             ))?;
         }
+        if let Some(gpu) = isqrt_device::gpu_of(&device) {
+            return output::line(&format!(
+                "{}: peak {} GFLOP/s in f32",
+                gpu.name,
+                show(gpu.peak_f32() / 1e9)
+            ));
+        }
         let peak = peak_gflops(case.pool.kernel)?;
         let memory =
             peak_memory_mb().map_or_else(String::new, |m| format!("; peak memory {m:.0} MB"));
@@ -221,6 +235,8 @@ pub struct DecompositionBench {
     /// Matrices in the batched case
     #[arg(long, default_value_t = 16)]
     batch: usize,
+    #[command(flatten)]
+    device: DeviceArg,
     /// Seconds of measuring
     #[arg(long, default_value_t = 5.0)]
     budget: f64,
@@ -235,13 +251,15 @@ impl DecompositionBench {
         } else {
             &[1]
         };
-        let rows = decompositions(self.dim, batches, budget)?;
+        let device = self.device.open()?;
+        let rows = decompositions(self.dim, batches, &device, budget)?;
         if json {
             for r in &rows {
                 let ours = r.method.starts_with("isqrt");
                 output::json(&serde_json::json!({
                     "case": format!("{} dim={} batch={}", r.method, r.n, r.batch),
                     "implementation": if ours { "ours" } else { "reference" },
+                    "device": isqrt_device::name(&device),
                     "threads": rayon::current_num_threads(),
                     "forward_ms": r.ms,
                     "backward_ms": null,
@@ -297,12 +315,35 @@ pub struct NetworkBench {
     /// Keep the inputs of residual blocks alone and compute the rest again in the backward pass
     #[arg(long)]
     checkpoint: bool,
+    #[command(flatten)]
+    device: DeviceArg,
+    /// On a GPU: products in f32, rounded to TF32, or feature maps in bf16
+    #[arg(long, value_enum, default_value_t = PrecisionArg::F32)]
+    precision: PrecisionArg,
     /// Time each kind of op too, at the shapes of a ResNet
     #[arg(long)]
     ops: bool,
     /// Seconds of measuring (twice as many with --ops)
     #[arg(long, value_name = "S", default_value_t = 10.0)]
     budget: f64,
+}
+
+/// How a network computes.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum PrecisionArg {
+    F32,
+    Tf32,
+    Bf16,
+}
+
+impl From<PrecisionArg> for Precision {
+    fn from(precision: PrecisionArg) -> Self {
+        match precision {
+            PrecisionArg::F32 => Self::F32,
+            PrecisionArg::Tf32 => Self::Tf32,
+            PrecisionArg::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 impl NetworkBench {
@@ -317,31 +358,43 @@ impl NetworkBench {
             model.backbone = model.backbone.with("checkpoint", true);
         }
         let batch = usize::from(self.batch);
+        let (device, precision) = (self.device.open()?, Precision::from(self.precision));
+        precision.begin(&device)?;
         let case = NetworkCase {
             model,
             batch,
             side: usize::from(self.size),
+            maps: precision.maps(),
         };
         let budget = Duration::try_from_secs_f64(self.budget).context("--budget")?;
         let name = format!(
-            "network {} {head} batch={batch} size={}{}",
+            "network {} {head} batch={batch} size={} {precision}{}",
             self.model,
             self.size,
             if self.checkpoint { " checkpoint" } else { "" }
         );
-        let time = network(&case, budget)?;
+        let time = network(&case, &device, budget)?;
         // Before the ops, which need other memory.
         let memory = peak_memory_mb();
         let rows = match self.ops {
-            true => ops(batch, budget)?,
+            true => ops(batch, &device, budget)?,
             false => Vec::new(),
         };
         let threads = rayon::current_num_threads();
+        let gpu = isqrt_device::gpu_of(&device);
+        let peak = gpu.as_ref().map(|gpu| match precision {
+            Precision::Tf32 => gpu.peak_tensor().0,
+            Precision::Bf16 => gpu.peak_tensor().1,
+            Precision::F32 | Precision::F64 => gpu.peak_f32(),
+        });
+        let share = peak.zip(time.gflops).map(|(peak, rate)| rate * 1e9 / peak);
         let images_per_s = batch as f64 / time.step_ms * 1e3;
         if json {
             output::json(&serde_json::json!({
                 "case": name,
                 "implementation": "ours",
+                "device": isqrt_device::name(&device),
+                "precision": precision.to_string(),
                 "threads": threads,
                 "forward_ms": time.forward_ms,
                 "backward_ms": time.backward_ms,
@@ -349,6 +402,8 @@ impl NetworkBench {
                 "step_ms": time.step_ms,
                 "eval_ms": time.eval_ms,
                 "images_per_s": images_per_s,
+                "gflops": time.gflops,
+                "peak_share": share,
                 "parameters": time.parameters,
                 "peak_memory_mb": memory,
             }))?;
@@ -367,10 +422,11 @@ impl NetworkBench {
             }
             return Ok(());
         }
-        output::line(&format!(
-            "{name}, {threads} threads, {} parameters",
-            time.parameters
-        ))?;
+        let on = match &gpu {
+            Some(gpu) => gpu.name.clone(),
+            None => format!("{threads} threads"),
+        };
+        output::line(&format!("{name}, {on}, {} parameters", time.parameters))?;
         let part = |name: &str, ms: f64| vec![name.to_owned(), show(ms), show(ms / batch as f64)];
         let parts = vec![
             part("forward", time.forward_ms),
@@ -381,7 +437,15 @@ impl NetworkBench {
         ];
         output::table(&["part", "ms", "ms/image"], parts, 1)?;
         let memory = memory.map_or_else(String::new, |m| format!("; peak memory {m:.0} MB"));
-        output::line(&format!("training {} images/s{memory}", show(images_per_s)))?;
+        let rate = time.gflops.map_or_else(String::new, |rate| {
+            let share =
+                share.map_or_else(String::new, |s| format!(" ({:.0} % of peak)", 100.0 * s));
+            format!(", {} GFLOP/s{share}", show(rate))
+        });
+        output::line(&format!(
+            "training {} images/s{rate}{memory}",
+            show(images_per_s)
+        ))?;
         if rows.is_empty() {
             return Ok(());
         }
@@ -408,6 +472,9 @@ impl NetworkBench {
             "of peak",
         ];
         output::table(&head, cells.collect(), 1)?;
+        if gpu.is_some() {
+            return Ok(());
+        }
         let peak = peak_gflops(Kernel::Auto)?;
         output::line(&format!(
             "measured peak {} GFLOP/s; rates count the products of the definition, and 3x3 kernels of \
