@@ -5,6 +5,7 @@ mod dnn;
 mod launch;
 mod memory;
 mod open;
+mod solver;
 mod upload;
 
 pub use crate::Precision;
@@ -16,6 +17,7 @@ pub use memory::{
     Input, Output, Real, address, input, input_of, read_back, with_bytes, with_table,
 };
 pub use open::{found, open};
+pub use solver::{Eigensolver, eigen, singular};
 pub use upload::Uploads;
 
 pub(crate) use open::call;
@@ -51,6 +53,8 @@ pub mod kernels {
         POOLING = "pooling";
         /// Rectifiers.
         RELU = "relu";
+        /// Functions of eigenvalues.
+        SPECTRAL = "spectral";
         /// Products of symmetric matrices.
         SYMMETRIC = "symmetric";
         /// Pooling over windows and local response normalisation.
