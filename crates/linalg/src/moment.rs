@@ -6,8 +6,6 @@
 
 use crate::reference::{Number, product, shifted, transposed};
 use crate::{Error, Result};
-#[cfg(feature = "cuda")]
-use crate::{config::Output, eig::Function};
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor};
 use faer::{Mat, MatRef};
 use rayon::prelude::*;
@@ -18,13 +16,6 @@ use std::sync::OnceLock;
 pub(crate) trait Method<T: Number>: Send + Sync {
     /// What the forward pass leaves for the backward pass.
     type Kept: Send + Sync;
-
-    /// The function of eigenvalues that the method is, and its output, for those that are one: a GPU applies
-    /// it itself.
-    #[cfg(feature = "cuda")]
-    fn spectral(&self) -> Option<(Function, Output)> {
-        None
-    }
 
     /// Values of the output for moments of this size, without the batch.
     fn shape(&self, size: usize) -> Vec<usize>;
@@ -104,23 +95,13 @@ pub(crate) fn pool_in_double<M: Method<f64> + 'static>(
     }
 }
 
-/// Features of type `T`, computed with in type `S`. Those of a GPU are pooled by it where the method is a function
-/// of eigenvalues, else by the CPU.
+/// Features of type `T`, computed with in type `S`; those of a GPU are pooled by the CPU.
 pub(crate) fn pool_in<T, S, M>(x: &Tensor, moment: Moment, method: M) -> Result<Tensor>
 where
     T: Number + crate::layer::Layered,
     S: Number + 'static,
     M: Method<S> + 'static,
 {
-    #[cfg(feature = "cuda")]
-    if let (Some((function, output)), true) = (method.spectral(), x.device().is_cuda()) {
-        let computed = match size_of::<S>() {
-            8 => DType::F64,
-            _ => DType::F32,
-        };
-        let y = crate::eig::gpu::pool(&x.to_dtype(computed)?, moment, function, output)?;
-        return Ok(y.to_dtype(x.dtype())?);
-    }
     if !x.device().is_cpu() {
         let pooled = pool_in::<T, S, M>(&x.to_device(&Device::Cpu)?, moment, method)?;
         return Ok(pooled.to_device(x.device())?);

@@ -5,7 +5,6 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use isqrt_device::{Choice, Error};
-use isqrt_linalg::eig::{DeepO2P, GaussianEmbedding, MpnCov};
 use isqrt_linalg::{CovPool, Memory, Output, PreNormalization, Root, Schedule, Side};
 
 fn gpu() -> Option<Device> {
@@ -206,81 +205,21 @@ fn extremes() {
     assert!(y[1].iter().all(|v| v.is_finite()));
 }
 
-/// Output and gradient of a pooling of features on a device, in f64.
-fn pooled(
-    forward: &dyn Fn(&Tensor) -> isqrt_linalg::Result<Tensor>,
-    x: &Tensor,
-    device: &Device,
-) -> (Tensor, Tensor) {
-    let x = Var::from_tensor(&x.to_device(device).unwrap()).unwrap();
-    let y = forward(x.as_tensor()).unwrap();
-    let weights = features((1, 1, y.elem_count()), y.dtype());
-    let weights = weights.reshape(y.shape()).unwrap();
-    let loss = (&y * weights.to_device(device).unwrap()).unwrap();
-    let gradients = loss.sum_all().unwrap().backward().unwrap();
-    let home = |t: &Tensor| {
-        let t = t.to_device(&Device::Cpu).unwrap();
-        t.to_dtype(DType::F64).unwrap()
-    };
-    (home(&y), home(gradients.get(x.as_tensor()).unwrap()))
-}
-
-#[test]
-fn functions_of_eigenvalues_are_those_of_the_cpu() {
-    let Some(gpu) = gpu() else { return };
-    for output in [Output::Triangle, Output::Full] {
-        for shape in [(3, 6, 9), (1, 12, 30)] {
-            // With fewer positions the zeros among the eigenvalues are noise, of which the two make
-            // different things.
-            let root = |power| move |x: &Tensor| MpnCov { power, output }.forward(x);
-            let log = |x: &Tensor| {
-                let epsilon = 1e-3;
-                DeepO2P { epsilon, output }.forward(x)
-            };
-            let gauss = |x: &Tensor| {
-                let (beta, epsilon) = (0.7, 1e-3);
-                GaussianEmbedding {
-                    beta,
-                    epsilon,
-                    output,
-                }
-                .forward(x)
-            };
-            let methods: [&dyn Fn(&Tensor) -> isqrt_linalg::Result<Tensor>; 4] =
-                [&root(0.5), &root(0.3), &log, &gauss];
-            for (i, method) in methods.into_iter().enumerate() {
-                for (dtype, limit) in [(DType::F64, 1e-11), (DType::F32, 2e-4)] {
-                    let x = features(shape, dtype);
-                    let (y, dx) = pooled(method, &x, &gpu);
-                    let (known, known_dx) = pooled(method, &x, &Device::Cpu);
-                    let apart = (distance(&y, &known), distance(&dx, &known_dx));
-                    assert!(
-                        apart.0 < limit && apart.1 < limit,
-                        "{i} {output:?} {shape:?} {dtype:?}: {apart:?}"
-                    );
-                }
-            }
-        }
-    }
-}
-
-#[test]
-fn features_that_are_not_finite_are_named() {
-    let Some(gpu) = gpu() else { return };
-    let bad = Tensor::new(&[[[1.0_f64, 2.0]], [[f64::NAN, 1.0]]], &gpu).unwrap();
-    let error = MpnCov::default().forward(&bad).unwrap_err().to_string();
-    assert!(
-        error.contains('1') && error.contains("not finite"),
-        "{error}"
-    );
-}
-
 #[test]
 fn what_the_cpu_pools_goes_there_and_back() {
     let Some(gpu) = gpu() else { return };
     let x = features((2, 6, 9), DType::F64);
-    let pool = |x: &Tensor| isqrt_linalg::eig::SvdPade::default().forward(x);
-    let ((y, dx), (there, dx_there)) = (pooled(&pool, &x, &Device::Cpu), pooled(&pool, &x, &gpu));
+    let on_gpu = Var::from_tensor(&x.to_device(&gpu).unwrap()).unwrap();
+    let on_cpu = Var::from_tensor(&x).unwrap();
+    let pool = |x: &Var| {
+        let y = isqrt_linalg::eig::MpnCov::default()
+            .forward(x.as_tensor())
+            .unwrap();
+        let dx = y.sum_all().unwrap().backward().unwrap();
+        let home = |t: &Tensor| t.to_device(&Device::Cpu).unwrap();
+        (home(&y), home(dx.get(x.as_tensor()).unwrap()))
+    };
+    let ((y, dx), (there, dx_there)) = (pool(&on_cpu), pool(&on_gpu));
     assert_eq!(distance(&y, &there), 0.0);
     assert_eq!(distance(&dx, &dx_there), 0.0);
 }

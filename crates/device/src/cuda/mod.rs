@@ -5,7 +5,6 @@ mod dnn;
 mod launch;
 mod memory;
 mod open;
-mod solver;
 mod upload;
 
 pub use crate::Precision;
@@ -17,7 +16,6 @@ pub use memory::{
     Input, Output, Real, address, input, input_of, read_back, with_bytes, with_table,
 };
 pub use open::{found, open};
-pub use solver::{Eigensolver, eigen, singular};
 pub use upload::Uploads;
 
 pub(crate) use open::call;
@@ -53,8 +51,6 @@ pub mod kernels {
         POOLING = "pooling";
         /// Rectifiers.
         RELU = "relu";
-        /// Functions of eigenvalues.
-        SPECTRAL = "spectral";
         /// Products of symmetric matrices.
         SYMMETRIC = "symmetric";
         /// Pooling over windows and local response normalisation.

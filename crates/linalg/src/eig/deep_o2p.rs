@@ -1,7 +1,5 @@
 //! DeepO²P: the matrix logarithm of the second moment.
 
-#[cfg(feature = "cuda")]
-use super::Function;
 use super::{Scalar, Spectral};
 use crate::Result;
 use crate::config::{Output, positive};
@@ -73,12 +71,6 @@ impl DeepO2P {
 struct ShiftedLog(f64);
 
 impl Scalar for ShiftedLog {
-    #[cfg(feature = "cuda")]
-    fn on_gpu(&self) -> Option<Function> {
-        let (power, epsilon) = (0.0, self.0);
-        Some(Function { power, epsilon })
-    }
-
     fn value(&self, eigenvalue: f64) -> f64 {
         (eigenvalue + self.0).ln()
     }

@@ -19,8 +19,6 @@
 
 mod deep_o2p;
 mod gaussian;
-#[cfg(feature = "cuda")]
-pub(crate) mod gpu;
 mod mpn;
 mod svd_pade;
 
@@ -35,24 +33,8 @@ use crate::reference::{Number, eigen, product, transposed};
 use crate::{Error, Result};
 use faer::Mat;
 
-/// A function that a GPU knows: `(λ + ε)^p`, for `p = 0` `log(λ + ε)`.
-#[cfg(feature = "cuda")]
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Function {
-    /// `p`.
-    pub(crate) power: f64,
-    /// `ε`.
-    pub(crate) epsilon: f64,
-}
-
 /// A function of eigenvalues that are not negative.
 pub(crate) trait Scalar: Send + Sync {
-    /// As a GPU knows it, if it does.
-    #[cfg(feature = "cuda")]
-    fn on_gpu(&self) -> Option<Function> {
-        None
-    }
-
     /// `f(λ)`.
     fn value(&self, eigenvalue: f64) -> f64;
 
@@ -69,12 +51,6 @@ pub(crate) struct Power {
 }
 
 impl Scalar for Power {
-    #[cfg(feature = "cuda")]
-    fn on_gpu(&self) -> Option<Function> {
-        let Self { power, epsilon } = *self;
-        Some(Function { power, epsilon })
-    }
-
     fn value(&self, eigenvalue: f64) -> f64 {
         let shifted = eigenvalue + self.epsilon;
         match self.power {
@@ -175,11 +151,6 @@ impl<T: Number> Spectrum<T> {
 
 impl<T: Number, F: Scalar> Method<T> for Spectral<F> {
     type Kept = Spectrum<T>;
-
-    #[cfg(feature = "cuda")]
-    fn spectral(&self) -> Option<(Function, Output)> {
-        Some((self.function.on_gpu()?, self.output))
-    }
 
     fn shape(&self, size: usize) -> Vec<usize> {
         self.output.shape(size)
