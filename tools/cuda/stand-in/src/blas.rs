@@ -1,6 +1,6 @@
 //! cuBLAS: matrix and vector products by plain loops.
 
-use crate::ptx::tf32_even;
+use crate::ptx::{tf32_even, to_odd};
 use crate::{device, memory, stream};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -64,8 +64,8 @@ impl Type {
             match self {
                 Type::F32 => *(base as *mut f32).add(index) = value as f32,
                 Type::F64 => *(base as *mut f64).add(index) = value,
-                Type::F16 => *(base as *mut f16).add(index) = f16::from_f64(value),
-                Type::Bf16 => *(base as *mut bf16).add(index) = bf16::from_f64(value),
+                Type::F16 => *(base as *mut f16).add(index) = f16::from_f32(to_odd(value)),
+                Type::Bf16 => *(base as *mut bf16).add(index) = bf16::from_f32(to_odd(value)),
             }
         }
     }

@@ -5,7 +5,7 @@
 
 use crate::blas::{Real, product};
 use crate::driver::export;
-use crate::ptx::tf32_even;
+use crate::ptx::{tf32_even, to_odd};
 use crate::{device, memory, stream};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -67,8 +67,8 @@ impl Type {
             match self {
                 Type::F32 => *(base as *mut f32).add(at) = v as f32,
                 Type::F64 => *(base as *mut f64).add(at) = v,
-                Type::F16 => *(base as *mut f16).add(at) = f16::from_f64(v),
-                Type::Bf16 => *(base as *mut bf16).add(at) = bf16::from_f64(v),
+                Type::F16 => *(base as *mut f16).add(at) = f16::from_f32(to_odd(v)),
+                Type::Bf16 => *(base as *mut bf16).add(at) = bf16::from_f32(to_odd(v)),
             }
         }
     }

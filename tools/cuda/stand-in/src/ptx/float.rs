@@ -235,7 +235,7 @@ impl Float for f16 {
     }
     #[inline(always)]
     fn narrow(x: f64) -> f16 {
-        f16::from_f64(x)
+        f16::from_f32(to_odd(x))
     }
 }
 
@@ -249,9 +249,20 @@ impl Float for bf16 {
         if x.is_nan() {
             bf16::from_bits(0x7FFF)
         } else {
-            bf16::from_f64(x)
+            bf16::from_f32(to_odd(x))
         }
     }
+}
+
+/// f64 to f32 so that rounding once more, to 16 bits, gives the nearest of the f64: what is not exact
+/// gets an odd last bit. (`from_f64` of the crate `half` takes only 20 bits of the fraction.)
+pub fn to_odd(x: f64) -> f32 {
+    let near = x as f32;
+    if near as f64 == x || !near.is_finite() || near == 0.0 {
+        return near;
+    }
+    let down = if (near as f64).abs() > x.abs() { 1 } else { 0 };
+    f32::from_bits((near.to_bits() - down) | 1)
 }
 
 #[inline(always)]

@@ -9,6 +9,6 @@ pub mod run;
 mod warp;
 
 pub use decode::{Globals, Program};
-pub use float::tf32_even;
+pub use float::{tf32_even, to_odd};
 pub use parse::Module;
 pub use run::{Failure, FailureKind, Launch, launch};

@@ -347,8 +347,8 @@ fn multiply(lanes: &[Lane], (m, n, k): (usize, usize, usize), element: Element, 
         for e in 0..m / 4 {
             if half {
                 if e % 2 == 0 {
-                    let lo = f16::from_f64(sums[e]).to_bits() as u64;
-                    let hi = f16::from_f64(sums[e + 1]).to_bits() as u64;
+                    let lo = f16::from_f32(float::to_odd(sums[e])).to_bits() as u64;
+                    let hi = f16::from_f32(float::to_odd(sums[e + 1])).to_bits() as u64;
                     set(l, l.2.d[e / 2], lo | hi << 16);
                 }
                 continue;
