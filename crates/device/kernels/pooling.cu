@@ -18,13 +18,14 @@ constexpr int FACTS = 8;
 enum { DIVISOR, EXPONENT, FORWARD, UPSTREAM, DELTA, INVERSE, LAST, OUT };
 
 // Means of the channels, and the largest distance of a feature from them: a block a channel of an image.
-template <typename T>
-__device__ void row_statistics(const T *features, T *means, double *distances, int positions) {
+// From the first value on, so that the mean of equal values is exact.
+template <typename F, typename T>
+__device__ void row_statistics(const F *features, T *means, double *distances, int positions) {
     long long row = blockIdx.x;
-    const T *x = features + row * positions;
-    double sum = 0;
-    for (int at = threadIdx.x; at < positions; at += blockDim.x) sum += wide(x[at]);
-    T mean = static_cast<T>(block_sum(sum) / positions);
+    const F *x = features + row * positions;
+    double sum = 0, first = wide(x[0]);
+    for (int at = threadIdx.x; at < positions; at += blockDim.x) sum += wide(x[at]) - first;
+    T mean = static_cast<T>(first + block_sum(sum) / positions);
     double most = 0;
     for (int at = threadIdx.x; at < positions; at += blockDim.x) most = fmax(most, fabs(wide(x[at]) - wide(mean)));
     most = block_max(most);
@@ -50,8 +51,8 @@ extern "C" __global__ void exponent_f64(const double *distances, double *facts, 
 
 // Centred features times `factor / 2^e`, as (channel, position) and as (position, channel); either may be null.
 // A block of 256 a tile of 32 x 32.
-template <typename T>
-__device__ void centre(const T *features, const T *means, const double *facts, T *plain, T *transposed, int channels,
+template <typename F, typename T>
+__device__ void centre(const F *features, const T *means, const double *facts, T *plain, T *transposed, int channels,
                        int positions, int plain_row, int transposed_row, double factor) {
     __shared__ T tile[32][33];
     int across = (positions + 31) / 32, down = (channels + 31) / 32;
@@ -59,13 +60,13 @@ __device__ void centre(const T *features, const T *means, const double *facts, T
     int at = blockIdx.x % (across * down);
     int top = at / across * 32, left = at % across * 32;
     T scale = static_cast<T>(factor / facts[image * FACTS + EXPONENT]);
-    const T *x = features + image * channels * positions;
+    const F *x = features + image * channels * positions;
     // Neighbours in memory go to neighbouring threads, before and after the tile is turned.
     int quick = threadIdx.x % 32, slow = threadIdx.x / 32;
     for (int step = slow; step < 32; step += 8) {
         T value = 0;
         if (top + step < channels && left + quick < positions) {
-            T feature = x[(long long)(top + step) * positions + left + quick];
+            T feature = computed(x[(long long)(top + step) * positions + left + quick]);
             value = (feature - means[image * channels + top + step]) * scale;
         }
         tile[step][quick] = value;
@@ -138,11 +139,11 @@ extern "C" __global__ void plain_facts_f64(double *facts, int images, double fac
     plain_facts(facts, images, factor);
 }
 
-// The gradient of the output as a symmetric matrix, times UPSTREAM.
+// The gradient of the output as a symmetric matrix, times UPSTREAM where there are facts.
 template <typename T>
 __device__ void upstream(const T *gradient, const double *facts, T *matrix, int d, int row, int triangle) {
     long long image = blockIdx.y, values = (long long)d * row;
-    T scale = static_cast<T>(facts[image * FACTS + UPSTREAM]);
+    T scale = facts ? static_cast<T>(facts[image * FACTS + UPSTREAM]) : T(1);
     const T *g = gradient + image * (triangle ? (long long)d * (d + 1) / 2 : (long long)d * d);
     for (long long at = blockIdx.x * (long long)blockDim.x + threadIdx.x; at < values; at += (long long)gridDim.x * blockDim.x) {
         long long i = at / row, j = at % row;
@@ -207,15 +208,21 @@ __device__ void combine(T *target, const T *a, const T *b, int n, int row, doubl
     }
 }
 
-#define MATRICES(T, NAME)                                                                                             \
-    extern "C" __global__ void row_statistics_##NAME(const T *features, T *means, double *distances, int positions) { \
-        row_statistics(features, means, distances, positions);                                                       \
+// Features of type F, computed with in type T.
+#define FEATURES(F, T, NAME)                                                                                          \
+    extern "C" __global__ void row_statistics_##NAME(const F *features, T *means, double *distances, int positions) { \
+        row_statistics(features, means, distances, positions);                                                        \
     }                                                                                                                 \
-    extern "C" __global__ void centre_##NAME(const T *features, const T *means, const double *facts, T *plain,        \
+    extern "C" __global__ void centre_##NAME(const F *features, const T *means, const double *facts, T *plain,        \
                                              T *transposed, int channels, int positions, int plain_row,               \
                                              int transposed_row, double factor) {                                     \
         centre(features, means, facts, plain, transposed, channels, positions, plain_row, transposed_row, factor);    \
-    }                                                                                             \
+    }
+FEATURES(float, float, f32)
+FEATURES(double, double, f64)
+FEATURES(__nv_bfloat16, float, bf16)
+
+#define MATRICES(T, NAME)                                                                                             \
     extern "C" __global__ void divisor_##NAME(const T *k, double *facts, int n, int row, int order, int stage,        \
                                               int gram, int compensated, double factor) {                             \
         divisor(k, facts, n, row, order, stage, gram, compensated, factor);                                           \

@@ -33,6 +33,9 @@ struct Target {
     int count;
     // Columns that are written: those after the result's are zero.
     int direct_width, transposed_width;
+    // Whether `direct` or `transposed` is of bf16.
+    int narrow;
+    int unused;
 };
 
 struct Product {
@@ -83,6 +86,13 @@ template <int COUNT> __device__ inline void load(double (&to)[COUNT], const doub
     }
 }
 
+template <typename T> __device__ inline void put(void *to, long long at, T value, bool narrow) {
+    if (narrow)
+        static_cast<__nv_bfloat16 *>(to)[at] = __float2bfloat16(static_cast<float>(value));
+    else
+        static_cast<T *>(to)[at] = value;
+}
+
 template <typename T>
 __device__ void write_tile(const Target &target, const Product &job, long long image, int top, int left,
                            const T (&acc)[8][4], int row, int column, T *staged) {
@@ -116,8 +126,8 @@ __device__ void write_tile(const Target &target, const Product &job, long long i
                 }
             }
             if (target.direct && i < job.rows && j < target.direct_width)
-                static_cast<T *>(
-                    target.direct)[image * target.direct_image + (long long)i * target.direct_row + j] = value;
+                put(target.direct, image * target.direct_image + (long long)i * target.direct_row + j, value,
+                    target.narrow);
             if (mirrored) staged[(column + c) * (TILE + 1) + row + r] = value;
         }
     }
@@ -126,9 +136,8 @@ __device__ void write_tile(const Target &target, const Product &job, long long i
     for (int at = threadIdx.x; at < TILE * TILE; at += THREADS) {
         int j = left + at / TILE, i = top + at % TILE;
         if (j < job.columns && i < target.transposed_width)
-            static_cast<T *>(
-                target.transposed)[image * target.transposed_image + (long long)j * target.transposed_row + i] =
-                staged[at / TILE * (TILE + 1) + at % TILE];
+            put(target.transposed, image * target.transposed_image + (long long)j * target.transposed_row + i,
+                staged[at / TILE * (TILE + 1) + at % TILE], target.narrow);
     }
 }
 

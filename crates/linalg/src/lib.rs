@@ -23,6 +23,8 @@ mod config;
 mod count;
 pub mod eig;
 mod error;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod kernel;
 mod layer;
 mod lyapunov;

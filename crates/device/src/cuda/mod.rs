@@ -11,6 +11,7 @@ pub use crate::Precision;
 pub use blas::{Gemm, gemm};
 pub use cudarc::driver::DeviceRepr;
 pub use dnn::{Along, Convolution, Pass, convolve};
+pub use half::bf16;
 pub use launch::{Argument, Grid, Module, int, launch, launch_with, long, pointer, real};
 pub use memory::{
     Input, Output, Real, address, input, input_of, read_back, with_bytes, with_table,

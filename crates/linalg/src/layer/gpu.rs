@@ -1,158 +1,29 @@
 //! The layer on a GPU: the algebra of `image.rs` for all images of a batch at once.
 //!
-//! Matrices lie row by row, the rows a multiple of 16 bytes apart. All products are of operands with
-//! the inner index in rows, which symmetric matrices are either way: the features are kept as they
-//! are and transposed, and the few results that are not symmetric are written both ways. What depends
-//! on an image (divisor, scale) stays in device memory (`facts`), so nothing waits for the GPU; for the
-//! same reason features that are not finite give NaN here, where the CPU gives an error.
+//! What depends on an image (divisor, scale) stays in device memory (`facts`), so nothing waits for the
+//! GPU; for the same reason features that are not finite give NaN here, where the CPU gives an error.
 
 use super::plan::{Iteration, Plan};
+use crate::gpu::{Images, Matrices, Pair, Target, pair};
 use crate::program::Epilogue;
 use crate::{Output as Form, Result};
-use candle_core::CudaDevice;
-use isqrt_device::cuda::kernels::{POOLING, SYMMETRIC};
+use candle_core::{CudaDevice, CudaStorage, Layout};
+use isqrt_device::cuda::kernels::POOLING;
 use isqrt_device::cuda::{
-    Argument, DeviceRepr, Grid, Input, Output, Real, int, launch, launch_with, long, pointer, real,
+    Argument, Grid, Input, Output, Real, bf16, input, int, long, pointer, real,
 };
-use std::sync::Arc;
 
 const OP: &str = "covariance-pooling";
 /// Doubles of an image, and their places; see `pooling.cu`.
 const FACTS: usize = 8;
 const FORWARD: usize = 2;
 const LAST: usize = 6;
-/// Rows and columns of a block of a product.
-const TILE: usize = 64;
 
-/// Two operands of a product, as `symmetric.cu` has them.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Pair {
-    a: u64,
-    b: u64,
-    a_image: i64,
-    b_image: i64,
-    a_row: i32,
-    b_row: i32,
-    inner: i32,
-    unused: i32,
-}
-
-/// What becomes of a product, as `symmetric.cu` has it.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Target {
-    direct: u64,
-    transposed: u64,
-    triangle: u64,
-    terms: [u64; 4],
-    weights: [f64; 4],
-    alpha: f64,
-    diagonal: f64,
-    scale: u64,
-    scale_image: i64,
-    direct_image: i64,
-    transposed_image: i64,
-    triangle_image: i64,
-    term_image: i64,
-    direct_row: i32,
-    transposed_row: i32,
-    term_row: i32,
-    count: i32,
-    direct_width: i32,
-    transposed_width: i32,
-}
-
-/// A launch of `product`.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Product {
-    pairs: [Pair; 2],
-    targets: [Target; 2],
-    pair_count: i32,
-    target_count: i32,
-    rows: i32,
-    columns: i32,
-    symmetric: i32,
-    tiles_down: i32,
-    tiles_across: i32,
-    unused: i32,
-}
-
-// SAFETY: a structure of numbers, laid out as C does.
-unsafe impl DeviceRepr for Product {}
-
-/// A matrix of each image; clones share their memory.
-#[derive(Clone, Debug)]
-struct Matrices<T> {
-    memory: Arc<Output<T>>,
-    rows: usize,
-    /// Distance of rows.
-    row: usize,
-}
-
-impl<T: Real> Matrices<T> {
-    fn new(device: &CudaDevice, batch: usize, rows: usize, columns: usize) -> Result<Self> {
-        let row = columns.next_multiple_of(16 / size_of::<T>());
-        let memory = Arc::new(allocate(device, &[batch, rows, row])?);
-        Ok(Self { memory, rows, row })
-    }
-
-    fn at(&self) -> u64 {
-        self.memory.at()
-    }
-
-    /// Values of an image, those between rows too.
-    fn image(&self) -> usize {
-        self.rows * self.row
-    }
-}
-
-/// `Σ_k A[k][i] B[k][j]` over rows `k`.
-fn pair<T: Real>(a: &Matrices<T>, b: &Matrices<T>) -> Pair {
-    Pair {
-        a: a.at(),
-        b: b.at(),
-        a_image: a.image() as i64,
-        b_image: b.image() as i64,
-        a_row: a.row as i32,
-        b_row: b.row as i32,
-        inner: a.rows as i32,
-        unused: 0,
-    }
-}
-
-impl Target {
-    fn new(alpha: f64) -> Self {
-        Self {
-            alpha,
-            ..Self::default()
-        }
-    }
-
-    fn direct<T: Real>(mut self, to: &Matrices<T>) -> Self {
-        (self.direct, self.direct_image) = (to.at(), to.image() as i64);
-        (self.direct_row, self.direct_width) = (to.row as i32, to.row as i32);
-        self
-    }
-
-    fn transposed<T: Real>(mut self, to: &Matrices<T>) -> Self {
-        (self.transposed, self.transposed_image) = (to.at(), to.image() as i64);
-        (self.transposed_row, self.transposed_width) = (to.row as i32, to.row as i32);
-        self
-    }
-
-    /// Both halves of a symmetric result.
-    fn both<T: Real>(self, to: &Matrices<T>) -> Self {
-        self.direct(to).transposed(to)
-    }
-
-    /// Times a fact of each image.
-    fn scaled(mut self, facts: &Output<f64>, fact: usize) -> Self {
-        self.scale = facts.at() + (fact * size_of::<f64>()) as u64;
-        self.scale_image = FACTS as i64;
-        self
-    }
+/// The target times a fact of each image.
+fn scaled(mut target: Target, facts: &Output<f64>, fact: usize) -> Target {
+    target.scale = facts.at() + (fact * size_of::<f64>()) as u64;
+    target.scale_image = FACTS as i64;
+    target
 }
 
 /// What the forward pass leaves for the backward pass.
@@ -166,6 +37,8 @@ pub(super) struct State<T> {
 /// One call for a batch.
 pub(super) struct Batch<'a> {
     pub plan: &'a Plan,
+    /// Whether the features are of bf16; the layer computes in f32 then.
+    pub narrow: bool,
     pub batch: usize,
     pub device: &'a CudaDevice,
 }
@@ -174,10 +47,6 @@ pub(super) struct Batch<'a> {
 struct Centred<T> {
     plain: Option<Matrices<T>>,
     transposed: Option<Matrices<T>>,
-}
-
-fn allocate<T: Real>(device: &CudaDevice, shape: &[usize]) -> Result<Output<T>> {
-    Ok(Output::new(OP, device, shape).map_err(candle_core::Error::from)?)
 }
 
 fn missing() -> candle_core::Error {
@@ -189,12 +58,24 @@ impl Batch<'_> {
         1.0 / (self.plan.positions as f64).sqrt()
     }
 
+    fn images(&self) -> Images<'_> {
+        Images {
+            op: OP,
+            device: self.device,
+            batch: self.batch,
+        }
+    }
+
     fn matrices<T: Real>(&self, rows: usize, columns: usize) -> Result<Matrices<T>> {
-        Matrices::new(self.device, self.batch, rows, columns)
+        self.images().matrices(rows, columns)
     }
 
     fn square<T: Real>(&self) -> Result<Matrices<T>> {
         self.matrices(self.plan.n, self.plan.n)
+    }
+
+    fn allocate<T: Real>(&self, shape: &[usize]) -> Result<Output<T>> {
+        self.images().allocate(shape)
     }
 
     fn launch<T: Real>(
@@ -203,8 +84,20 @@ impl Batch<'_> {
         grid: Grid,
         arguments: &[Argument],
     ) -> Result<()> {
-        // SAFETY: callers give the arguments of the kernel, in memory of this call.
-        Ok(unsafe { launch::<T>(self.device, &POOLING, name, grid, arguments) }?)
+        self.images().launch::<T>(&POOLING, name, grid, arguments)
+    }
+
+    /// The same of a kernel that reads features, which may be of bf16.
+    fn launch_on_features<T: Real>(
+        &self,
+        name: &'static str,
+        grid: Grid,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        match self.narrow {
+            true => self.launch::<bf16>(name, grid, arguments),
+            false => self.launch::<T>(name, grid, arguments),
+        }
     }
 
     /// A launch over all values of a matrix of each image.
@@ -214,38 +107,17 @@ impl Batch<'_> {
         matrix: &Matrices<T>,
         arguments: &[Argument],
     ) -> Result<()> {
-        let mut grid = Grid::over(matrix.image().div_ceil(4));
-        grid.blocks.1 = self.batch;
-        self.launch::<T>(name, grid, arguments)
+        self.images().over(&POOLING, name, matrix, arguments)
     }
 
     fn product<T: Real>(
         &self,
-        (rows, columns): (usize, usize),
+        size: (usize, usize),
         symmetric: bool,
         pairs: &[Pair],
         targets: &[Target],
     ) -> Result<()> {
-        let (down, across) = (rows.div_ceil(TILE), columns.div_ceil(TILE));
-        let mut job = Product {
-            pair_count: pairs.len() as i32,
-            target_count: targets.len() as i32,
-            rows: rows as i32,
-            columns: columns as i32,
-            symmetric: i32::from(symmetric),
-            tiles_down: down as i32,
-            tiles_across: across as i32,
-            ..Product::default()
-        };
-        job.pairs[..pairs.len()].copy_from_slice(pairs);
-        job.targets[..targets.len()].copy_from_slice(targets);
-        let tiles = match symmetric {
-            true => down * (down + 1) / 2,
-            false => down * across,
-        };
-        let grid = Grid::blocks(tiles * self.batch, 128);
-        // SAFETY: the matrices are of this call and of the sizes that the job says.
-        Ok(unsafe { launch_with::<T, Product>(self.device, &SYMMETRIC, "product", grid, &job) }?)
+        self.images().product::<T>(size, symmetric, pairs, targets)
     }
 
     fn multiply<T: Real>(
@@ -276,7 +148,7 @@ impl Batch<'_> {
         let place =
             |matrix: &Option<Matrices<T>>| matrix.as_ref().map_or((0, 0), |m| (m.at(), m.row));
         let ((plain_at, plain_row), (turned_at, turned_row)) = (place(&plain), place(&transposed));
-        self.launch::<T>(
+        self.launch_on_features::<T>(
             "centre",
             Grid::blocks(d.div_ceil(32) * m.div_ceil(32) * self.batch, 256),
             &[
@@ -297,10 +169,10 @@ impl Batch<'_> {
 
     fn statistics<T: Real>(&self, features: Input) -> Result<(Output<T>, Output<f64>)> {
         let (d, m) = (self.plan.d, self.plan.positions);
-        let means = allocate(self.device, &[self.batch, d])?;
-        let distances = allocate::<f64>(self.device, &[self.batch, d])?;
-        let facts = allocate(self.device, &[self.batch, FACTS])?;
-        self.launch::<T>(
+        let means = self.allocate(&[self.batch, d])?;
+        let distances = self.allocate::<f64>(&[self.batch, d])?;
+        let facts = self.allocate(&[self.batch, FACTS])?;
+        self.launch_on_features::<T>(
             "row_statistics",
             Grid::blocks(self.batch * d, 128),
             &[
@@ -532,22 +404,10 @@ impl Batch<'_> {
     }
 
     /// Where the output goes.
-    fn output<T: Real>(&self, out: &Output<T>, alpha: f64, facts: &Output<f64>) -> Target {
-        let d = self.plan.d;
-        let mut target = Target::new(alpha).scaled(facts, FORWARD);
-        match self.plan.output {
-            Form::Triangle => {
-                target.triangle = out.at();
-                target.triangle_image = self.plan.output.len(d) as i64;
-            }
-            Form::Full => {
-                (target.direct, target.transposed) = (out.at(), out.at());
-                (target.direct_image, target.transposed_image) = ((d * d) as i64, (d * d) as i64);
-                (target.direct_row, target.transposed_row) = (d as i32, d as i32);
-                (target.direct_width, target.transposed_width) = (d as i32, d as i32);
-            }
-        }
-        target
+    fn output<T: Real>(&self, out: &Output<T>, facts: &Output<f64>) -> Target {
+        let triangle = self.plan.output == Form::Triangle;
+        let target = Target::new(1.0).output(out.at(), self.plan.d, triangle);
+        scaled(target, facts, FORWARD)
     }
 
     fn wanted(&self) -> (bool, bool) {
@@ -561,7 +421,7 @@ impl Batch<'_> {
     ) -> Result<(Output<T>, State<T>)> {
         let d = self.plan.d;
         let shape = [self.batch, self.plan.output.len(d)];
-        let out = allocate(self.device, &shape)?;
+        let out = self.allocate(&shape)?;
         let (means, facts) = self.statistics::<T>(features)?;
         let centred = self.centre(features, &means, &facts, self.wanted())?;
         let turned = centred.transposed.as_ref().ok_or_else(missing)?;
@@ -573,7 +433,7 @@ impl Batch<'_> {
                     Grid::over(self.batch),
                     &[pointer(facts.at()), int(self.batch), real(self.factor())],
                 )?;
-                let target = self.output(&out, 1.0, &facts);
+                let target = self.output(&out, &facts);
                 self.product::<T>((d, d), true, &[pair(turned, turned)], &[target])?;
             }
             Some(iteration) => {
@@ -612,7 +472,7 @@ impl Batch<'_> {
                 || keeps && (register == 0 || iteration.kept.contains(&register))
         };
         let last = match (iteration.gram, out) {
-            (false, Some(out)) => Some(self.output(out, 1.0, facts)),
+            (false, Some(out)) => Some(self.output(out, facts)),
             _ => None,
         };
         self.iterate(iteration, &mut registers, last, keep)?;
@@ -622,23 +482,55 @@ impl Batch<'_> {
             let right = self.matrices(m, d)?;
             let target = Target::new(1.0).direct(&right);
             self.product::<T>((m, d), false, &[pair(root, turned)], &[target])?;
-            let target = self.output(out, 1.0, facts);
+            let target = self.output(out, facts);
             self.product::<T>((d, d), true, &[pair(&right, turned)], &[target])?;
         }
         Ok(registers)
     }
 
-    /// The gradient of the features.
+    /// Contiguous features.
+    pub(super) fn features<T: Real>(&self, x: &CudaStorage, layout: &Layout) -> Result<Input> {
+        Ok(match self.narrow {
+            true => input::<bf16>(x, layout)?,
+            false => input::<T>(x, layout)?,
+        })
+    }
+
+    /// The gradient of the features, of their type.
     pub(super) fn backward<T: Real>(
         &self,
         state: &State<T>,
         features: Input,
         output: Input,
         gradient: Input,
-    ) -> Result<Output<T>> {
+    ) -> Result<CudaStorage> {
+        let shape = [self.batch, self.plan.d, self.plan.positions];
+        if self.narrow {
+            let out = self.allocate::<bf16>(&shape)?;
+            self.backward_to(state, features, output, gradient, out.at())?;
+            return Ok(out.into_storage());
+        }
+        let out = self.allocate::<T>(&shape)?;
+        self.backward_to(state, features, output, gradient, out.at())?;
+        Ok(out.into_storage())
+    }
+
+    /// Where the gradient of the features goes.
+    fn gradient_target(&self, facts: &Output<f64>) -> Target {
+        let mut target = scaled(Target::new(1.0), facts, LAST);
+        target.narrow = i32::from(self.narrow);
+        target
+    }
+
+    fn backward_to<T: Real>(
+        &self,
+        state: &State<T>,
+        features: Input,
+        output: Input,
+        gradient: Input,
+        out: u64,
+    ) -> Result<()> {
         let (d, m) = (self.plan.d, self.plan.positions);
-        let shape = [self.batch, d, m];
-        let out = allocate(self.device, &shape)?;
         let facts = &state.facts;
         let gram = self.plan.iteration.as_ref().is_some_and(|i| i.gram);
         let rerun = state.registers.is_empty();
@@ -658,8 +550,8 @@ impl Batch<'_> {
         self.over("upstream", &upstream, &arguments)?;
 
         let Some(iteration) = &self.plan.iteration else {
-            self.features_gradient(&upstream, plain, facts, &out)?;
-            return Ok(out);
+            self.features_gradient(&upstream, plain, facts, out)?;
+            return Ok(());
         };
         let again;
         let kept = match rerun {
@@ -699,8 +591,8 @@ impl Batch<'_> {
             let root = values[iteration.program.result]
                 .as_ref()
                 .ok_or_else(missing)?;
-            let mut target = Target::new(1.0).scaled(facts, LAST);
-            (target.transposed, target.transposed_image) = (out.at(), (d * m) as i64);
+            let mut target = self.gradient_target(facts);
+            (target.transposed, target.transposed_image) = (out, (d * m) as i64);
             (target.transposed_row, target.transposed_width) = (m as i32, m as i32);
             let pairs = [pair(root, &half_turned), pair(&tangent, turned)];
             self.product::<T>((m, d), false, &pairs, &[target])?;
@@ -714,9 +606,9 @@ impl Batch<'_> {
                 (output, gradient),
                 through,
             )?;
-            self.features_gradient(&tangent, plain, facts, &out)?;
+            self.features_gradient(&tangent, plain, facts, out)?;
         }
-        Ok(out)
+        Ok(())
     }
 
     /// `out = LAST · gradient · X`.
@@ -725,11 +617,11 @@ impl Batch<'_> {
         gradient: &Matrices<T>,
         plain: &Matrices<T>,
         facts: &Output<f64>,
-        out: &Output<T>,
+        out: u64,
     ) -> Result<()> {
         let (d, m) = (self.plan.d, self.plan.positions);
-        let mut target = Target::new(1.0).scaled(facts, LAST);
-        (target.direct, target.direct_image) = (out.at(), (d * m) as i64);
+        let mut target = self.gradient_target(facts);
+        (target.direct, target.direct_image) = (out, (d * m) as i64);
         (target.direct_row, target.direct_width) = (m as i32, m as i32);
         self.product::<T>((d, m), false, &[pair(gradient, plain)], &[target])
     }

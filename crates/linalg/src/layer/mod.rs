@@ -26,9 +26,10 @@ impl CovPool {
     /// Pools feature maps, differentiably (Li et al. 2018, section 3).
     ///
     /// # Shapes
-    /// - `x`: `(batch, channels, height, width)` or `(batch, channels, positions)`, f32 or f64
+    /// - `x`: `(batch, channels, height, width)` or `(batch, channels, positions)`, f32 or f64, or bf16
+    ///   on a GPU, whose gradient is bf16 too
     /// - returns `(batch, d(d+1)/2)`, or `(batch, d, d)` for [`Output::Full`](crate::Output::Full),
-    ///   of the same type; covariance with divisor `M = height * width`
+    ///   of the same type (f32 for bf16); covariance with divisor `M = height * width`
     ///
     /// Constant features (and so `M = 1`) give zeros, and zero gradients.
     ///
@@ -54,6 +55,13 @@ impl CovPool {
                 self.apply::<f32>(x, (batch, d, positions))
             }
             DType::F64 => self.apply::<f64>(x, (batch, d, positions)),
+            #[cfg(feature = "cuda")]
+            DType::BF16 if x.device().is_cuda() => {
+                if let Some(root) = &self.root {
+                    root.check_f32()?;
+                }
+                self.apply::<f32>(x, (batch, d, positions))
+            }
             other => Err(Error::Dtype {
                 dtype: other.as_str(),
             }),
@@ -69,6 +77,8 @@ impl CovPool {
             batch,
             tracked: x.track_op(),
             state: OnceLock::new(),
+            #[cfg(feature = "cuda")]
+            narrow: x.dtype() == DType::BF16,
             #[cfg(feature = "cuda")]
             on_gpu: OnceLock::new(),
         };
@@ -204,6 +214,8 @@ struct Op<T: 'static> {
     tracked: bool,
     state: OnceLock<State<T>>,
     #[cfg(feature = "cuda")]
+    narrow: bool,
+    #[cfg(feature = "cuda")]
     on_gpu: OnceLock<gpu::State<T>>,
 }
 
@@ -305,6 +317,7 @@ impl<T: Layered> Op<T> {
     fn on_device<'a>(&'a self, device: &'a candle_core::CudaDevice) -> gpu::Batch<'a> {
         gpu::Batch {
             plan: &self.plan,
+            narrow: self.narrow,
             batch: self.batch,
             device,
         }
@@ -345,13 +358,14 @@ impl<T: Layered> CustomOp3 for Gradient<'_, T> {
         let Some(state) = self.0.on_gpu.get() else {
             candle_core::bail!("covariance-pooling: backward before forward")
         };
-        let out = self.0.on_device(x.device()).backward(
+        let batch = self.0.on_device(x.device());
+        let out = batch.backward(
             state,
-            cuda::input::<T>(x, x_layout)?,
+            batch.features::<T>(x, x_layout)?,
             cuda::input::<T>(y, y_layout)?,
             cuda::input::<T>(g, g_layout)?,
         )?;
-        Ok((out.into_storage(), x_layout.shape().clone()))
+        Ok((out, x_layout.shape().clone()))
     }
 }
 
@@ -377,7 +391,7 @@ impl<T: Layered> CustomOp1 for Op<T> {
         layout: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
         let batch = self.on_device(storage.device());
-        let (out, state) = batch.forward(cuda::input::<T>(storage, layout)?, self.tracked)?;
+        let (out, state) = batch.forward(batch.features::<T>(storage, layout)?, self.tracked)?;
         let _ = self.on_gpu.set(state);
         let shape = out_shape(self.plan.output, self.batch, self.plan.d);
         Ok((out.into_storage(), shape))

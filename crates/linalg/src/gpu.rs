@@ -1,0 +1,233 @@
+//! What ops on a GPU share: matrices of all images of a batch, and their products.
+//!
+//! Matrices lie row by row, the rows a multiple of 16 bytes apart. All products are of operands with
+//! the inner index in rows, which symmetric matrices are either way; results that are not symmetric
+//! are written both ways where both are read.
+
+use crate::Result;
+use candle_core::CudaDevice;
+use isqrt_device::cuda::kernels::SYMMETRIC;
+use isqrt_device::cuda::{Argument, DeviceRepr, Grid, Module, Output, Real, launch, launch_with};
+use std::sync::Arc;
+
+/// Rows and columns of a block of a product.
+pub(crate) const TILE: usize = 64;
+
+/// Two operands of a product, as `symmetric.cu` has them.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Pair {
+    pub a: u64,
+    pub b: u64,
+    pub a_image: i64,
+    pub b_image: i64,
+    pub a_row: i32,
+    pub b_row: i32,
+    pub inner: i32,
+    unused: i32,
+}
+
+/// What becomes of a product, as `symmetric.cu` has it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Target {
+    pub direct: u64,
+    pub transposed: u64,
+    pub triangle: u64,
+    pub terms: [u64; 4],
+    pub weights: [f64; 4],
+    pub alpha: f64,
+    pub diagonal: f64,
+    pub scale: u64,
+    pub scale_image: i64,
+    pub direct_image: i64,
+    pub transposed_image: i64,
+    pub triangle_image: i64,
+    pub term_image: i64,
+    pub direct_row: i32,
+    pub transposed_row: i32,
+    pub term_row: i32,
+    pub count: i32,
+    pub direct_width: i32,
+    pub transposed_width: i32,
+    /// Whether `direct` or `transposed` is of bf16.
+    pub narrow: i32,
+    pub unused: i32,
+}
+
+/// A launch of `product`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Product {
+    pairs: [Pair; 2],
+    targets: [Target; 2],
+    pair_count: i32,
+    target_count: i32,
+    rows: i32,
+    columns: i32,
+    symmetric: i32,
+    tiles_down: i32,
+    tiles_across: i32,
+    unused: i32,
+}
+
+// SAFETY: a structure of numbers, laid out as C does.
+unsafe impl DeviceRepr for Product {}
+
+/// A matrix of each image; clones share their memory.
+#[derive(Clone, Debug)]
+pub(crate) struct Matrices<T> {
+    memory: Arc<Output<T>>,
+    pub rows: usize,
+    /// Distance of rows.
+    pub row: usize,
+}
+
+impl<T: Real> Matrices<T> {
+    pub fn at(&self) -> u64 {
+        self.memory.at()
+    }
+
+    /// Values of an image, those between rows too.
+    pub fn image(&self) -> usize {
+        self.rows * self.row
+    }
+}
+
+/// `Σ_k A[k][i] B[k][j]` over rows `k`.
+pub(crate) fn pair<T: Real>(a: &Matrices<T>, b: &Matrices<T>) -> Pair {
+    Pair {
+        a: a.at(),
+        b: b.at(),
+        a_image: a.image() as i64,
+        b_image: b.image() as i64,
+        a_row: a.row as i32,
+        b_row: b.row as i32,
+        inner: a.rows as i32,
+        unused: 0,
+    }
+}
+
+impl Target {
+    pub fn new(alpha: f64) -> Self {
+        Self {
+            alpha,
+            ..Self::default()
+        }
+    }
+
+    pub fn direct<T: Real>(mut self, to: &Matrices<T>) -> Self {
+        (self.direct, self.direct_image) = (to.at(), to.image() as i64);
+        (self.direct_row, self.direct_width) = (to.row as i32, to.row as i32);
+        self
+    }
+
+    pub fn transposed<T: Real>(mut self, to: &Matrices<T>) -> Self {
+        (self.transposed, self.transposed_image) = (to.at(), to.image() as i64);
+        (self.transposed_row, self.transposed_width) = (to.row as i32, to.row as i32);
+        self
+    }
+
+    /// Both halves of a symmetric result.
+    pub fn both<T: Real>(self, to: &Matrices<T>) -> Self {
+        self.direct(to).transposed(to)
+    }
+
+    /// A contiguous symmetric result of side `n`, or its upper triangle.
+    pub fn output(mut self, to: u64, n: usize, triangle: bool) -> Self {
+        if triangle {
+            (self.triangle, self.triangle_image) = (to, (n * (n + 1) / 2) as i64);
+            return self;
+        }
+        (self.direct, self.transposed) = (to, to);
+        (self.direct_image, self.transposed_image) = ((n * n) as i64, (n * n) as i64);
+        (self.direct_row, self.transposed_row) = (n as i32, n as i32);
+        (self.direct_width, self.transposed_width) = (n as i32, n as i32);
+        self
+    }
+}
+
+/// New memory for a result of this op.
+pub(crate) fn allocate<T: Real>(
+    op: &'static str,
+    device: &CudaDevice,
+    shape: &[usize],
+) -> Result<Output<T>> {
+    Ok(Output::new(op, device, shape).map_err(candle_core::Error::from)?)
+}
+
+/// The images of a batch, on their device.
+#[derive(Clone, Copy)]
+pub(crate) struct Images<'a> {
+    /// Name of the op, for errors.
+    pub op: &'static str,
+    pub device: &'a CudaDevice,
+    pub batch: usize,
+}
+
+impl Images<'_> {
+    /// Memory for a matrix of each image, with any content.
+    pub fn matrices<T: Real>(&self, rows: usize, columns: usize) -> Result<Matrices<T>> {
+        let row = columns.next_multiple_of(16 / size_of::<T>());
+        let memory = Arc::new(self.allocate(&[self.batch, rows, row])?);
+        Ok(Matrices { memory, rows, row })
+    }
+
+    pub fn allocate<T: Real>(&self, shape: &[usize]) -> Result<Output<T>> {
+        allocate(self.op, self.device, shape)
+    }
+
+    pub fn launch<T: Real>(
+        &self,
+        module: &Module,
+        name: &'static str,
+        grid: Grid,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        // SAFETY: callers give the arguments of the kernel, in memory of their op.
+        Ok(unsafe { launch::<T>(self.device, module, name, grid, arguments) }?)
+    }
+
+    /// A launch over all values of a matrix of each image.
+    pub fn over<T: Real>(
+        &self,
+        module: &Module,
+        name: &'static str,
+        matrix: &Matrices<T>,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        let mut grid = Grid::over(matrix.image().div_ceil(4));
+        grid.blocks.1 = self.batch;
+        self.launch::<T>(module, name, grid, arguments)
+    }
+
+    /// Sums of products, by our kernel.
+    pub fn product<T: Real>(
+        &self,
+        (rows, columns): (usize, usize),
+        symmetric: bool,
+        pairs: &[Pair],
+        targets: &[Target],
+    ) -> Result<()> {
+        let (down, across) = (rows.div_ceil(TILE), columns.div_ceil(TILE));
+        let mut job = Product {
+            pair_count: pairs.len() as i32,
+            target_count: targets.len() as i32,
+            rows: rows as i32,
+            columns: columns as i32,
+            symmetric: i32::from(symmetric),
+            tiles_down: down as i32,
+            tiles_across: across as i32,
+            ..Product::default()
+        };
+        job.pairs[..pairs.len()].copy_from_slice(pairs);
+        job.targets[..targets.len()].copy_from_slice(targets);
+        let tiles = match symmetric {
+            true => down * (down + 1) / 2,
+            false => down * across,
+        };
+        let grid = Grid::blocks(tiles * self.batch, 128);
+        // SAFETY: the matrices are of this op and of the sizes that the job says.
+        Ok(unsafe { launch_with::<T, Product>(self.device, &SYMMETRIC, "product", grid, &job) }?)
+    }
+}
