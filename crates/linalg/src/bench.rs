@@ -491,3 +491,139 @@ pub fn decompositions(
     }
     Ok(rows)
 }
+
+/// A decomposition by cuSOLVER.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceDecomposition {
+    /// Eigenvalues and eigenvectors.
+    Eigen(isqrt_device::cuda::Eigensolver),
+    /// Singular values and both factors.
+    Singular(isqrt_device::cuda::SingularSolver),
+}
+
+#[cfg(feature = "cuda")]
+impl DeviceDecomposition {
+    /// All of them.
+    pub const ALL: [Self; 5] = {
+        use isqrt_device::cuda::{Eigensolver, SingularSolver};
+        [
+            Self::Eigen(Eigensolver::Divide),
+            Self::Eigen(Eigensolver::Jacobi),
+            Self::Eigen(Eigensolver::Batched),
+            Self::Singular(SingularSolver::Jacobi),
+            Self::Singular(SingularSolver::Approximate),
+        ]
+    };
+
+    /// Name of cuSOLVER's function.
+    pub fn name(self) -> &'static str {
+        use isqrt_device::cuda::{Eigensolver, SingularSolver};
+        match self {
+            Self::Eigen(Eigensolver::Auto) => "eig",
+            Self::Eigen(Eigensolver::Divide) => "eig syevd",
+            Self::Eigen(Eigensolver::Jacobi) => "eig syevjBatched",
+            Self::Eigen(Eigensolver::Batched) => "eig XsyevBatched",
+            Self::Singular(SingularSolver::Jacobi) => "svd gesvdj",
+            Self::Singular(SingularSolver::Approximate) => "svd gesvdaStridedBatched",
+        }
+    }
+}
+
+/// Decomposes symmetric matrices `(batch, n, n)`, f32 or f64, that lie on a GPU, with both factors, and
+/// returns `(batch, n)`: eigenvalues in rising order, or singular values in falling order. Waits for
+/// the GPU. No gradient.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]; [`Error::Decomposition`] names the image;
+/// those of cuSOLVER, also where it lacks the function.
+#[cfg(feature = "cuda")]
+pub fn decompose_on_device(matrices: &Tensor, how: DeviceDecomposition) -> Result<Tensor> {
+    let shape = match *matrices.dims() {
+        [batch, n, columns] if n == columns => (batch, n),
+        _ => {
+            let shape = matrices.dims().to_vec();
+            return Err(Error::Shape { shape });
+        }
+    };
+    let matrices = matrices.contiguous()?;
+    match matrices.dtype() {
+        DType::F32 | DType::F64 => {}
+        other => {
+            let dtype = other.as_str();
+            return Err(Error::Dtype { dtype });
+        }
+    }
+    Ok(matrices.apply_op1_no_bwd(&on_device::Decompose { how, shape })?)
+}
+
+#[cfg(feature = "cuda")]
+mod on_device {
+    use super::DeviceDecomposition;
+    use crate::{Error, Result};
+    use candle_core::backend::BackendStorage;
+    use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape};
+    use isqrt_device::cuda::{Output, Real, Squares, duplicate, eigen, input, singular};
+
+    pub(super) struct Decompose {
+        pub how: DeviceDecomposition,
+        pub shape: (usize, usize),
+    }
+
+    impl Decompose {
+        fn run<T: Real>(&self, storage: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
+            let device = storage.device();
+            let (batch, n) = self.shape;
+            let op = self.how.name();
+            let failed = candle_core::Error::from;
+            let from = input::<T>(storage, layout)?;
+            // The library works in place.
+            let copy = duplicate::<T>(op, device, from).map_err(failed)?;
+            let values = Output::<T>::new(op, device, &[batch, n]).map_err(failed)?;
+            let of = Squares {
+                at: copy.at(),
+                n,
+                row: n,
+                batch,
+            };
+            // SAFETY: matrices and values are of this call.
+            let info = unsafe {
+                match self.how {
+                    DeviceDecomposition::Eigen(solver) => {
+                        eigen::<T>(op, device, solver, of, values.at())
+                    }
+                    DeviceDecomposition::Singular(solver) => {
+                        singular::<T>(op, device, solver, of, values.at())
+                    }
+                }
+            }
+            .map_err(failed)?;
+            if let Some(index) = info.iter().position(|&info| info != 0) {
+                return Err(Error::Decomposition { index, what: op });
+            }
+            Ok(values.into_storage())
+        }
+    }
+
+    impl CustomOp1 for Decompose {
+        fn name(&self) -> &'static str {
+            "decomposition"
+        }
+
+        fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+            Err(Error::Device.into())
+        }
+
+        fn cuda_fwd(
+            &self,
+            storage: &CudaStorage,
+            layout: &Layout,
+        ) -> candle_core::Result<(CudaStorage, Shape)> {
+            let values = match storage.dtype() {
+                DType::F64 => self.run::<f64>(storage, layout)?,
+                _ => self.run::<f32>(storage, layout)?,
+            };
+            Ok((values, Shape::from(self.shape)))
+        }
+    }
+}

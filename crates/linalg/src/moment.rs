@@ -25,6 +25,13 @@ pub(crate) trait Method<T: Number>: Send + Sync {
 
     /// The gradient of the moment from that of the values. Only its symmetric part counts.
     fn backward(&self, kept: &Self::Kept, gradient: &[T]) -> Mat<T>;
+
+    /// The function of eigenvalues that the method is, and the form of its output, where a GPU can
+    /// do it.
+    #[cfg(feature = "cuda")]
+    fn on_gpu(&self) -> Option<(crate::eig::gpu::Function, crate::config::Output)> {
+        None
+    }
 }
 
 /// Which second moment: `ZZᵀ` of the features less a share of their mean, `Z = (X - sμ1ᵀ)/√M`, with
@@ -95,13 +102,25 @@ pub(crate) fn pool_in_double<M: Method<f64> + 'static>(
     }
 }
 
-/// Features of type `T`, computed with in type `S`; those of a GPU are pooled by the CPU.
+/// Features of type `T`, computed with in type `S`; those of a GPU are pooled there where the method
+/// is a function of eigenvalues, else by the CPU.
 pub(crate) fn pool_in<T, S, M>(x: &Tensor, moment: Moment, method: M) -> Result<Tensor>
 where
     T: Number + crate::layer::Layered,
-    S: Number + 'static,
+    S: Number + crate::layer::Layered,
     M: Method<S> + 'static,
 {
+    #[cfg(feature = "cuda")]
+    if let (true, true, Some(method)) = (
+        x.device().is_cuda(),
+        matches!(x.dtype(), DType::F32 | DType::F64),
+        method.on_gpu(),
+    ) {
+        let shape = crate::layer::feature_shape(x)?;
+        let wide = x.to_dtype(<S as candle_core::WithDType>::DTYPE)?;
+        let pooled = crate::eig::gpu::pool::<S>(&wide, shape, moment, method)?;
+        return Ok(pooled.to_dtype(x.dtype())?);
+    }
     if !x.device().is_cpu() {
         let pooled = pool_in::<T, S, M>(&x.to_device(&Device::Cpu)?, moment, method)?;
         return Ok(pooled.to_device(x.device())?);

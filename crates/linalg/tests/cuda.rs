@@ -165,6 +165,57 @@ fn matrices_of_several_tiles() {
 }
 
 #[test]
+fn bf16_features_are_computed_with_in_f32() {
+    let Some(gpu) = gpu() else { return };
+    let sides = [Side::Gram, Side::Covariance];
+    let mut pools: Vec<CovPool> = sides
+        .map(|side| {
+            CovPool::with_root(Root {
+                side,
+                ..Root::default()
+            })
+        })
+        .into();
+    pools.push(CovPool::plain());
+    for pool in pools {
+        for shape in [(2, 70, 9), (2, 6, 70)] {
+            let x = features(shape, DType::BF16);
+            let rounded = x.to_dtype(DType::F32).unwrap();
+            let (y, dx) = run(&pool, &x, &gpu);
+            let (known, dx_known) = run(&pool, &rounded, &gpu);
+            assert_eq!(distance(&y, &known), 0.0, "{pool:?}");
+            // The same numbers, rounded to 8 bits.
+            let dx_rounded = dx_known
+                .to_dtype(DType::F32)
+                .unwrap()
+                .to_dtype(DType::BF16)
+                .unwrap()
+                .to_dtype(DType::F64)
+                .unwrap();
+            assert_eq!(distance(&dx, &dx_rounded), 0.0, "{pool:?}");
+        }
+    }
+    let x = Var::from_tensor(&features((1, 4, 6), DType::BF16).to_device(&gpu).unwrap()).unwrap();
+    let y = CovPool::isqrt(5).forward(x.as_tensor()).unwrap();
+    assert_eq!(y.dtype(), DType::F32);
+    let dx = y.sum_all().unwrap().backward().unwrap();
+    assert_eq!(dx.get(x.as_tensor()).unwrap().dtype(), DType::BF16);
+    // The CPU has no bf16.
+    let refused = CovPool::isqrt(5).forward(&features((1, 4, 6), DType::BF16));
+    assert!(refused.unwrap_err().to_string().contains("f32 or f64"));
+}
+
+#[test]
+fn constant_features_in_f64_have_a_mean_without_rounding() {
+    let Some(gpu) = gpu() else { return };
+    let x = Tensor::full(0.1_f64, (1, 5, 7), &Device::Cpu).unwrap();
+    let (y, dx) = run(&CovPool::isqrt(5), &x, &gpu);
+    let none = y.zeros_like().unwrap();
+    assert_eq!(distance(&y, &none), 0.0);
+    assert_eq!(distance(&dx, &dx.zeros_like().unwrap()), 0.0);
+}
+
+#[test]
 fn extremes() {
     let Some(gpu) = gpu() else { return };
     let pool = CovPool::isqrt(5);
@@ -205,6 +256,141 @@ fn extremes() {
     assert!(y[1].iter().all(|v| v.is_finite()));
 }
 
+/// Output and gradient of a pooling of features in f64 and f32 on the CPU and the GPU, and how far they
+/// are apart.
+fn beside_the_cpu(
+    name: &str,
+    gpu: &Device,
+    shape: (usize, usize, usize),
+    (most64, most32): (f64, f64),
+    pool: &dyn Fn(&Tensor) -> isqrt_linalg::Result<Tensor>,
+) {
+    let run = |dtype: DType, device: &Device| {
+        let x = features(shape, dtype).to_device(device).unwrap();
+        let x = Var::from_tensor(&x).unwrap();
+        let y = pool(x.as_tensor()).unwrap();
+        assert_eq!(y.dtype(), dtype);
+        let weights: Vec<f64> = (0..y.elem_count())
+            .map(|i| ((i * 7 % 13) as f64 - 6.0) / 6.0)
+            .collect();
+        let weights = Tensor::from_vec(weights, y.shape(), &Device::Cpu).unwrap();
+        let weights = weights.to_dtype(dtype).unwrap().to_device(device).unwrap();
+        let loss = (&y * &weights).unwrap().sum_all().unwrap();
+        let gradients = loss.backward().unwrap();
+        let home = |t: &Tensor| {
+            let t = t.to_device(&Device::Cpu).unwrap();
+            t.to_dtype(DType::F64).unwrap()
+        };
+        (home(&y), home(gradients.get(x.as_tensor()).unwrap()))
+    };
+    let known = run(DType::F64, &Device::Cpu);
+    for (dtype, most) in [(DType::F64, most64), (DType::F32, most32)] {
+        let found = run(dtype, gpu);
+        let apart = (distance(&found.0, &known.0), distance(&found.1, &known.1));
+        eprintln!(
+            "{name} {shape:?} {dtype:?}: {:.1e} {:.1e}",
+            apart.0, apart.1
+        );
+        assert!(
+            apart.0.max(apart.1) < most,
+            "{name} {shape:?} {dtype:?}: {apart:?}"
+        );
+    }
+}
+
+#[test]
+fn functions_of_eigenvalues_are_computed_on_the_gpu() {
+    use isqrt_linalg::Factorisations;
+    use isqrt_linalg::bilinear::{ImprovedBilinear, NewtonOrSvd};
+    use isqrt_linalg::eig::{DeepO2P, GaussianEmbedding, MpnCov, SvdPade};
+    let Some(gpu) = gpu() else { return };
+    // Of full rank, and with fewer positions than channels, where eigenvalues are zero.
+    for shape in [(3, 6, 19), (2, 37, 40), (1, 9, 5)] {
+        for output in [Output::Triangle, Output::Full] {
+            for power in [0.5, 0.3, 1.0] {
+                let pool = MpnCov { power, output };
+                let name = format!("MPN-COV {power}");
+                beside_the_cpu(&name, &gpu, shape, (1e-11, 1e-3), &|x| pool.forward(x));
+            }
+            let pool = DeepO2P {
+                output,
+                ..DeepO2P::default()
+            };
+            beside_the_cpu("DeepO2P", &gpu, shape, (1e-11, 1e-3), &|x| pool.forward(x));
+            for beta in [1.0, 0.5, 0.0] {
+                let pool = GaussianEmbedding {
+                    beta,
+                    output,
+                    ..GaussianEmbedding::default()
+                };
+                let name = format!("Gaussian {beta}");
+                beside_the_cpu(&name, &gpu, shape, (1e-11, 1e-3), &|x| pool.forward(x));
+            }
+            let pool = SvdPade { output };
+            beside_the_cpu("SVD-Pade", &gpu, shape, (1e-11, 1e-5), &|x| pool.forward(x));
+        }
+        let pool = ImprovedBilinear {
+            root: NewtonOrSvd::Svd,
+            ..ImprovedBilinear::default()
+        };
+        beside_the_cpu("Improved", &gpu, shape, (1e-11, 2e-2), &|x| pool.forward(x));
+    }
+    let before = Factorisations::so_far().eig;
+    let x = features((4, 3, 7), DType::F32).to_device(&gpu).unwrap();
+    MpnCov::default().forward(&x).unwrap();
+    assert!(Factorisations::so_far().eig >= before + 4);
+    // Constant features: zeros, and zero gradients.
+    let x = Tensor::full(3.0_f32, (2, 5, 4), &gpu).unwrap();
+    let x = Var::from_tensor(&x).unwrap();
+    let y = MpnCov::default().forward(x.as_tensor()).unwrap();
+    let dx = y.sum_all().unwrap().backward().unwrap();
+    for t in [&y, dx.get(x.as_tensor()).unwrap()] {
+        let t = t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(t.iter().all(|&v| v == 0.0));
+    }
+    // The image that is not finite is named.
+    let mut values = vec![0.5_f32; 3 * 4 * 6];
+    values[2 * 24 + 3] = f32::NAN;
+    let x = Tensor::from_vec(values, (3, 4, 6), &gpu).unwrap();
+    let error = MpnCov::default().forward(&x).unwrap_err().to_string();
+    assert!(error.contains("batch element 2 is not finite"), "{error}");
+}
+
+#[test]
+fn bare_decompositions_for_benchmarks() {
+    use isqrt_linalg::bench::{DeviceDecomposition, decompose_on_device};
+    let Some(gpu) = gpu() else { return };
+    for (batch, n) in [(1, 5), (3, 20), (2, 40)] {
+        let x = features((batch, n, n + 3), DType::F64);
+        let a = x.matmul(&x.transpose(1, 2).unwrap().contiguous().unwrap());
+        let a = a.unwrap();
+        let known: Vec<f64> = (0..batch)
+            .flat_map(|i| {
+                let rows: Vec<f64> = a.get(i).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+                let matrix = isqrt_linalg::reference::from_row_major(n, n, &rows);
+                isqrt_linalg::reference::eigen(&matrix).unwrap().0
+            })
+            .collect();
+        let known = Tensor::from_vec(known, (batch, n), &Device::Cpu).unwrap();
+        for how in DeviceDecomposition::ALL {
+            for (dtype, most) in [(DType::F64, 1e-12), (DType::F32, 1e-5)] {
+                let on_gpu = a.to_dtype(dtype).unwrap().to_device(&gpu).unwrap();
+                let found = decompose_on_device(&on_gpu, how).unwrap();
+                let found = found.to_device(&Device::Cpu).unwrap();
+                let mut found = found.to_dtype(DType::F64).unwrap();
+                if matches!(how, DeviceDecomposition::Singular(_)) {
+                    found = found.flip(&[1]).unwrap();
+                }
+                let apart = distance(&found, &known);
+                assert!(apart < most, "{how:?} {batch} {n} {dtype:?}: {apart:e}");
+            }
+        }
+    }
+    let square = Tensor::zeros((1, 2, 3), DType::F32, &gpu).unwrap();
+    let how = DeviceDecomposition::ALL[0];
+    assert!(decompose_on_device(&square, how).is_err());
+}
+
 #[test]
 fn what_the_cpu_pools_goes_there_and_back() {
     let Some(gpu) = gpu() else { return };
@@ -212,7 +398,7 @@ fn what_the_cpu_pools_goes_there_and_back() {
     let on_gpu = Var::from_tensor(&x.to_device(&gpu).unwrap()).unwrap();
     let on_cpu = Var::from_tensor(&x).unwrap();
     let pool = |x: &Var| {
-        let y = isqrt_linalg::eig::MpnCov::default()
+        let y = isqrt_linalg::bilinear::ImprovedBilinear::default()
             .forward(x.as_tensor())
             .unwrap();
         let dx = y.sum_all().unwrap().backward().unwrap();

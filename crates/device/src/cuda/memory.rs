@@ -161,6 +161,26 @@ fn allocate<T: DeviceRepr>(
     })
 }
 
+/// New memory with the values of an operand.
+///
+/// # Errors
+/// As [`Output::new`].
+pub fn duplicate<T: Real>(op: &'static str, device: &CudaDevice, from: Input) -> Result<Output<T>> {
+    let to = Output::<T>::new(op, device, &[from.len])?;
+    let stream = device.cuda_stream();
+    // SAFETY: both are that long, and do not overlap.
+    let copied = unsafe {
+        cudarc::driver::result::memcpy_dtod_async(
+            to.at(),
+            from.at,
+            from.len * size_of::<T>(),
+            stream.cu_stream(),
+        )
+    };
+    call(op, copied)?;
+    Ok(to)
+}
+
 /// Scratch memory of so many bytes for the time of `work`.
 ///
 /// # Errors

@@ -5,6 +5,7 @@ mod dnn;
 mod launch;
 mod memory;
 mod open;
+mod solver;
 mod upload;
 
 pub use crate::Precision;
@@ -14,10 +15,11 @@ pub use dnn::{Along, Convolution, Pass, convolve};
 pub use half::bf16;
 pub use launch::{Argument, Grid, Module, int, launch, launch_with, long, pointer, real};
 pub use memory::{
-    Input, Output, Real, address, input, input_of, read_back, with_bytes, with_table,
+    Input, Output, Real, address, duplicate, input, input_of, read_back, with_bytes, with_table,
 };
 pub use open::{found, open};
 pub use upload::Uploads;
+pub use solver::{Eigensolver, SingularSolver, Squares, eigen, singular};
 
 pub(crate) use open::call;
 
@@ -52,6 +54,8 @@ pub mod kernels {
         POOLING = "pooling";
         /// Rectifiers.
         RELU = "relu";
+        /// Functions by eigendecomposition, but for that and for products.
+        SPECTRAL = "spectral";
         /// Products of symmetric matrices.
         SYMMETRIC = "symmetric";
         /// Pooling over windows and local response normalisation.

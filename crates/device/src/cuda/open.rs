@@ -35,6 +35,13 @@ fn libraries() -> [(Library, bool); 5] {
     ]
 }
 
+/// Whether cuSOLVER can be opened.
+pub(crate) fn has_solver() -> bool {
+    static PRESENT: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    // SAFETY: opens a library of that name, if there is one.
+    *PRESENT.get_or_init(|| unsafe { cudarc::cusolver::sys::is_culib_present() })
+}
+
 fn driver_is_present() -> bool {
     // SAFETY: opens a library of that name, if there is one.
     unsafe { sys::is_culib_present() }

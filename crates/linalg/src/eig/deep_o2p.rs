@@ -83,6 +83,11 @@ impl Scalar for ShiftedLog {
             false => (gap / base).ln_1p() / gap,
         }
     }
+
+    #[cfg(feature = "cuda")]
+    fn on_gpu(&self) -> super::gpu::Function {
+        super::gpu::Function::Log { epsilon: self.0 }
+    }
 }
 
 #[cfg(test)]

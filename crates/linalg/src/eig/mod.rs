@@ -19,6 +19,8 @@
 
 mod deep_o2p;
 mod gaussian;
+#[cfg(feature = "cuda")]
+pub(crate) mod gpu;
 mod mpn;
 mod svd_pade;
 
@@ -40,6 +42,10 @@ pub(crate) trait Scalar: Send + Sync {
 
     /// `(f(a) - f(b)) / (a - b)`, and `f'(a)` for `a = b`. Symmetric.
     fn divided_difference(&self, a: f64, b: f64) -> f64;
+
+    /// The same function for a GPU.
+    #[cfg(feature = "cuda")]
+    fn on_gpu(&self) -> gpu::Function;
 }
 
 /// `(λ + ε)^p` for `p` in `(0, 1]`. Without `ε`, pairs of zeros, where features have no part and the
@@ -80,6 +86,14 @@ impl Scalar for Power {
             -(self.power * (-delta).ln_1p()).exp_m1() / delta
         };
         top.powf(self.power - 1.0) * ratio
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_gpu(&self) -> gpu::Function {
+        gpu::Function::Power {
+            power: self.power,
+            epsilon: self.epsilon,
+        }
     }
 }
 
@@ -164,6 +178,11 @@ impl<T: Number, F: Scalar> Method<T> for Spectral<F> {
     fn backward(&self, spectrum: &Spectrum<T>, gradient: &[T]) -> Mat<T> {
         let upstream = self.output.matrix(spectrum.values.len(), gradient);
         spectrum.adjoint(&self.function, &upstream)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_gpu(&self) -> Option<(gpu::Function, Output)> {
+        Some((self.function.on_gpu(), self.output))
     }
 }
 

@@ -74,6 +74,13 @@ impl Scalar for FlooredRoot {
             false => 0.0,
         }
     }
+
+    #[cfg(feature = "cuda")]
+    fn on_gpu(&self) -> super::gpu::Function {
+        super::gpu::Function::FlooredRoot {
+            floor: f64::EPSILON,
+        }
+    }
 }
 
 #[cfg(test)]
