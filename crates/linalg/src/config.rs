@@ -196,6 +196,24 @@ impl Kernel {
     }
 }
 
+/// How a GPU computes the layer; for benchmarks and tests, as all of them give the same up to rounding.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GpuKernel {
+    /// What [`CovPool::forward`] takes.
+    #[default]
+    Auto,
+    /// Our products, a launch each: half of a symmetric result is computed, with its linear part in the same
+    /// launch.
+    Tiles,
+    /// Our algebra with whole products by cuBLAS.
+    Cublas(isqrt_device::cuda::Precision),
+    /// The algorithm of the authors' code with whole products by cuBLAS: a coupled iteration on the
+    /// covariance that keeps `Y` and `Z` of every step, and reverse-mode differentiation. Newton–Schulz,
+    /// trace and compensation only.
+    Reference(isqrt_device::cuda::Precision),
+}
+
 impl Default for Root {
     fn default() -> Self {
         Self {

@@ -24,7 +24,7 @@ pub(crate) struct Pair {
     pub a_row: i32,
     pub b_row: i32,
     pub inner: i32,
-    unused: i32,
+    pub unused: i32,
 }
 
 /// What becomes of a product, as `symmetric.cu` has it.
@@ -170,6 +170,15 @@ impl Images<'_> {
     pub fn matrices<T: Real>(&self, rows: usize, columns: usize) -> Result<Matrices<T>> {
         let row = columns.next_multiple_of(16 / size_of::<T>());
         let memory = Arc::new(self.allocate(&[self.batch, rows, row])?);
+        Ok(Matrices { memory, rows, row })
+    }
+
+    /// The same, zeroed.
+    pub fn zeros<T: Real>(&self, rows: usize, columns: usize) -> Result<Matrices<T>> {
+        let row = columns.next_multiple_of(16 / size_of::<T>());
+        let memory = Output::zeros(self.op, self.device, &[self.batch, rows, row])
+            .map_err(candle_core::Error::from)?;
+        let memory = Arc::new(memory);
         Ok(Matrices { memory, rows, row })
     }
 

@@ -39,8 +39,12 @@ pub mod simd {
     pub use crate::kernel::vector::{Element, Quad, Vector};
 }
 
+#[cfg(feature = "cuda")]
+pub use config::GpuKernel;
 pub use config::{CovPool, Kernel, Memory, Output, PreNormalization, Root, Side};
 pub use count::Factorisations;
 pub use error::{Error, Result};
+#[cfg(feature = "cuda")]
+pub use isqrt_device::cuda::Precision;
 pub use layer::Description;
 pub use schedule::{Polynomial, Schedule};

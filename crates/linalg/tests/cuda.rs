@@ -5,7 +5,9 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use isqrt_device::{Choice, Error};
-use isqrt_linalg::{CovPool, Memory, Output, PreNormalization, Root, Schedule, Side};
+use isqrt_linalg::{
+    CovPool, GpuKernel, Memory, Output, PreNormalization, Precision, Root, Schedule, Side,
+};
 
 fn gpu() -> Option<Device> {
     match Choice::Cuda(0).open() {
@@ -34,8 +36,17 @@ fn features(shape: (usize, usize, usize), dtype: DType) -> Tensor {
 
 /// Output and gradient for an upstream gradient that depends on the place alone.
 fn run(pool: &CovPool, x: &Tensor, device: &Device) -> (Tensor, Tensor) {
+    run_by(x, device, |x| pool.forward(x).unwrap())
+}
+
+/// The same on a GPU by this kernel.
+fn run_as(pool: &CovPool, x: &Tensor, device: &Device, kernel: GpuKernel) -> (Tensor, Tensor) {
+    run_by(x, device, |x| pool.forward_on_gpu(x, kernel).unwrap())
+}
+
+fn run_by(x: &Tensor, device: &Device, pool: impl Fn(&Tensor) -> Tensor) -> (Tensor, Tensor) {
     let x = Var::from_tensor(&x.to_device(device).unwrap()).unwrap();
-    let y = pool.forward(x.as_tensor()).unwrap();
+    let y = pool(x.as_tensor());
     let weights: Vec<f64> = (0..y.elem_count())
         .map(|i| ((i * 7 % 13) as f64 - 6.0) / 6.0)
         .collect();
@@ -80,53 +91,19 @@ fn distance(a: &Tensor, b: &Tensor) -> f64 {
 #[test]
 fn every_option_gives_the_same_as_on_the_cpu() {
     let Some(gpu) = gpu() else { return };
-    let schedules = [
-        Schedule::NewtonSchulz { iterations: 1 },
-        Schedule::NewtonSchulz { iterations: 3 },
-        Schedule::NewtonSchulz { iterations: 5 },
-    ];
-    let norms = [
-        PreNormalization::Trace,
-        PreNormalization::Frobenius,
-        PreNormalization::Spectral,
-    ];
-    let mut pools = vec![CovPool::plain()];
-    for schedule in schedules {
-        for pre_normalization in norms {
-            for side in [Side::Gram, Side::Covariance] {
-                for post_compensation in [true, false] {
-                    for memory in [Memory::Keep, Memory::Lean] {
-                        pools.push(CovPool::with_root(Root {
-                            schedule: schedule.clone(),
-                            pre_normalization,
-                            post_compensation,
-                            side,
-                            memory,
-                        }));
-                    }
-                }
-            }
-        }
-    }
     let (mut worst64, mut worst32) = (0.0_f64, 0.0_f64);
-    for pool in pools {
-        for output in [Output::Triangle, Output::Full] {
-            let pool = CovPool {
-                output,
-                ..pool.clone()
-            };
-            for shape in [(2, 6, 9), (1, 17, 5)] {
-                for (dtype, most, worst) in [
-                    (DType::F64, 1e-11, &mut worst64),
-                    (DType::F32, 2e-4, &mut worst32),
-                ] {
-                    let x = features(shape, dtype);
-                    let (y, dx) = run(&pool, &x, &Device::Cpu);
-                    let (on_gpu, dx_on_gpu) = run(&pool, &x, &gpu);
-                    let apart = distance(&on_gpu, &y).max(distance(&dx_on_gpu, &dx));
-                    assert!(apart < most, "{pool:?} {shape:?} {dtype:?}: {apart:e}");
-                    *worst = worst.max(apart);
-                }
+    for pool in every_pool() {
+        for shape in [(2, 6, 9), (1, 17, 5)] {
+            for (dtype, most, worst) in [
+                (DType::F64, 1e-11, &mut worst64),
+                (DType::F32, 2e-4, &mut worst32),
+            ] {
+                let x = features(shape, dtype);
+                let (y, dx) = run(&pool, &x, &Device::Cpu);
+                let (on_gpu, dx_on_gpu) = run_as(&pool, &x, &gpu, GpuKernel::Tiles);
+                let apart = distance(&on_gpu, &y).max(distance(&dx_on_gpu, &dx));
+                assert!(apart < most, "{pool:?} {shape:?} {dtype:?}: {apart:e}");
+                *worst = worst.max(apart);
             }
         }
     }
@@ -161,6 +138,140 @@ fn matrices_of_several_tiles() {
                 distance(&dx_on_gpu, &dx)
             );
         }
+    }
+}
+
+/// The options of a layer, in all combinations.
+fn every_pool() -> Vec<CovPool> {
+    let norms = [
+        PreNormalization::Trace,
+        PreNormalization::Frobenius,
+        PreNormalization::Spectral,
+    ];
+    let schedules = [
+        Schedule::NewtonSchulz { iterations: 1 },
+        Schedule::NewtonSchulz { iterations: 3 },
+        Schedule::NewtonSchulz { iterations: 5 },
+        Schedule::Nonic {
+            steps: 2,
+            lower: 0.1,
+        },
+    ];
+    let mut pools = vec![CovPool::plain()];
+    for schedule in schedules {
+        for pre_normalization in norms {
+            for side in [Side::Gram, Side::Covariance] {
+                for post_compensation in [true, false] {
+                    for memory in [Memory::Keep, Memory::Lean] {
+                        for output in [Output::Triangle, Output::Full] {
+                            let root = Root {
+                                schedule: schedule.clone(),
+                                pre_normalization,
+                                post_compensation,
+                                side,
+                                memory,
+                            };
+                            pools.push(CovPool {
+                                output,
+                                ..CovPool::with_root(root)
+                            });
+                        }
+                    }
+                }
+            }
+        }
+    }
+    pools
+}
+
+#[test]
+fn our_algebra_by_cublas_has_every_option() {
+    let Some(gpu) = gpu() else { return };
+    let kernel = GpuKernel::Cublas(Precision::Full);
+    let mut worst = (0.0_f64, 0.0_f64);
+    for pool in every_pool() {
+        for shape in [(2, 6, 9), (1, 9, 5)] {
+            let x = features(shape, DType::F64);
+            let known = run(&pool, &x, &Device::Cpu);
+            let found = run_as(&pool, &x, &gpu, kernel);
+            let apart = distance(&found.0, &known.0).max(distance(&found.1, &known.1));
+            assert!(apart < 1e-11, "{pool:?} {shape:?}: {apart:e}");
+            worst.0 = worst.0.max(apart);
+            let x = x.to_dtype(DType::F32).unwrap();
+            let known = run(&pool, &x, &Device::Cpu);
+            let found = run_as(&pool, &x, &gpu, kernel);
+            let apart = distance(&found.0, &known.0).max(distance(&found.1, &known.1));
+            assert!(apart < 2e-3, "{pool:?} {shape:?}: {apart:e}");
+            worst.1 = worst.1.max(apart);
+        }
+    }
+    eprintln!(
+        "largest difference: f64 {:.1e}, f32 {:.1e}",
+        worst.0, worst.1
+    );
+}
+
+#[test]
+fn the_algorithm_of_the_authors_gives_the_same() {
+    let Some(gpu) = gpu() else { return };
+    let kernel = GpuKernel::Reference(Precision::Full);
+    for iterations in [1, 2, 3, 5] {
+        for output in [Output::Triangle, Output::Full] {
+            for shape in [(2, 6, 9), (1, 9, 5)] {
+                let pool = CovPool {
+                    output,
+                    ..CovPool::isqrt(iterations)
+                };
+                let x = features(shape, DType::F64);
+                let known = run(&pool, &x, &Device::Cpu);
+                let found = run_as(&pool, &x, &gpu, kernel);
+                let apart = distance(&found.0, &known.0).max(distance(&found.1, &known.1));
+                assert!(apart < 1e-11, "{pool:?} {shape:?}: {apart:e}");
+            }
+        }
+    }
+    let plain = CovPool::plain();
+    let x = features((2, 6, 9), DType::F64);
+    let known = run(&plain, &x, &Device::Cpu);
+    let found = run_as(&plain, &x, &gpu, kernel);
+    assert!(distance(&found.0, &known.0).max(distance(&found.1, &known.1)) < 1e-12);
+    let other = CovPool::with_root(Root {
+        pre_normalization: PreNormalization::Frobenius,
+        ..Root::default()
+    });
+    let on_gpu = x.to_device(&gpu).unwrap();
+    let error = other.forward_on_gpu(&on_gpu, kernel).unwrap_err();
+    assert!(error.to_string().contains("out of range"), "{error}");
+    assert!(plain.forward_on_gpu(&x, kernel).is_err());
+}
+
+#[test]
+fn tf32_costs_three_digits() {
+    let Some(gpu) = gpu() else { return };
+    let pool = CovPool::with_root(Root {
+        side: Side::Covariance,
+        ..Root::default()
+    });
+    let x = features((1, 64, 96), DType::F64);
+    let known = run(&pool, &x, &Device::Cpu);
+    let x = x.to_dtype(DType::F32).unwrap();
+    let apart = |kernel| {
+        let found = run_as(&pool, &x, &gpu, kernel);
+        (distance(&found.0, &known.0), distance(&found.1, &known.1))
+    };
+    let ours = apart(GpuKernel::Tiles);
+    for (name, by) in [
+        ("ours", GpuKernel::Cublas as fn(Precision) -> GpuKernel),
+        ("reference", GpuKernel::Reference),
+    ] {
+        let (full, fast) = (apart(by(Precision::Full)), apart(by(Precision::Tf32)));
+        eprintln!(
+            "{name} by cuBLAS: f32 {:.1e} {:.1e}, TF32 {:.1e} {:.1e}; our kernel {:.1e} {:.1e}",
+            full.0, full.1, fast.0, fast.1, ours.0, ours.1
+        );
+        assert!(full.0 < 1e-4 && full.1 < 1e-3, "{name} {full:?}");
+        assert!(fast.0 < 1e-2 && fast.1 < 1e-2, "{name} {fast:?}");
+        assert!(fast.0 > 100.0 * full.0 && fast.1 > 100.0 * full.1, "{name}");
     }
 }
 

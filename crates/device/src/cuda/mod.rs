@@ -18,8 +18,8 @@ pub use memory::{
     Input, Output, Real, address, duplicate, input, input_of, read_back, with_bytes, with_table,
 };
 pub use open::{found, open};
-pub use upload::Uploads;
 pub use solver::{Eigensolver, SingularSolver, Squares, eigen, singular};
+pub use upload::Uploads;
 
 pub(crate) use open::call;
 
@@ -44,6 +44,8 @@ pub mod kernels {
         DROPOUT = "dropout";
         /// Images before the first layer, and what is kept of a step.
         IMAGES = "images";
+        /// What follows cuBLAS in the baselines of the covariance layer.
+        EPILOGUE = "epilogue";
         /// Linear layer and loss.
         LINEAR = "linear";
         /// Batch normalisation.

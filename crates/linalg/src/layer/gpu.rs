@@ -4,6 +4,7 @@
 //! GPU; for the same reason features that are not finite give NaN here, where the CPU gives an error.
 
 use super::plan::{Iteration, Plan};
+use crate::config::GpuKernel;
 use crate::gpu::{Images, Matrices, Pair, Target, pair};
 use crate::program::Epilogue;
 use crate::{Output as Form, Result};
@@ -37,6 +38,7 @@ pub(super) struct State<T> {
 /// One call for a batch.
 pub(super) struct Batch<'a> {
     pub plan: &'a Plan,
+    pub kernel: GpuKernel,
     /// Whether the features are of bf16; the layer computes in f32 then.
     pub narrow: bool,
     pub batch: usize,
@@ -58,7 +60,7 @@ impl Batch<'_> {
         1.0 / (self.plan.positions as f64).sqrt()
     }
 
-    fn images(&self) -> Images<'_> {
+    pub(super) fn images(&self) -> Images<'_> {
         Images {
             op: OP,
             device: self.device,
@@ -66,11 +68,19 @@ impl Batch<'_> {
         }
     }
 
-    fn matrices<T: Real>(&self, rows: usize, columns: usize) -> Result<Matrices<T>> {
-        self.images().matrices(rows, columns)
+    pub(super) fn matrices<T: Real>(&self, rows: usize, columns: usize) -> Result<Matrices<T>> {
+        match self.kernel {
+            // cuBLAS leaves what is between the rows as it is.
+            GpuKernel::Cublas(_) | GpuKernel::Reference(_)
+                if !columns.is_multiple_of(16 / size_of::<T>()) =>
+            {
+                self.images().zeros(rows, columns)
+            }
+            _ => self.images().matrices(rows, columns),
+        }
     }
 
-    fn square<T: Real>(&self) -> Result<Matrices<T>> {
+    pub(super) fn square<T: Real>(&self) -> Result<Matrices<T>> {
         self.matrices(self.plan.n, self.plan.n)
     }
 
@@ -117,7 +127,12 @@ impl Batch<'_> {
         pairs: &[Pair],
         targets: &[Target],
     ) -> Result<()> {
-        self.images().product::<T>(size, symmetric, pairs, targets)
+        match self.kernel {
+            GpuKernel::Cublas(precision) | GpuKernel::Reference(precision) => {
+                self.by_cublas::<T>(precision, size, pairs, targets)
+            }
+            _ => self.images().product::<T>(size, symmetric, pairs, targets),
+        }
     }
 
     fn multiply<T: Real>(
@@ -404,7 +419,7 @@ impl Batch<'_> {
     }
 
     /// Where the output goes.
-    fn output<T: Real>(&self, out: &Output<T>, facts: &Output<f64>) -> Target {
+    pub(super) fn output<T: Real>(&self, out: &Output<T>, facts: &Output<f64>) -> Target {
         let triangle = self.plan.output == Form::Triangle;
         let target = Target::new(1.0).output(out.at(), self.plan.d, triangle);
         scaled(target, facts, FORWARD)
@@ -465,7 +480,11 @@ impl Batch<'_> {
         let program = &iteration.program;
         let mut registers: Vec<Option<Matrices<T>>> =
             (0..program.registers).map(|_| None).collect();
-        registers[0] = Some(self.normalised(iteration, centred, facts)?);
+        let k = self.normalised(iteration, centred, facts)?;
+        if let GpuKernel::Reference(precision) = self.kernel {
+            return self.official_forward(precision, iteration, k, facts, out);
+        }
+        registers[0] = Some(k);
         // Running again needs what the tangent reads, K among it.
         let keep = |register: usize| {
             register == program.result
@@ -597,7 +616,12 @@ impl Batch<'_> {
             let pairs = [pair(root, &half_turned), pair(&tangent, turned)];
             self.product::<T>((m, d), false, &pairs, &[target])?;
         } else {
-            let tangent = self.tangent(iteration, &mut values, upstream)?;
+            let tangent = match self.kernel {
+                GpuKernel::Reference(precision) => {
+                    self.official_backward(precision, &values, upstream)?
+                }
+                _ => self.tangent(iteration, &mut values, upstream)?,
+            };
             self.through_divisor(
                 iteration,
                 &values,

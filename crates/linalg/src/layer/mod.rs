@@ -2,10 +2,14 @@
 //! with its adjoint.
 
 #[cfg(feature = "cuda")]
+mod baseline;
+#[cfg(feature = "cuda")]
 mod gpu;
 mod image;
 mod plan;
 
+#[cfg(feature = "cuda")]
+use crate::config::GpuKernel;
 use crate::config::{CovPool, Output};
 use crate::kernel::buffer::Kept;
 use crate::kernel::{Dispatch, Isa};
@@ -46,21 +50,76 @@ impl CovPool {
     /// `docs/method.md` counts the products; at `d = 256`, `M = 196`, `N = 5` on the Gram side
     /// about 59 million multiply-adds forward and 113 million backward an image.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (batch, d, positions) = feature_shape(x)?;
+        self.forward_as(
+            x,
+            #[cfg(feature = "cuda")]
+            GpuKernel::Auto,
+        )
+    }
+
+    /// As [`CovPool::forward`], on a GPU in the way that is given.
+    ///
+    /// # Errors
+    /// As there; [`Error::Device`] on the CPU, [`Error::Option`] for what the way does not have.
+    #[cfg(feature = "cuda")]
+    pub fn forward_on_gpu(&self, x: &Tensor, kernel: GpuKernel) -> Result<Tensor> {
+        use crate::config::{PreNormalization, Side, out_of_range};
+        if !x.device().is_cuda() {
+            return Err(Error::Device);
+        }
+        let (GpuKernel::Reference(_), Some(root)) = (kernel, &self.root) else {
+            return self.forward_as(x, kernel);
+        };
+        let official = matches!(root.schedule, crate::Schedule::NewtonSchulz { .. })
+            && root.pre_normalization == PreNormalization::Trace
+            && root.post_compensation
+            && root.side != Side::Gram;
+        if !official {
+            let expected = "Newton-Schulz on the covariance, by trace and with compensation";
+            return Err(out_of_range("kernel", kernel, expected));
+        }
+        let on_covariance = crate::Root {
+            side: Side::Covariance,
+            ..root.clone()
+        };
+        let pool = CovPool {
+            root: Some(on_covariance),
+            ..self.clone()
+        };
+        pool.forward_as(x, kernel)
+    }
+
+    fn forward_as(&self, x: &Tensor, #[cfg(feature = "cuda")] kernel: GpuKernel) -> Result<Tensor> {
+        let shape = feature_shape(x)?;
         match x.dtype() {
             DType::F32 => {
                 if let Some(root) = &self.root {
                     root.check_f32()?;
                 }
-                self.apply::<f32>(x, (batch, d, positions))
+                self.apply::<f32>(
+                    x,
+                    shape,
+                    #[cfg(feature = "cuda")]
+                    kernel,
+                )
             }
-            DType::F64 => self.apply::<f64>(x, (batch, d, positions)),
+            DType::F64 => self.apply::<f64>(
+                x,
+                shape,
+                #[cfg(feature = "cuda")]
+                kernel,
+            ),
             #[cfg(feature = "cuda")]
             DType::BF16 if x.device().is_cuda() => {
                 if let Some(root) = &self.root {
                     root.check_f32()?;
                 }
-                self.apply::<f32>(x, (batch, d, positions))
+                self.apply::<f32>(
+                    x,
+                    shape,
+                    #[cfg(feature = "cuda")]
+                    kernel,
+                )
             }
             other => Err(Error::Dtype {
                 dtype: other.as_str(),
@@ -68,7 +127,12 @@ impl CovPool {
         }
     }
 
-    fn apply<T: Layered>(&self, x: &Tensor, shape: (usize, usize, usize)) -> Result<Tensor> {
+    fn apply<T: Layered>(
+        &self,
+        x: &Tensor,
+        shape: (usize, usize, usize),
+        #[cfg(feature = "cuda")] kernel: GpuKernel,
+    ) -> Result<Tensor> {
         let (batch, d, positions) = shape;
         let isa = T::isa(self.kernel)?;
         let op = Op::<T> {
@@ -77,6 +141,8 @@ impl CovPool {
             batch,
             tracked: x.track_op(),
             state: OnceLock::new(),
+            #[cfg(feature = "cuda")]
+            kernel,
             #[cfg(feature = "cuda")]
             narrow: x.dtype() == DType::BF16,
             #[cfg(feature = "cuda")]
@@ -214,6 +280,8 @@ struct Op<T: 'static> {
     tracked: bool,
     state: OnceLock<State<T>>,
     #[cfg(feature = "cuda")]
+    kernel: GpuKernel,
+    #[cfg(feature = "cuda")]
     narrow: bool,
     #[cfg(feature = "cuda")]
     on_gpu: OnceLock<gpu::State<T>>,
@@ -317,6 +385,7 @@ impl<T: Layered> Op<T> {
     fn on_device<'a>(&'a self, device: &'a candle_core::CudaDevice) -> gpu::Batch<'a> {
         gpu::Batch {
             plan: &self.plan,
+            kernel: self.kernel,
             narrow: self.narrow,
             batch: self.batch,
             device,

@@ -14,6 +14,9 @@ pub(super) const CHUNK: usize = 512;
 #[derive(Debug)]
 pub(super) struct Iteration {
     pub gram: bool,
+    /// Steps of the schedule.
+    #[cfg(feature = "cuda")]
+    pub steps: usize,
     /// Schatten order of the pre-normalisation, 0 for none.
     pub order: i32,
     pub post_compensation: bool,
@@ -90,6 +93,8 @@ impl Plan {
                 let loose = program.slots(|register| !kept.contains(&register));
                 Some(Iteration {
                     gram,
+                    #[cfg(feature = "cuda")]
+                    steps: coefficients.len(),
                     order: root.pre_normalization.order(),
                     post_compensation: root.post_compensation,
                     slots: program.slots(|_| true),
