@@ -308,3 +308,19 @@ fn checkpointed_blocks_train_to_the_same_bits() {
     };
     assert_eq!(run(true), run(false));
 }
+
+#[test]
+fn precisions_of_a_gpu_need_one() {
+    let mut config = config("gap");
+    for precision in ["tf32", "bf16"] {
+        config.precision = toml::Value::from(precision).try_into().unwrap();
+        let sets = (stripes(8, 1), stripes(8, 2));
+        let error = learn(&config, &[], sets, &mut Silent)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains(precision) && error.contains("--device cuda:0"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,129 @@
+//! The engine on a GPU beside the CPU. Passed over where there is no GPU; tools/cuda/check.sh runs it without
+//! one.
+#![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+
+use candle_core::Device;
+use isqrt_datasets::{ImageSet, Step};
+use isqrt_device::Choice;
+use isqrt_train::{Error, Job, Silent, TrainConfig, TrainResult, train};
+
+fn gpu() -> Option<Device> {
+    match Choice::Cuda(0).open() {
+        Ok(opened) => Some(opened.device),
+        Err(isqrt_device::Error::NoDriver { .. }) => {
+            eprintln!("passed over: no GPU");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+const SIDE: usize = 16;
+
+/// Stripes across or down, with some noise.
+fn stripes(count: usize) -> Arc<ImageSet> {
+    let (mut pixels, mut labels) = (Vec::new(), Vec::new());
+    for i in 0..count {
+        for at in 0..SIDE * SIDE {
+            let along = [at / SIDE, at % SIDE][i % 2];
+            let wave = (1.6 * along as f64 + i as f64).sin();
+            let noise = (0.754_877_666 * (3 * at + 7 * i) as f64).fract() - 0.5;
+            pixels.extend([(128.0 + 50.0 * wave + 40.0 * noise) as u8; 3]);
+        }
+        labels.push((i % 2) as u32);
+    }
+    let classes = ["across", "down"].map(String::from).to_vec();
+    Arc::new(ImageSet::new(classes, SIDE, SIDE, pixels, labels).unwrap())
+}
+
+fn config(more: &str) -> TrainConfig {
+    let toml = format!(
+        "epochs = 2\nbatch = 8\nseed = 5\n{more}\n\
+         [optimiser]\nkind = \"sgd\"\nlr = 0.05\nweight_decay = 5e-4\n\
+         [model]\nbackbone = \"e10net\"\nclasses = 2\nrepresentation = {{ name = \"isqrt\" }}"
+    );
+    toml::from_str(&toml).unwrap()
+}
+
+fn run(config: &TrainConfig, device: &Device) -> isqrt_train::Result<TrainResult> {
+    let job = Job::in_memory(
+        config,
+        &[Step::HorizontalFlip { p: 0.5 }],
+        stripes(48),
+        stripes(20),
+    )?;
+    let device = device.clone();
+    train(Job { device, ..job }, &mut Silent)
+}
+
+/// Updates that wait for their loss and those that do not; clipped, averaged, in parts.
+#[test]
+fn a_run_is_that_of_the_cpu() {
+    let Some(gpu) = gpu() else { return };
+    for more in [
+        "",
+        "clip_norm = 0.5\nema = 0.9",
+        "non_finite = { skip = 1 }\nlabel_smoothing = 0.1",
+        "accumulate = 2\nclip_norm = 1.0",
+    ] {
+        let config = config(&format!("precision = \"f64\"\n{more}"));
+        let (ours, theirs) = (
+            run(&config, &gpu).unwrap(),
+            run(&config, &Device::Cpu).unwrap(),
+        );
+        for (a, b) in ours.epochs.iter().zip(&theirs.epochs) {
+            let close = |a: f64, b: f64| (a - b).abs() <= 1e-7 * b.abs();
+            assert!(close(a.train_loss, b.train_loss), "{more}: {a:?}, {b:?}");
+            assert!(
+                close(a.eval_loss.unwrap(), b.eval_loss.unwrap()),
+                "{more}: {a:?}, {b:?}"
+            );
+            assert_eq!(
+                (a.train_error, a.eval_error),
+                (b.train_error, b.eval_error),
+                "{more}"
+            );
+        }
+        assert_eq!(ours.top1_error, theirs.top1_error, "{more}");
+    }
+}
+
+#[test]
+fn shorter_formats_are_near() {
+    let Some(gpu) = gpu() else { return };
+    let loss = |precision: &str, device: &Device| {
+        let config = config(&format!("precision = \"{precision}\""));
+        run(&config, device).unwrap().epochs[0].train_loss
+    };
+    let full = loss("f32", &Device::Cpu);
+    for (precision, limit) in [("f32", 1e-3), ("tf32", 0.05), ("bf16", 0.1)] {
+        let found = loss(precision, &gpu);
+        assert!(
+            (found / full - 1.0).abs() < limit,
+            "{precision}: {found}, f32 {full}"
+        );
+    }
+}
+
+#[test]
+fn what_runs_away_is_told() {
+    let Some(gpu) = gpu() else { return };
+    let mut config = config("");
+    config.optimiser = toml::from_str("kind = \"sgd\"\nlr = 1e30").unwrap();
+    let error = run(&config, &gpu).unwrap_err();
+    assert!(
+        matches!(error, Error::NonFinite { epoch: 1, .. }),
+        "{error}"
+    );
+    assert!(error.is_divergence());
+    assert!(error.to_string().contains("non_finite.skip=0"), "{error}");
+    config.non_finite = toml::from_str::<toml::Table>("x = { skip = 0 }").unwrap()["x"]
+        .clone()
+        .try_into()
+        .unwrap();
+    let error = run(&config, &gpu).unwrap_err();
+    assert!(error.is_divergence(), "{error}");
+}
