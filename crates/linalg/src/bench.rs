@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 /// Time of one implementation of the layer on one batch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerTiming {
-    /// `ours` or `reference` (plain reverse mode, library products, parallel over the batch; on a GPU
-    /// [`composed`]).
+    /// `ours` or `reference` (plain reverse mode, library products, parallel over the batch); on a GPU also
+    /// our algebra with whole products by cuBLAS, and either with products rounded to TF32.
     pub implementation: &'static str,
     /// Threads used.
     pub threads: usize,
@@ -166,37 +166,6 @@ fn images<T: Number + candle_core::WithDType>(x: &Tensor) -> Result<Vec<Mat<T>>>
         .collect())
 }
 
-/// The layer as the official PyTorch code has it in spirit, of candle's ops on any device: covariance by two
-/// products, the coupled iteration with full matrices, compensation; differentiated by the tape. Features
-/// `(batch, d, M)` to `(batch, d, d)`.
-///
-/// # Errors
-/// Those of candle.
-pub fn composed(x: &Tensor, iterations: usize) -> Result<Tensor> {
-    let (_, d, positions) = x.dims3()?;
-    let centred = x.broadcast_sub(&x.mean_keepdim(2)?)?;
-    let covariance = centred.matmul(&centred.t()?.contiguous()?)?;
-    let covariance = (covariance * (1.0 / positions as f64))?;
-    let eye = Tensor::eye(d, x.dtype(), x.device())?.unsqueeze(0)?;
-    let trace = covariance.broadcast_mul(&eye)?.sum_keepdim((1, 2))?;
-    let a = covariance.broadcast_div(&trace)?;
-    let three = (&eye * 3.0)?;
-    let step = |y: &Tensor, z: &Tensor| -> candle_core::Result<Tensor> {
-        three.broadcast_sub(&z.matmul(y)?)? * 0.5
-    };
-    let first = (three.broadcast_sub(&a)? * 0.5)?;
-    let (mut y, mut z) = (a.matmul(&first)?, first);
-    for k in 1..iterations {
-        let t = step(&y, &z)?;
-        y = y.matmul(&t)?;
-        // The last step needs no inverse root.
-        if k + 1 < iterations {
-            z = t.matmul(&z)?;
-        }
-    }
-    Ok(y.broadcast_mul(&trace.sqrt()?)?)
-}
-
 /// Times our layer and the plain reference on the same batch, in turn, on a device.
 ///
 /// # Errors
@@ -229,14 +198,15 @@ pub fn layer(case: &LayerCase, device: &Device, budget: Duration) -> Result<Vec<
         let total = parts.iter().fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1));
         Ok((total.0 / share, total.1 / share))
     };
-    // The schedules of others have as many steps.
-    let count = root.schedule.steps();
-    let mut reference_on_gpu = || time_pool(&x, |x| composed(x, count));
-    let reference: &mut dyn FnMut() -> Result<(f64, f64)> = match device.is_cpu() {
-        true => &mut reference_on_cpu,
-        false => &mut reference_on_gpu,
+    let names: Vec<(&str, bool)>;
+    let times = if device.is_cpu() {
+        names = vec![("ours", true), ("reference", false)];
+        interleaved(&mut [&mut ours, &mut reference_on_cpu], budget)?
+    } else {
+        let (found, times) = on_gpu(&case.pool, &x, &mut ours, budget)?;
+        names = found;
+        times
     };
-    let times = interleaved(&mut [&mut ours, reference], budget)?;
     let facts = case.pool.describe(case.d, case.positions)?;
     let multiply_adds = facts.forward_multiply_adds + facts.backward_multiply_adds;
     let steps = root.schedule.coefficients()?;
@@ -263,10 +233,71 @@ pub fn layer(case: &LayerCase, device: &Device, budget: Duration) -> Result<Vec<
     let (d, m) = (case.d as f64, case.positions as f64);
     let plain_cost = products as f64 * d.powi(3) + 2.0 * d * d * m;
     let plain_kept = matrices * case.d * case.d * size_of::<f32>();
-    Ok(vec![
-        timing("ours", times[0], multiply_adds, facts.kept_bytes),
-        timing("reference", times[1], plain_cost, plain_kept),
-    ])
+    let rows = names.into_iter().zip(times);
+    let rows = rows.map(|((name, is_ours), times)| match is_ours {
+        true => timing(name, times, multiply_adds, facts.kept_bytes),
+        false => timing(name, times, plain_cost, plain_kept),
+    });
+    Ok(rows.collect())
+}
+
+/// Names, whether they are of our algebra, and times.
+type OnGpu = (Vec<(&'static str, bool)>, Vec<(f64, f64)>);
+
+/// Ours, our algebra by cuBLAS, and where the layer is one that the authors' code has, that.
+#[cfg(feature = "cuda")]
+fn on_gpu(
+    pool: &CovPool,
+    x: &Var,
+    ours: &mut dyn FnMut() -> Result<(f64, f64)>,
+    budget: Duration,
+) -> Result<OnGpu> {
+    use crate::{GpuKernel, Precision};
+    // The reference works on the covariance, whatever the size.
+    let mut plain = pool.clone();
+    if let Some(root) = &mut plain.root {
+        root.side = Side::Covariance;
+    }
+    let mut ways = vec![
+        ("ours, cuBLAS", true, GpuKernel::Cublas(Precision::Full)),
+        (
+            "ours, cuBLAS, TF32",
+            true,
+            GpuKernel::Cublas(Precision::Tf32),
+        ),
+    ];
+    let reference = GpuKernel::Reference(Precision::Full);
+    if plain.forward_on_gpu(x, reference).is_ok() {
+        ways.push(("reference", false, reference));
+        ways.push((
+            "reference, TF32",
+            false,
+            GpuKernel::Reference(Precision::Tf32),
+        ));
+    }
+    let mut tasks: Vec<Box<dyn FnMut() -> Result<(f64, f64)> + '_>> = vec![];
+    for &(_, is_ours, kernel) in &ways {
+        let pool = if is_ours { pool } else { &plain };
+        tasks.push(Box::new(move || {
+            time_pool(x, |x| pool.forward_on_gpu(x, kernel))
+        }));
+    }
+    let mut all: Vec<&mut dyn FnMut() -> Result<(f64, f64)>> = vec![ours];
+    all.extend(tasks.iter_mut().map(|task| &mut **task as _));
+    let times = interleaved(&mut all, budget)?;
+    let mut names = vec![("ours", true)];
+    names.extend(ways.iter().map(|&(name, is_ours, _)| (name, is_ours)));
+    Ok((names, times))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn on_gpu(
+    _: &CovPool,
+    _: &Var,
+    _: &mut dyn FnMut() -> Result<(f64, f64)>,
+    _: Duration,
+) -> Result<OnGpu> {
+    Err(Error::Device)
 }
 
 /// A row of the comparison of iteration counts and schedules.
@@ -402,7 +433,7 @@ pub fn usual_schedules() -> Vec<Schedule> {
 /// Time of a decomposition, or of our layer's forward pass, on `n x n` covariance matrices.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecompositionRow {
-    /// `eig`, `svd`, or `isqrt N=5`.
+    /// `eig`, `svd` (on a GPU with the name of cuSOLVER's function), or `isqrt N=5`.
     pub method: String,
     /// Side length.
     pub n: usize,
@@ -424,6 +455,10 @@ pub fn decompositions(
     device: &Device,
     budget: Duration,
 ) -> Result<Vec<DecompositionRow>> {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return decompositions_on_gpu(n, batches, device, budget);
+    }
     // More positions than channels: a covariance of full rank.
     let positions = n + n / 4;
     let root = Root {
@@ -488,6 +523,57 @@ pub fn decompositions(
                 ms,
             });
         }
+    }
+    Ok(rows)
+}
+
+/// [`decompositions`] by cuSOLVER, a row for each of its functions; what this version of it lacks has none.
+#[cfg(feature = "cuda")]
+fn decompositions_on_gpu(
+    n: usize,
+    batches: &[usize],
+    device: &Device,
+    budget: Duration,
+) -> Result<Vec<DecompositionRow>> {
+    let layer = CovPool::with_root(Root {
+        side: Side::Covariance,
+        ..Root::default()
+    });
+    let mut rows = Vec::new();
+    let share = budget / batches.len().max(1) as u32;
+    for &batch in batches {
+        let features = synthetic_features(batch, n, n + n / 4)?.to_device(device)?;
+        let centred = features.broadcast_sub(&features.mean_keepdim(2)?)?;
+        let covariances = centred.matmul(&centred.t()?.contiguous()?)?;
+        let ways = DeviceDecomposition::ALL.into_iter();
+        let ways: Vec<_> = ways
+            .filter(|&how| decompose_on_device(&covariances, how).is_ok())
+            .collect();
+        let timed = |work: &dyn Fn() -> Result<Tensor>| {
+            isqrt_device::wait(device)?;
+            let start = Instant::now();
+            drop(work()?);
+            isqrt_device::wait(device)?;
+            Ok((start.elapsed().as_secs_f64(), 0.0))
+        };
+        let mut tasks: Vec<Box<dyn FnMut() -> Result<(f64, f64)> + '_>> = vec![];
+        for &how in &ways {
+            let covariances = &covariances;
+            tasks.push(Box::new(move || {
+                timed(&|| decompose_on_device(covariances, how))
+            }));
+        }
+        tasks.push(Box::new(|| timed(&|| layer.forward(&features))));
+        let mut all: Vec<&mut dyn FnMut() -> Result<(f64, f64)>> = vec![];
+        all.extend(tasks.iter_mut().map(|task| &mut **task as _));
+        let times = interleaved(&mut all, share)?;
+        let names = ways.iter().map(|how| how.name()).chain(["isqrt N=5"]);
+        rows.extend(names.zip(times).map(|(method, (ms, _))| DecompositionRow {
+            method: method.to_owned(),
+            n,
+            batch,
+            ms,
+        }));
     }
     Ok(rows)
 }
