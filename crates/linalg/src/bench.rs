@@ -252,13 +252,16 @@ fn on_gpu(
     ours: &mut dyn FnMut() -> Result<(f64, f64)>,
     budget: Duration,
 ) -> Result<OnGpu> {
-    use crate::{GpuKernel, Precision};
+    use crate::{GpuKernel, Precision, Tf32};
     // The reference works on the covariance, whatever the size.
     let mut plain = pool.clone();
     if let Some(root) = &mut plain.root {
         root.side = Side::Covariance;
     }
+    let tensor_cores = GpuKernel::TensorCores;
     let mut ways = vec![
+        ("ours, 3 x TF32", true, tensor_cores(Tf32::Thrice)),
+        ("ours, TF32", true, tensor_cores(Tf32::Once)),
         ("ours, cuBLAS", true, GpuKernel::Cublas(Precision::Full)),
         (
             "ours, cuBLAS, TF32",

@@ -196,6 +196,16 @@ impl Kernel {
     }
 }
 
+/// How operands of f32 come to tensor cores, which take 10 bits of their mantissas.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tf32 {
+    /// Rounded.
+    Once,
+    /// In two parts, of which three products are added: as exact as f32 up to its last bits.
+    Thrice,
+}
+
 /// How a GPU computes the layer; for benchmarks and tests, as all of them give the same up to rounding.
 #[cfg(feature = "cuda")]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -206,6 +216,8 @@ pub enum GpuKernel {
     /// Our products, a launch each: half of a symmetric result is computed, with its linear part in the same
     /// launch.
     Tiles,
+    /// The same in f32 on tensor cores, which round operands to TF32.
+    TensorCores(Tf32),
     /// Our algebra with whole products by cuBLAS.
     Cublas(isqrt_device::cuda::Precision),
     /// The algorithm of the authors' code with whole products by cuBLAS: a coupled iteration on the

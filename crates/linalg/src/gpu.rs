@@ -213,6 +213,18 @@ impl Images<'_> {
     /// Sums of products, by our kernel.
     pub fn product<T: Real>(
         &self,
+        size: (usize, usize),
+        symmetric: bool,
+        pairs: &[Pair],
+        targets: &[Target],
+    ) -> Result<()> {
+        self.product_by::<T>("product", size, symmetric, pairs, targets)
+    }
+
+    /// The same by a kernel of that name in `symmetric.cu`.
+    pub fn product_by<T: Real>(
+        &self,
+        kernel: &'static str,
         (rows, columns): (usize, usize),
         symmetric: bool,
         pairs: &[Pair],
@@ -237,6 +249,6 @@ impl Images<'_> {
         };
         let grid = Grid::blocks(tiles * self.batch, 128);
         // SAFETY: the matrices are of this op and of the sizes that the job says.
-        Ok(unsafe { launch_with::<T, Product>(self.device, &SYMMETRIC, "product", grid, &job) }?)
+        Ok(unsafe { launch_with::<T, Product>(self.device, &SYMMETRIC, kernel, grid, &job) }?)
     }
 }

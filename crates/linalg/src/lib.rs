@@ -39,9 +39,9 @@ pub mod simd {
     pub use crate::kernel::vector::{Element, Quad, Vector};
 }
 
-#[cfg(feature = "cuda")]
-pub use config::GpuKernel;
 pub use config::{CovPool, Kernel, Memory, Output, PreNormalization, Root, Side};
+#[cfg(feature = "cuda")]
+pub use config::{GpuKernel, Tf32};
 pub use count::Factorisations;
 pub use error::{Error, Result};
 #[cfg(feature = "cuda")]

@@ -6,7 +6,7 @@
 use candle_core::{DType, Device, Tensor, Var};
 use isqrt_device::{Choice, Error};
 use isqrt_linalg::{
-    CovPool, GpuKernel, Memory, Output, PreNormalization, Precision, Root, Schedule, Side,
+    CovPool, GpuKernel, Memory, Output, PreNormalization, Precision, Root, Schedule, Side, Tf32,
 };
 
 fn gpu() -> Option<Device> {
@@ -273,6 +273,37 @@ fn tf32_costs_three_digits() {
         assert!(fast.0 < 1e-2 && fast.1 < 1e-2, "{name} {fast:?}");
         assert!(fast.0 > 100.0 * full.0 && fast.1 > 100.0 * full.1, "{name}");
     }
+}
+
+#[test]
+fn tensor_cores_lose_nothing_in_three_products() {
+    let Some(gpu) = gpu() else { return };
+    let (mut worst, mut worst_once, mut plain) = (0.0_f64, f64::INFINITY, 0.0_f64);
+    for side in [Side::Gram, Side::Covariance] {
+        let pool = CovPool::with_root(Root {
+            side,
+            ..Root::default()
+        });
+        // Tiles of the edge, several tiles, several images.
+        for shape in [(2, 6, 9), (1, 100, 70), (2, 65, 130)] {
+            let x = features(shape, DType::F64);
+            let known = run(&pool, &x, &Device::Cpu);
+            let x = x.to_dtype(DType::F32).unwrap();
+            let apart = |kernel| {
+                let found = run_as(&pool, &x, &gpu, kernel);
+                distance(&found.0, &known.0).max(distance(&found.1, &known.1))
+            };
+            worst = worst.max(apart(GpuKernel::TensorCores(Tf32::Thrice)));
+            worst_once = worst_once.min(apart(GpuKernel::TensorCores(Tf32::Once)));
+            plain = plain.max(apart(GpuKernel::Tiles));
+        }
+    }
+    eprintln!("three products {worst:.1e}, one at least {worst_once:.1e}, f32 {plain:.1e}");
+    assert!(worst < 4.0 * plain, "{worst:e}, f32 {plain:e}");
+    assert!(
+        worst_once > 10.0 * worst,
+        "{worst_once:e} rounds no operand"
+    );
 }
 
 #[test]

@@ -4,11 +4,11 @@
 //! GPU; for the same reason features that are not finite give NaN here, where the CPU gives an error.
 
 use super::plan::{Iteration, Plan};
-use crate::config::GpuKernel;
+use crate::config::{GpuKernel, Tf32};
 use crate::gpu::{Images, Matrices, Pair, Target, pair};
 use crate::program::Epilogue;
 use crate::{Output as Form, Result};
-use candle_core::{CudaDevice, CudaStorage, Layout};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout};
 use isqrt_device::cuda::kernels::POOLING;
 use isqrt_device::cuda::{
     Argument, Grid, Input, Output, Real, bf16, input, int, long, pointer, real,
@@ -131,7 +131,18 @@ impl Batch<'_> {
             GpuKernel::Cublas(precision) | GpuKernel::Reference(precision) => {
                 self.by_cublas::<T>(precision, size, pairs, targets)
             }
-            _ => self.images().product::<T>(size, symmetric, pairs, targets),
+            kernel => {
+                let name = match kernel {
+                    // Only f32 is rounded.
+                    GpuKernel::TensorCores(Tf32::Once) if T::DTYPE == DType::F32 => "product_tf32",
+                    GpuKernel::TensorCores(Tf32::Thrice) if T::DTYPE == DType::F32 => {
+                        "product_tf32x3"
+                    }
+                    _ => "product",
+                };
+                let images = self.images();
+                images.product_by::<T>(name, size, symmetric, pairs, targets)
+            }
         }
     }
 
