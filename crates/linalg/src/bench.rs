@@ -1,6 +1,15 @@
 //! Measurements of this crate as data: the layer beside the plain reference, iteration counts
 //! and schedules, decompositions. Medians of interleaved repetitions; nothing is printed here.
 
+#[cfg(feature = "cuda")]
+mod device;
+
+#[cfg(feature = "cuda")]
+pub use device::{
+    DeviceDecomposition, DeviceLayerTiming, decompose_on_device, device_decompositions,
+    layer_on_device,
+};
+
 use crate::config::{CovPool, Root, Side};
 use crate::eig::MpnCov;
 use crate::reference::{self, Number};
@@ -13,8 +22,8 @@ use std::time::{Duration, Instant};
 /// Time of one implementation of the layer on one batch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerTiming {
-    /// `ours` or `reference` (plain reverse mode, library products, parallel over the batch); on a GPU also
-    /// our algebra with whole products by cuBLAS, and either with products rounded to TF32.
+    /// `ours` or `reference` (plain reverse mode, library products, parallel over the batch); on a GPU more
+    /// of either kind.
     pub implementation: &'static str,
     /// Threads used.
     pub threads: usize,
@@ -27,9 +36,7 @@ pub struct LayerTiming {
     pub gflops: f64,
     /// `gflops` over [`peak_gflops`] of as many threads, or over the peak of the GPU in f32.
     pub peak_share: f64,
-    /// On a GPU, the bytes that must move over its peak bandwidth, as a share of the time: features read
-    /// twice, their gradient written, output written, its gradient read, and what waits for the backward
-    /// pass written and read.
+    /// On a GPU, the bytes that any implementation moves over its bandwidth, as a share of the time.
     pub bandwidth_share: Option<f64>,
     /// Bytes that wait for the backward pass, an image.
     pub kept_bytes: usize,
@@ -175,48 +182,46 @@ pub fn layer(case: &LayerCase, device: &Device, budget: Duration) -> Result<Vec<
         let expected = "a layer with a root";
         return Err(crate::config::out_of_range("root", "none", expected));
     };
-    let features = synthetic_features(case.batch, case.d, case.positions)?;
-    let x = Var::from_tensor(&features.to_device(device)?)?;
-    let gpu = isqrt_device::gpu_of(device);
-    let upstream = Mat::from_fn(case.d, case.d, |i, j| if i <= j { 1.0 } else { 0.0 });
-    let peak = match &gpu {
-        Some(gpu) => gpu.peak_f32() / 1e9,
-        None => peak_gflops(case.pool.kernel)?,
-    };
-    let plain: Vec<Mat<f32>> = match device.is_cpu() {
-        true => images(&x)?,
-        false => vec![],
-    };
-    let mut ours = || time_pool(&x, |x| case.pool.forward(x));
-    let mut reference_on_cpu = || {
-        let parts: Vec<(f64, f64)> = plain
-            .par_iter()
-            .map(|x| reference::timed_layer(root, x, &upstream))
-            .collect::<Result<_>>()?;
-        // Images run side by side: a batch takes the sum over the threads.
-        let share = rayon::current_num_threads().min(case.batch) as f64;
-        let total = parts.iter().fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1));
-        Ok((total.0 / share, total.1 / share))
-    };
-    let names: Vec<(&str, bool)>;
-    let times = if device.is_cpu() {
-        names = vec![("ours", true), ("reference", false)];
-        interleaved(&mut [&mut ours, &mut reference_on_cpu], budget)?
-    } else {
-        let (found, times) = on_gpu(&case.pool, &x, &mut ours, budget)?;
-        names = found;
-        times
-    };
     let facts = case.pool.describe(case.d, case.positions)?;
-    let multiply_adds = facts.forward_multiply_adds + facts.backward_multiply_adds;
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        let rows = layer_on_device(case, device, budget)?.into_iter();
+        let rows = rows.map(|row| LayerTiming {
+            implementation: row.implementation,
+            threads: rayon::current_num_threads(),
+            forward_ms: row.forward_ms,
+            backward_ms: row.backward_ms,
+            gflops: row.gflops,
+            peak_share: row.peak_share,
+            bandwidth_share: Some(row.bandwidth_share),
+            kept_bytes: facts.kept_bytes,
+            kernel: "cuda",
+        });
+        return Ok(rows.collect());
+    }
+    let x = synthetic_features(case.batch, case.d, case.positions)?;
+    let x = Var::from_tensor(&x.to_device(device)?)?;
+    let plain: Vec<Mat<f32>> = images(&x)?;
+    let upstream = Mat::from_fn(case.d, case.d, |i, j| if i <= j { 1.0 } else { 0.0 });
+    let peak = peak_gflops(case.pool.kernel)?;
+    let times = interleaved(
+        &mut [&mut || time_pool(&x, |x| case.pool.forward(x)), &mut || {
+            let parts: Vec<(f64, f64)> = plain
+                .par_iter()
+                .map(|x| reference::timed_layer(root, x, &upstream))
+                .collect::<Result<_>>()?;
+            // Images run side by side: a batch takes the sum over the threads.
+            let share = rayon::current_num_threads().min(case.batch) as f64;
+            let total = parts.iter().fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1));
+            Ok((total.0 / share, total.1 / share))
+        }],
+        budget,
+    )?;
+    let ours = facts.forward_multiply_adds + facts.backward_multiply_adds;
     let steps = root.schedule.coefficients()?;
     let timing = |implementation, (forward_ms, backward_ms), multiply_adds: f64, kept_bytes| {
         let flops = 2.0 * multiply_adds * case.batch as f64;
         let gflops = flops / (forward_ms + backward_ms) / 1e6;
-        let values = 3 * case.d * case.positions + case.d * (case.d + 1);
-        let bytes = (values * size_of::<f32>() + 2 * kept_bytes) as f64 * case.batch as f64;
-        let seconds = (forward_ms + backward_ms) / 1e3;
-        let bandwidth = gpu.as_ref().map(isqrt_device::Gpu::peak_bandwidth);
         LayerTiming {
             implementation,
             threads: rayon::current_num_threads(),
@@ -224,83 +229,19 @@ pub fn layer(case: &LayerCase, device: &Device, budget: Duration) -> Result<Vec<
             backward_ms,
             gflops,
             peak_share: gflops / peak,
-            bandwidth_share: bandwidth.map(|peak| bytes / seconds / peak),
+            bandwidth_share: None,
             kept_bytes,
-            kernel: if gpu.is_some() { "cuda" } else { facts.kernel },
+            kernel: facts.kernel,
         }
     };
     let (products, matrices) = reference::cost(&steps);
     let (d, m) = (case.d as f64, case.positions as f64);
     let plain_cost = products as f64 * d.powi(3) + 2.0 * d * d * m;
     let plain_kept = matrices * case.d * case.d * size_of::<f32>();
-    let rows = names.into_iter().zip(times);
-    let rows = rows.map(|((name, is_ours), times)| match is_ours {
-        true => timing(name, times, multiply_adds, facts.kept_bytes),
-        false => timing(name, times, plain_cost, plain_kept),
-    });
-    Ok(rows.collect())
-}
-
-/// Names, whether they are of our algebra, and times.
-type OnGpu = (Vec<(&'static str, bool)>, Vec<(f64, f64)>);
-
-/// Ours, our algebra by cuBLAS, and where the layer is one that the authors' code has, that.
-#[cfg(feature = "cuda")]
-fn on_gpu(
-    pool: &CovPool,
-    x: &Var,
-    ours: &mut dyn FnMut() -> Result<(f64, f64)>,
-    budget: Duration,
-) -> Result<OnGpu> {
-    use crate::{GpuKernel, Precision, Tf32};
-    // The reference works on the covariance, whatever the size.
-    let mut plain = pool.clone();
-    if let Some(root) = &mut plain.root {
-        root.side = Side::Covariance;
-    }
-    let tensor_cores = GpuKernel::TensorCores;
-    let mut ways = vec![
-        ("ours, 3 x TF32", true, tensor_cores(Tf32::Thrice)),
-        ("ours, TF32", true, tensor_cores(Tf32::Once)),
-        ("ours, cuBLAS", true, GpuKernel::Cublas(Precision::Full)),
-        (
-            "ours, cuBLAS, TF32",
-            true,
-            GpuKernel::Cublas(Precision::Tf32),
-        ),
-    ];
-    let reference = GpuKernel::Reference(Precision::Full);
-    if plain.forward_on_gpu(x, reference).is_ok() {
-        ways.push(("reference", false, reference));
-        ways.push((
-            "reference, TF32",
-            false,
-            GpuKernel::Reference(Precision::Tf32),
-        ));
-    }
-    let mut tasks: Vec<Box<dyn FnMut() -> Result<(f64, f64)> + '_>> = vec![];
-    for &(_, is_ours, kernel) in &ways {
-        let pool = if is_ours { pool } else { &plain };
-        tasks.push(Box::new(move || {
-            time_pool(x, |x| pool.forward_on_gpu(x, kernel))
-        }));
-    }
-    let mut all: Vec<&mut dyn FnMut() -> Result<(f64, f64)>> = vec![ours];
-    all.extend(tasks.iter_mut().map(|task| &mut **task as _));
-    let times = interleaved(&mut all, budget)?;
-    let mut names = vec![("ours", true)];
-    names.extend(ways.iter().map(|&(name, is_ours, _)| (name, is_ours)));
-    Ok((names, times))
-}
-
-#[cfg(not(feature = "cuda"))]
-fn on_gpu(
-    _: &CovPool,
-    _: &Var,
-    _: &mut dyn FnMut() -> Result<(f64, f64)>,
-    _: Duration,
-) -> Result<OnGpu> {
-    Err(Error::Device)
+    Ok(vec![
+        timing("ours", times[0], ours, facts.kept_bytes),
+        timing("reference", times[1], plain_cost, plain_kept),
+    ])
 }
 
 /// A row of the comparison of iteration counts and schedules.
@@ -460,7 +401,7 @@ pub fn decompositions(
 ) -> Result<Vec<DecompositionRow>> {
     #[cfg(feature = "cuda")]
     if device.is_cuda() {
-        return decompositions_on_gpu(n, batches, device, budget);
+        return device_decompositions(device, n, batches, budget);
     }
     // More positions than channels: a covariance of full rank.
     let positions = n + n / 4;
@@ -528,191 +469,4 @@ pub fn decompositions(
         }
     }
     Ok(rows)
-}
-
-/// [`decompositions`] by cuSOLVER, a row for each of its functions; what this version of it lacks has none.
-#[cfg(feature = "cuda")]
-fn decompositions_on_gpu(
-    n: usize,
-    batches: &[usize],
-    device: &Device,
-    budget: Duration,
-) -> Result<Vec<DecompositionRow>> {
-    let layer = CovPool::with_root(Root {
-        side: Side::Covariance,
-        ..Root::default()
-    });
-    let mut rows = Vec::new();
-    let share = budget / batches.len().max(1) as u32;
-    for &batch in batches {
-        let features = synthetic_features(batch, n, n + n / 4)?.to_device(device)?;
-        let centred = features.broadcast_sub(&features.mean_keepdim(2)?)?;
-        let covariances = centred.matmul(&centred.t()?.contiguous()?)?;
-        let ways = DeviceDecomposition::ALL.into_iter();
-        let ways: Vec<_> = ways
-            .filter(|&how| decompose_on_device(&covariances, how).is_ok())
-            .collect();
-        let timed = |work: &dyn Fn() -> Result<Tensor>| {
-            isqrt_device::wait(device)?;
-            let start = Instant::now();
-            drop(work()?);
-            isqrt_device::wait(device)?;
-            Ok((start.elapsed().as_secs_f64(), 0.0))
-        };
-        let mut tasks: Vec<Box<dyn FnMut() -> Result<(f64, f64)> + '_>> = vec![];
-        for &how in &ways {
-            let covariances = &covariances;
-            tasks.push(Box::new(move || {
-                timed(&|| decompose_on_device(covariances, how))
-            }));
-        }
-        tasks.push(Box::new(|| timed(&|| layer.forward(&features))));
-        let mut all: Vec<&mut dyn FnMut() -> Result<(f64, f64)>> = vec![];
-        all.extend(tasks.iter_mut().map(|task| &mut **task as _));
-        let times = interleaved(&mut all, share)?;
-        let names = ways.iter().map(|how| how.name()).chain(["isqrt N=5"]);
-        rows.extend(names.zip(times).map(|(method, (ms, _))| DecompositionRow {
-            method: method.to_owned(),
-            n,
-            batch,
-            ms,
-        }));
-    }
-    Ok(rows)
-}
-
-/// A decomposition by cuSOLVER.
-#[cfg(feature = "cuda")]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DeviceDecomposition {
-    /// Eigenvalues and eigenvectors.
-    Eigen(isqrt_device::cuda::Eigensolver),
-    /// Singular values and both factors.
-    Singular(isqrt_device::cuda::SingularSolver),
-}
-
-#[cfg(feature = "cuda")]
-impl DeviceDecomposition {
-    /// All of them.
-    pub const ALL: [Self; 5] = {
-        use isqrt_device::cuda::{Eigensolver, SingularSolver};
-        [
-            Self::Eigen(Eigensolver::Divide),
-            Self::Eigen(Eigensolver::Jacobi),
-            Self::Eigen(Eigensolver::Batched),
-            Self::Singular(SingularSolver::Jacobi),
-            Self::Singular(SingularSolver::Approximate),
-        ]
-    };
-
-    /// Name of cuSOLVER's function.
-    pub fn name(self) -> &'static str {
-        use isqrt_device::cuda::{Eigensolver, SingularSolver};
-        match self {
-            Self::Eigen(Eigensolver::Auto) => "eig",
-            Self::Eigen(Eigensolver::Divide) => "eig syevd",
-            Self::Eigen(Eigensolver::Jacobi) => "eig syevjBatched",
-            Self::Eigen(Eigensolver::Batched) => "eig XsyevBatched",
-            Self::Singular(SingularSolver::Jacobi) => "svd gesvdj",
-            Self::Singular(SingularSolver::Approximate) => "svd gesvdaStridedBatched",
-        }
-    }
-}
-
-/// Decomposes symmetric matrices `(batch, n, n)`, f32 or f64, that lie on a GPU, with both factors, and
-/// returns `(batch, n)`: eigenvalues in rising order, or singular values in falling order. Waits for
-/// the GPU. No gradient.
-///
-/// # Errors
-/// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]; [`Error::Decomposition`] names the image;
-/// those of cuSOLVER, also where it lacks the function.
-#[cfg(feature = "cuda")]
-pub fn decompose_on_device(matrices: &Tensor, how: DeviceDecomposition) -> Result<Tensor> {
-    let shape = match *matrices.dims() {
-        [batch, n, columns] if n == columns => (batch, n),
-        _ => {
-            let shape = matrices.dims().to_vec();
-            return Err(Error::Shape { shape });
-        }
-    };
-    let matrices = matrices.contiguous()?;
-    match matrices.dtype() {
-        DType::F32 | DType::F64 => {}
-        other => {
-            let dtype = other.as_str();
-            return Err(Error::Dtype { dtype });
-        }
-    }
-    Ok(matrices.apply_op1_no_bwd(&on_device::Decompose { how, shape })?)
-}
-
-#[cfg(feature = "cuda")]
-mod on_device {
-    use super::DeviceDecomposition;
-    use crate::{Error, Result};
-    use candle_core::backend::BackendStorage;
-    use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape};
-    use isqrt_device::cuda::{Output, Real, Squares, duplicate, eigen, input, singular};
-
-    pub(super) struct Decompose {
-        pub how: DeviceDecomposition,
-        pub shape: (usize, usize),
-    }
-
-    impl Decompose {
-        fn run<T: Real>(&self, storage: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
-            let device = storage.device();
-            let (batch, n) = self.shape;
-            let op = self.how.name();
-            let failed = candle_core::Error::from;
-            let from = input::<T>(storage, layout)?;
-            // The library works in place.
-            let copy = duplicate::<T>(op, device, from).map_err(failed)?;
-            let values = Output::<T>::new(op, device, &[batch, n]).map_err(failed)?;
-            let of = Squares {
-                at: copy.at(),
-                n,
-                row: n,
-                batch,
-            };
-            // SAFETY: matrices and values are of this call.
-            let info = unsafe {
-                match self.how {
-                    DeviceDecomposition::Eigen(solver) => {
-                        eigen::<T>(op, device, solver, of, values.at())
-                    }
-                    DeviceDecomposition::Singular(solver) => {
-                        singular::<T>(op, device, solver, of, values.at())
-                    }
-                }
-            }
-            .map_err(failed)?;
-            if let Some(index) = info.iter().position(|&info| info != 0) {
-                return Err(Error::Decomposition { index, what: op });
-            }
-            Ok(values.into_storage())
-        }
-    }
-
-    impl CustomOp1 for Decompose {
-        fn name(&self) -> &'static str {
-            "decomposition"
-        }
-
-        fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-            Err(Error::Device.into())
-        }
-
-        fn cuda_fwd(
-            &self,
-            storage: &CudaStorage,
-            layout: &Layout,
-        ) -> candle_core::Result<(CudaStorage, Shape)> {
-            let values = match storage.dtype() {
-                DType::F64 => self.run::<f64>(storage, layout)?,
-                _ => self.run::<f32>(storage, layout)?,
-            };
-            Ok((values, Shape::from(self.shape)))
-        }
-    }
 }

@@ -218,6 +218,9 @@ pub enum GpuKernel {
     Tiles,
     /// The same in f32 on tensor cores, which round operands to TF32.
     TensorCores(Tf32),
+    /// All products of the iteration in one launch, iterates in shared memory, a block an image: for sides up to
+    /// 64, fewer in f64 or for programs with many registers.
+    Fused,
     /// Our algebra with whole products by cuBLAS.
     Cublas(isqrt_device::cuda::Precision),
     /// The algorithm of the authors' code with whole products by cuBLAS: a coupled iteration on the

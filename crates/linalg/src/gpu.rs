@@ -8,7 +8,9 @@ use crate::Result;
 use candle_core::CudaDevice;
 use isqrt_device::cuda::kernels::SYMMETRIC;
 use isqrt_device::cuda::{Argument, DeviceRepr, Grid, Module, Output, Real, launch, launch_with};
-use std::sync::Arc;
+use std::any::Any;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Rows and columns of a block of a product.
 pub(crate) const TILE: usize = 64;
@@ -147,13 +149,37 @@ impl Target {
     }
 }
 
-/// New memory for a result of this op.
-pub(crate) fn allocate<T: Real>(
-    op: &'static str,
-    device: &CudaDevice,
-    shape: &[usize],
-) -> Result<Output<T>> {
-    Ok(Output::new(op, device, shape).map_err(candle_core::Error::from)?)
+/// Memory that a sequence of allocations is given again when it is repeated.
+#[derive(Default)]
+pub(crate) struct Arena {
+    buffers: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
+    next: AtomicUsize,
+}
+
+impl Arena {
+    /// Allocations since the beginning.
+    pub fn used(&self) -> usize {
+        self.next.load(Ordering::Relaxed)
+    }
+
+    /// Goes back to so many allocations; the next ones get what was next then.
+    pub fn rewind(&self, used: usize) {
+        self.next.store(used, Ordering::Relaxed);
+    }
+
+    fn take<T: Real>(&self, make: impl FnOnce() -> Result<Output<T>>) -> Result<Arc<Output<T>>> {
+        let at = self.next.fetch_add(1, Ordering::Relaxed);
+        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = buffers.get(at) {
+            let known = Arc::clone(known).downcast::<Output<T>>();
+            return known.map_err(|_| {
+                candle_core::Error::Msg("a repeated pass allocates otherwise".to_owned()).into()
+            });
+        }
+        let new = Arc::new(make()?);
+        buffers.push(Arc::clone(&new) as _);
+        Ok(new)
+    }
 }
 
 /// The images of a batch, on their device.
@@ -163,27 +189,43 @@ pub(crate) struct Images<'a> {
     pub op: &'static str,
     pub device: &'a CudaDevice,
     pub batch: usize,
+    /// Where memory comes from, if not from the device.
+    pub arena: Option<&'a Arena>,
 }
 
 impl Images<'_> {
+    fn take<T: Real>(&self, make: impl FnOnce() -> Result<Output<T>>) -> Result<Arc<Output<T>>> {
+        match self.arena {
+            Some(arena) => arena.take(make),
+            None => Ok(Arc::new(make()?)),
+        }
+    }
+
     /// Memory for a matrix of each image, with any content.
     pub fn matrices<T: Real>(&self, rows: usize, columns: usize) -> Result<Matrices<T>> {
         let row = columns.next_multiple_of(16 / size_of::<T>());
-        let memory = Arc::new(self.allocate(&[self.batch, rows, row])?);
+        let memory = self.allocate(&[self.batch, rows, row])?;
         Ok(Matrices { memory, rows, row })
     }
 
     /// The same, zeroed.
     pub fn zeros<T: Real>(&self, rows: usize, columns: usize) -> Result<Matrices<T>> {
         let row = columns.next_multiple_of(16 / size_of::<T>());
-        let memory = Output::zeros(self.op, self.device, &[self.batch, rows, row])
-            .map_err(candle_core::Error::from)?;
-        let memory = Arc::new(memory);
+        let shape = [self.batch, rows, row];
+        let zeros = || Output::zeros(self.op, self.device, &shape);
+        let memory = self.take(|| Ok(zeros().map_err(candle_core::Error::from)?))?;
         Ok(Matrices { memory, rows, row })
     }
 
-    pub fn allocate<T: Real>(&self, shape: &[usize]) -> Result<Output<T>> {
-        allocate(self.op, self.device, shape)
+    /// Memory with any content, for what is not given away.
+    pub fn allocate<T: Real>(&self, shape: &[usize]) -> Result<Arc<Output<T>>> {
+        self.take(|| self.output(shape))
+    }
+
+    /// Memory with any content, for a result.
+    pub fn output<T: Real>(&self, shape: &[usize]) -> Result<Output<T>> {
+        let made = Output::new(self.op, self.device, shape);
+        Ok(made.map_err(candle_core::Error::from)?)
     }
 
     pub fn launch<T: Real>(

@@ -47,4 +47,6 @@ pub use error::{Error, Result};
 #[cfg(feature = "cuda")]
 pub use isqrt_device::cuda::Precision;
 pub use layer::Description;
+#[cfg(feature = "cuda")]
+pub use layer::Replayed;
 pub use schedule::{Polynomial, Schedule};

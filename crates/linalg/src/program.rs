@@ -272,9 +272,61 @@ impl Program {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl Program {
+    /// As [`slots`](Self::slots) of all registers, for steps that have read all they read before they
+    /// write: what a step makes may take the slot of what it is the last to read.
+    pub(crate) fn packed(&self) -> (Vec<usize>, usize) {
+        let last_read = self.last_read();
+        let mut slots = vec![usize::MAX; self.registers];
+        let (mut free, mut count) = (Vec::new(), 1);
+        slots[0] = 0;
+        for (at, step) in self.steps.iter().enumerate() {
+            let dead = |&r: &usize| last_read[r] == at && slots[r] != usize::MAX;
+            free.extend((0..self.registers).filter(dead).map(|r| slots[r]));
+            for out in &step.outs {
+                slots[out.register] = free.pop().unwrap_or_else(|| {
+                    count += 1;
+                    count - 1
+                });
+            }
+        }
+        (slots, count)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn packed_slots_hold_what_is_read() {
+        for n in 1..=13 {
+            for wanted in [Wanted::Root, Wanted::InverseRoot] {
+                let program = Program::new(&vec![NS; n], wanted);
+                let (slots, count) = program.packed();
+                let mut content = vec![usize::MAX; count];
+                content[slots[0]] = 0;
+                for step in &program.steps {
+                    let terms = step.outs.iter().flat_map(|out| &out.terms);
+                    let operands = step.product.into_iter().flat_map(|(l, r)| [l, r]);
+                    for register in terms.map(|term| term.1).chain(operands) {
+                        assert_eq!(content[slots[register]], register, "N={n}");
+                    }
+                    for out in &step.outs {
+                        content[slots[out.register]] = out.register;
+                    }
+                }
+                assert_eq!(content[slots[program.result]], program.result);
+                // With a buffer, all of them fit into 99 KiB for sides of 64.
+                assert!(
+                    (count + 1) * 64 * 64 * 4 <= 99 << 10,
+                    "N={n}: {count} slots"
+                );
+            }
+        }
+    }
 
     const NS: Polynomial = [1.5, -0.5, 0.0, 0.0, 0.0];
 

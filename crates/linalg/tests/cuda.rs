@@ -185,6 +185,124 @@ fn every_pool() -> Vec<CovPool> {
 }
 
 #[test]
+fn one_launch_gives_the_same_as_one_a_product() {
+    let Some(gpu) = gpu() else { return };
+    let mut worst = (0.0_f64, 0.0_f64);
+    let check = |pool: &CovPool, shape, (most64, most32)| {
+        let mut found = [0.0; 2];
+        for (dtype, most, to) in [(DType::F64, most64, 0), (DType::F32, most32, 1)] {
+            let x = features(shape, dtype);
+            let known = run(pool, &x, &Device::Cpu);
+            let fused = run_as(pool, &x, &gpu, GpuKernel::Fused);
+            let apart = distance(&fused.0, &known.0).max(distance(&fused.1, &known.1));
+            assert!(apart < most, "{pool:?} {shape:?} {dtype:?}: {apart:e}");
+            found[to] = apart;
+        }
+        found
+    };
+    for pool in every_pool().iter().filter(|pool| pool.root.is_some()) {
+        for shape in [(2, 6, 9), (1, 17, 5)] {
+            let apart = check(pool, shape, (1e-11, 2e-3));
+            worst = (worst.0.max(apart[0]), worst.1.max(apart[1]));
+        }
+    }
+    eprintln!(
+        "largest difference: f64 {:.1e}, f32 {:.1e}",
+        worst.0, worst.1
+    );
+    // The largest side of each type; no multiple of a thread's tile.
+    for (dtype, shape, side) in [
+        (DType::F32, (2, 70, 64), Side::Gram),
+        (DType::F32, (1, 63, 70), Side::Covariance),
+        (DType::F64, (1, 43, 45), Side::Covariance),
+    ] {
+        for iterations in [5, 13] {
+            let pool = CovPool::with_root(Root {
+                schedule: Schedule::NewtonSchulz { iterations },
+                side,
+                ..Root::default()
+            });
+            let x = features(shape, dtype);
+            let known = run(&pool, &x.to_dtype(DType::F64).unwrap(), &Device::Cpu);
+            let fused = run_as(&pool, &x, &gpu, GpuKernel::Fused);
+            let tiles = run_as(&pool, &x, &gpu, GpuKernel::Tiles);
+            let cpu = run(&pool, &x, &Device::Cpu);
+            let apart =
+                |(y, dx): &(Tensor, Tensor)| (distance(y, &known.0), distance(dx, &known.1));
+            let (fused, tiles, cpu) = (apart(&fused), apart(&tiles), apart(&cpu));
+            for (name, (root, gradient)) in [("fused", fused), ("tiles", tiles), ("CPU", cpu)] {
+                eprintln!("{shape:?} {dtype:?} N={iterations} {name}: {root:.1e} {gradient:.1e}");
+            }
+            assert!(fused.0 < 5.0 * tiles.0.max(cpu.0).max(1e-7), "{shape:?}");
+            assert!(fused.1 < 5.0 * tiles.1.max(cpu.1).max(1e-7), "{shape:?}");
+        }
+    }
+    // What does not fit is an error where it was asked for, and else done by tiles.
+    let x = features((1, 65, 66), DType::F32).to_device(&gpu).unwrap();
+    let pool = CovPool::isqrt(5);
+    let error = pool.forward_on_gpu(&x, GpuKernel::Fused).unwrap_err();
+    assert!(error.to_string().contains("99 KiB"), "{error}");
+    assert!(pool.forward(&x).is_ok());
+}
+
+#[test]
+fn launches_are_recorded_and_replayed() {
+    use isqrt_linalg::Replayed;
+    let Some(gpu) = gpu() else { return };
+    let shape = (2, 6, 9);
+    for (kernel, pool) in [
+        (GpuKernel::Auto, CovPool::isqrt(5)),
+        (GpuKernel::Tiles, CovPool::isqrt(4)),
+        (GpuKernel::Tiles, CovPool::plain()),
+        (
+            GpuKernel::Tiles,
+            CovPool::with_root(Root {
+                pre_normalization: PreNormalization::Spectral,
+                side: Side::Covariance,
+                memory: Memory::Lean,
+                ..Root::default()
+            }),
+        ),
+    ] {
+        let replayed = Replayed::new(&pool, shape, kernel, &gpu).unwrap();
+        // Twice, with other features: nothing of the first pass is left.
+        for factor in [1.0, -3.0] {
+            let x = (features(shape, DType::F32) * factor).unwrap();
+            let known = run_as(&pool, &x, &gpu, kernel);
+            let found = run_by(&x, &gpu, |x| replayed.forward(x).unwrap());
+            assert_eq!(distance(&found.0, &known.0), 0.0, "{pool:?}");
+            assert_eq!(distance(&found.1, &known.1), 0.0, "{pool:?}");
+        }
+    }
+    let pool = CovPool::isqrt(5);
+    let replayed = Replayed::new(&pool, shape, GpuKernel::Auto, &gpu).unwrap();
+    // One launch a pass.
+    let launches = |pool: &dyn Fn(&Tensor) -> Tensor| {
+        let before = isqrt_device::cuda::launches();
+        run_by(&features(shape, DType::F32), &gpu, pool);
+        isqrt_device::cuda::launches() - before
+    };
+    assert_eq!(launches(&|x| replayed.forward(x).unwrap()), 2);
+    for (kernel, most) in [(GpuKernel::Fused, 18), (GpuKernel::Tiles, 37)] {
+        let counted = launches(&|x| pool.forward_on_gpu(x, kernel).unwrap());
+        eprintln!("{kernel:?}: {counted} launches");
+        assert!((3..=most).contains(&counted), "{kernel:?}: {counted}");
+    }
+    let x = Var::from_tensor(&features(shape, DType::F32).to_device(&gpu).unwrap()).unwrap();
+    let first = replayed.forward(x.as_tensor()).unwrap();
+    let second = replayed.forward(x.as_tensor()).unwrap();
+    assert!(second.backward().is_ok());
+    let error = first.backward().unwrap_err().to_string();
+    assert!(error.contains("forward again"), "{error}");
+    let other = features((2, 6, 8), DType::F32).to_device(&gpu).unwrap();
+    assert!(replayed.forward(&other).is_err());
+    assert!(replayed.forward(&features(shape, DType::F32)).is_err());
+    let cublas = GpuKernel::Cublas(Precision::Full);
+    assert!(Replayed::new(&pool, shape, cublas, &gpu).is_err());
+    assert!(Replayed::new(&pool, shape, GpuKernel::Auto, &Device::Cpu).is_err());
+}
+
+#[test]
 fn our_algebra_by_cublas_has_every_option() {
     let Some(gpu) = gpu() else { return };
     let kernel = GpuKernel::Cublas(Precision::Full);
@@ -475,7 +593,7 @@ fn functions_of_eigenvalues_are_computed_on_the_gpu() {
             root: NewtonOrSvd::Svd,
             ..ImprovedBilinear::default()
         };
-        beside_the_cpu("Improved", &gpu, shape, (1e-11, 2e-2), &|x| pool.forward(x));
+        beside_the_cpu("Improved", &gpu, shape, (1e-10, 2e-2), &|x| pool.forward(x));
     }
     let before = Factorisations::so_far().eig;
     let x = features((4, 3, 7), DType::F32).to_device(&gpu).unwrap();
@@ -531,6 +649,34 @@ fn bare_decompositions_for_benchmarks() {
     let square = Tensor::zeros((1, 2, 3), DType::F32, &gpu).unwrap();
     let how = DeviceDecomposition::ALL[0];
     assert!(decompose_on_device(&square, how).is_err());
+}
+
+#[test]
+fn benchmarks_run_every_implementation() {
+    use isqrt_linalg::bench::{LayerCase, device_decompositions, layer_on_device};
+    use std::time::Duration;
+    let Some(gpu) = gpu() else { return };
+    let case = LayerCase {
+        pool: CovPool::isqrt(2),
+        batch: 1,
+        d: 5,
+        positions: 7,
+    };
+    let rows = layer_on_device(&case, &gpu, Duration::ZERO).unwrap();
+    assert_eq!(rows.len(), 8);
+    for row in rows {
+        let shares = [row.gflops, row.peak_share, row.bandwidth_share];
+        let positive = |v: f64| v.is_finite() && v > 0.0;
+        assert!(shares.into_iter().all(positive), "{row:?}");
+        assert!(
+            positive(row.forward_ms) && positive(row.backward_ms),
+            "{row:?}"
+        );
+    }
+    assert!(layer_on_device(&case, &Device::Cpu, Duration::ZERO).is_err());
+    let rows = device_decompositions(&gpu, 6, &[1, 2], Duration::ZERO).unwrap();
+    assert_eq!(rows.len(), 12);
+    assert!(rows.iter().all(|row| row.ms > 0.0));
 }
 
 #[test]

@@ -4,6 +4,20 @@ use super::call;
 use super::memory::Real;
 use candle_core::CudaDevice;
 use cudarc::driver::{CudaFunction, DeviceRepr, LaunchConfig, PushKernelArg};
+use std::cell::Cell;
+
+thread_local! {
+    static LAUNCHES: Cell<u64> = const { Cell::new(0) };
+}
+
+/// What this thread has launched: kernels of ours, and replays of recordings.
+pub fn launches() -> u64 {
+    LAUNCHES.get()
+}
+
+pub(super) fn count_launch() {
+    LAUNCHES.set(LAUNCHES.get() + 1);
+}
 
 /// Kernels compiled to PTX.
 #[derive(Clone, Copy, Debug)]
@@ -54,7 +68,7 @@ pub struct Grid {
     pub blocks: (usize, usize, usize),
     /// Threads a block.
     pub threads: usize,
-    /// Dynamic shared memory in bytes.
+    /// Dynamic shared memory in bytes; above 48 KiB the kernel is told to bear it.
     pub shared: usize,
 }
 
@@ -105,6 +119,7 @@ pub unsafe fn launch<T: Real>(
     // SAFETY: the caller vouches for the arguments.
     let launched = unsafe { builder.launch(config) };
     call(name, launched)?;
+    count_launch();
     Ok(())
 }
 
@@ -131,6 +146,7 @@ pub unsafe fn launch_with<T: Real, S: DeviceRepr>(
     // SAFETY: the caller vouches for the argument.
     let launched = unsafe { builder.launch(config) };
     call(name, launched)?;
+    count_launch();
     Ok(())
 }
 
@@ -147,11 +163,17 @@ fn prepare<T: Real>(
     }
     let function = format!("{name}_{}", T::SUFFIX);
     let function = device.get_or_load_custom_func(&function, module.name, module.ptx)?;
+    let function = function.into_cuda_function();
+    if grid.shared > 48 << 10 {
+        use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let most = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        call(name, function.set_attribute(most, grid.shared as i32))?;
+    }
     let side = |side: usize| side as u32;
     let config = LaunchConfig {
         grid_dim: (side(x), side(y), side(z)),
         block_dim: (side(grid.threads), 1, 1),
         shared_mem_bytes: side(grid.shared),
     };
-    Ok(Some((function.into_cuda_function(), config)))
+    Ok(Some((function, config)))
 }

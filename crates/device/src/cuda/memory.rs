@@ -167,18 +167,33 @@ fn allocate<T: DeviceRepr>(
 /// As [`Output::new`].
 pub fn duplicate<T: Real>(op: &'static str, device: &CudaDevice, from: Input) -> Result<Output<T>> {
     let to = Output::<T>::new(op, device, &[from.len])?;
+    copy(op, device, from, &to)?;
+    Ok(to)
+}
+
+/// Copies an operand to memory of as many values.
+///
+/// # Errors
+/// [`Error::Call`], also where it is not as many.
+pub fn copy<T: Real>(
+    op: &'static str,
+    device: &CudaDevice,
+    from: Input,
+    to: &Output<T>,
+) -> Result<()> {
+    if from.len != to.len() {
+        return Err(Error::Call {
+            op,
+            problem: format!("a copy of {} values to {}", from.len, to.len()),
+        });
+    }
+    let bytes = from.len * size_of::<T>();
     let stream = device.cuda_stream();
     // SAFETY: both are that long, and do not overlap.
     let copied = unsafe {
-        cudarc::driver::result::memcpy_dtod_async(
-            to.at(),
-            from.at,
-            from.len * size_of::<T>(),
-            stream.cu_stream(),
-        )
+        cudarc::driver::result::memcpy_dtod_async(to.at(), from.at, bytes, stream.cu_stream())
     };
-    call(op, copied)?;
-    Ok(to)
+    call(op, copied)
 }
 
 /// Scratch memory of so many bytes for the time of `work`.

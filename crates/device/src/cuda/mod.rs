@@ -2,6 +2,7 @@
 
 mod blas;
 mod dnn;
+mod graph;
 mod launch;
 mod memory;
 mod open;
@@ -12,10 +13,12 @@ pub use crate::Precision;
 pub use blas::{Gemm, gemm};
 pub use cudarc::driver::DeviceRepr;
 pub use dnn::{Along, Convolution, Pass, convolve};
+pub use graph::{Recording, record};
 pub use half::bf16;
-pub use launch::{Argument, Grid, Module, int, launch, launch_with, long, pointer, real};
+pub use launch::{Argument, Grid, Module, int, launch, launch_with, launches, long, pointer, real};
 pub use memory::{
-    Input, Output, Real, address, duplicate, input, input_of, read_back, with_bytes, with_table,
+    Input, Output, Real, address, copy, duplicate, input, input_of, read_back, with_bytes,
+    with_table,
 };
 pub use open::{found, open};
 pub use solver::{Eigensolver, SingularSolver, Squares, eigen, singular};
@@ -46,6 +49,8 @@ pub mod kernels {
         IMAGES = "images";
         /// What follows cuBLAS in the baselines of the covariance layer.
         EPILOGUE = "epilogue";
+        /// The iteration of the covariance layer in one launch.
+        FUSED = "fused";
         /// Linear layer and loss.
         LINEAR = "linear";
         /// Batch normalisation.

@@ -17,7 +17,7 @@ use isqrt_device::cuda::{
     Argument, Eigensolver, Grid, Input, Output, Squares, eigen, input, int, pointer, read_back,
     real,
 };
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 const OP: &str = "eigendecomposition";
 
@@ -65,10 +65,10 @@ pub(crate) fn pool<T: Number + Layered>(
 
 /// What waits for the backward pass.
 struct Kept<T> {
-    means: Option<Output<T>>,
+    means: Option<Arc<Output<T>>>,
     /// Eigenvectors, one a row.
     vectors: Matrices<T>,
-    values: Output<f64>,
+    values: Arc<Output<f64>>,
 }
 
 struct Op<T: 'static> {
@@ -88,7 +88,7 @@ impl<T: Number + Layered> Op<T> {
     }
 
     /// Means of the rows of contiguous `(batch, d, M)` values.
-    fn means(&self, images: &Images<'_>, rows: u64) -> Result<Output<T>> {
+    fn means(&self, images: &Images<'_>, rows: u64) -> Result<Arc<Output<T>>> {
         let means = images.allocate(&[self.batch, self.d])?;
         let distances = images.allocate::<f64>(&[self.batch, self.d])?;
         let grid = Grid::blocks(self.batch * self.d, 128);
@@ -154,7 +154,7 @@ impl<T: Number + Layered> Op<T> {
         &self,
         images: &Images<'_>,
         moment: Matrices<T>,
-    ) -> Result<(Matrices<T>, Output<f64>)> {
+    ) -> Result<(Matrices<T>, Arc<Output<f64>>)> {
         let n = self.size();
         let batch = self.batch;
         let scales = images.allocate::<f64>(&[batch])?;
@@ -204,14 +204,14 @@ impl<T: Number + Layered> Op<T> {
 
     fn forward(&self, images: &Images<'_>, features: Input) -> Result<(Output<T>, Kept<T>)> {
         let n = self.size();
-        let out = images.allocate(&[self.batch, self.output.len(n)])?;
+        let out = images.output(&[self.batch, self.output.len(n)])?;
         let means = match self.moment.removed == 0.0 {
             true => None,
             false => Some(self.means(images, features.at)?),
         };
         let turned = images.matrices::<T>(self.positions, n)?;
         let to = (turned.at(), turned.row);
-        self.shifted(images, features.at, means.as_ref(), n, (0, 0), to)?;
+        self.shifted(images, features.at, means.as_deref(), n, (0, 0), to)?;
         let moment = images.matrices::<T>(n, n)?;
         let target = Target::new(1.0).both(&moment);
         images.product::<T>((n, n), true, &[pair(&turned, &turned)], &[target])?;
@@ -278,8 +278,8 @@ impl<T: Number + Layered> Op<T> {
 
         let plain = images.matrices::<T>(n, m)?;
         let to = (plain.at(), plain.row);
-        self.shifted(images, features.at, kept.means.as_ref(), n, to, (0, 0))?;
-        let out = images.allocate::<T>(&[self.batch, d, m])?;
+        self.shifted(images, features.at, kept.means.as_deref(), n, to, (0, 0))?;
+        let out = images.output::<T>(&[self.batch, d, m])?;
         let product = |to: &Output<T>, alpha: f64| {
             let mut target = Target::new(alpha);
             (target.direct, target.direct_image) = (to.at(), (d * m) as i64);
@@ -303,6 +303,7 @@ impl<T: Number + Layered> Op<T> {
             op: OP,
             device,
             batch: self.batch,
+            arena: None,
         }
     }
 }

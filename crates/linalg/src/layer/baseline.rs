@@ -249,7 +249,7 @@ impl Batch<'_> {
         iteration: &Iteration,
         a: Matrices<T>,
         facts: &Output<f64>,
-        out: Option<&Output<T>>,
+        out: Option<u64>,
     ) -> Result<Vec<Option<Matrices<T>>>> {
         let mut kept = vec![a.clone()];
         let (mut y, mut factor) = (a.clone(), self.shifted(-0.5, &a, 1.5)?);

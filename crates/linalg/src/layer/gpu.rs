@@ -3,9 +3,10 @@
 //! What depends on an image (divisor, scale) stays in device memory (`facts`), so nothing waits for the
 //! GPU; for the same reason features that are not finite give NaN here, where the CPU gives an error.
 
+use super::fused::Destination;
 use super::plan::{Iteration, Plan};
-use crate::config::{GpuKernel, Tf32};
-use crate::gpu::{Images, Matrices, Pair, Target, pair};
+use crate::config::{GpuKernel, Tf32, out_of_range};
+use crate::gpu::{Arena, Images, Matrices, Pair, Target, pair};
 use crate::program::Epilogue;
 use crate::{Output as Form, Result};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout};
@@ -13,6 +14,7 @@ use isqrt_device::cuda::kernels::POOLING;
 use isqrt_device::cuda::{
     Argument, Grid, Input, Output, Real, bf16, input, int, long, pointer, real,
 };
+use std::sync::Arc;
 
 const OP: &str = "covariance-pooling";
 /// Doubles of an image, and their places; see `pooling.cu`.
@@ -30,8 +32,8 @@ fn scaled(mut target: Target, facts: &Output<f64>, fact: usize) -> Target {
 /// What the forward pass leaves for the backward pass.
 #[derive(Debug)]
 pub(super) struct State<T> {
-    means: Output<T>,
-    facts: Output<f64>,
+    means: Arc<Output<T>>,
+    facts: Arc<Output<f64>>,
     registers: Vec<Option<Matrices<T>>>,
 }
 
@@ -43,6 +45,7 @@ pub(super) struct Batch<'a> {
     pub narrow: bool,
     pub batch: usize,
     pub device: &'a CudaDevice,
+    pub arena: Option<&'a Arena>,
 }
 
 /// The features, centred and scaled.
@@ -51,7 +54,13 @@ struct Centred<T> {
     transposed: Option<Matrices<T>>,
 }
 
-fn missing() -> candle_core::Error {
+/// Where the factors of the output lie, and how far apart those of images.
+pub(super) fn place(facts: &Output<f64>) -> (u64, i32) {
+    let at = facts.at() + (FORWARD * size_of::<f64>()) as u64;
+    (at, FACTS as i32)
+}
+
+pub(super) fn missing() -> candle_core::Error {
     candle_core::Error::Msg(format!("{OP}: backward before forward"))
 }
 
@@ -65,6 +74,7 @@ impl Batch<'_> {
             op: OP,
             device: self.device,
             batch: self.batch,
+            arena: self.arena,
         }
     }
 
@@ -84,7 +94,7 @@ impl Batch<'_> {
         self.matrices(self.plan.n, self.plan.n)
     }
 
-    fn allocate<T: Real>(&self, shape: &[usize]) -> Result<Output<T>> {
+    fn allocate<T: Real>(&self, shape: &[usize]) -> Result<Arc<Output<T>>> {
         self.images().allocate(shape)
     }
 
@@ -193,7 +203,7 @@ impl Batch<'_> {
         Ok(Centred { plain, transposed })
     }
 
-    fn statistics<T: Real>(&self, features: Input) -> Result<(Output<T>, Output<f64>)> {
+    fn statistics<T: Real>(&self, features: Input) -> Result<(Arc<Output<T>>, Arc<Output<f64>>)> {
         let (d, m) = (self.plan.d, self.plan.positions);
         let means = self.allocate(&[self.batch, d])?;
         let distances = self.allocate::<f64>(&[self.batch, d])?;
@@ -380,6 +390,9 @@ impl Batch<'_> {
         values: &mut [Option<Matrices<T>>],
         seed: Matrices<T>,
     ) -> Result<Matrices<T>> {
+        if self.fuses::<T>(iteration)? {
+            return self.fused_tangent(iteration, values, &seed);
+        }
         let n = self.plan.n;
         let program = &iteration.program;
         let last_read = program.last_read();
@@ -430,9 +443,9 @@ impl Batch<'_> {
     }
 
     /// Where the output goes.
-    pub(super) fn output<T: Real>(&self, out: &Output<T>, facts: &Output<f64>) -> Target {
+    pub(super) fn output(&self, out: u64, facts: &Output<f64>) -> Target {
         let triangle = self.plan.output == Form::Triangle;
-        let target = Target::new(1.0).output(out.at(), self.plan.d, triangle);
+        let target = Target::new(1.0).output(out, self.plan.d, triangle);
         scaled(target, facts, FORWARD)
     }
 
@@ -440,14 +453,14 @@ impl Batch<'_> {
         (self.plan.iteration.as_ref().is_some_and(|i| i.gram), true)
     }
 
+    /// The output goes to `out`; what the backward pass needs is returned.
     pub(super) fn forward<T: Real>(
         &self,
         features: Input,
         tracked: bool,
-    ) -> Result<(Output<T>, State<T>)> {
+        out: u64,
+    ) -> Result<State<T>> {
         let d = self.plan.d;
-        let shape = [self.batch, self.plan.output.len(d)];
-        let out = self.allocate(&shape)?;
         let (means, facts) = self.statistics::<T>(features)?;
         let centred = self.centre(features, &means, &facts, self.wanted())?;
         let turned = centred.transposed.as_ref().ok_or_else(missing)?;
@@ -459,23 +472,22 @@ impl Batch<'_> {
                     Grid::over(self.batch),
                     &[pointer(facts.at()), int(self.batch), real(self.factor())],
                 )?;
-                let target = self.output(&out, &facts);
+                let target = self.output(out, &facts);
                 self.product::<T>((d, d), true, &[pair(turned, turned)], &[target])?;
             }
             Some(iteration) => {
                 let keeps = tracked && iteration.keeps;
-                registers = self.run_forward(iteration, &centred, &facts, keeps, Some(&out))?;
+                registers = self.run_forward(iteration, &centred, &facts, keeps, Some(out))?;
                 if !keeps {
                     registers.clear();
                 }
             }
         }
-        let state = State {
+        Ok(State {
             means,
             facts,
             registers,
-        };
-        Ok((out, state))
+        })
     }
 
     /// The registers that are kept; the result goes to `out`, if there is one.
@@ -485,9 +497,8 @@ impl Batch<'_> {
         centred: &Centred<T>,
         facts: &Output<f64>,
         keeps: bool,
-        out: Option<&Output<T>>,
+        out: Option<u64>,
     ) -> Result<Vec<Option<Matrices<T>>>> {
-        let (d, m) = (self.plan.d, self.plan.positions);
         let program = &iteration.program;
         let mut registers: Vec<Option<Matrices<T>>> =
             (0..program.registers).map(|_| None).collect();
@@ -501,21 +512,60 @@ impl Batch<'_> {
             register == program.result
                 || keeps && (register == 0 || iteration.kept.contains(&register))
         };
+        if self.fuses::<T>(iteration)? {
+            let last = match (iteration.gram, out) {
+                (false, Some(out)) => Some(Destination { out, facts }),
+                _ => None,
+            };
+            self.fused_forward(iteration, &mut registers, last, keep)?;
+            self.gram_output(iteration, centred, facts, &registers, out)?;
+            return Ok(registers);
+        }
         let last = match (iteration.gram, out) {
             (false, Some(out)) => Some(self.output(out, facts)),
             _ => None,
         };
         self.iterate(iteration, &mut registers, last, keep)?;
+        self.gram_output(iteration, centred, facts, &registers, out)?;
+        Ok(registers)
+    }
+
+    /// Whether the iteration runs in one launch.
+    fn fuses<T: Real>(&self, iteration: &Iteration) -> Result<bool> {
+        let fits = self.fits::<T>(iteration);
+        match self.kernel {
+            GpuKernel::Auto => Ok(fits),
+            GpuKernel::Fused if !fits => {
+                let expected = "sides and steps whose matrices fit into 99 KiB of shared memory";
+                Err(out_of_range("kernel", self.kernel, expected))
+            }
+            GpuKernel::Fused => Ok(true),
+            _ => Ok(false),
+        }
+    }
+
+    /// `X q(K) Xᵀ` of the result `q(K)`, on the side of the positions.
+    fn gram_output<T: Real>(
+        &self,
+        iteration: &Iteration,
+        centred: &Centred<T>,
+        facts: &Output<f64>,
+        registers: &[Option<Matrices<T>>],
+        out: Option<u64>,
+    ) -> Result<()> {
+        let (d, m) = (self.plan.d, self.plan.positions);
         if let (true, Some(out)) = (iteration.gram, out) {
             let turned = centred.transposed.as_ref().ok_or_else(missing)?;
-            let root = registers[program.result].as_ref().ok_or_else(missing)?;
+            let root = registers[iteration.program.result]
+                .as_ref()
+                .ok_or_else(missing)?;
             let right = self.matrices(m, d)?;
             let target = Target::new(1.0).direct(&right);
             self.product::<T>((m, d), false, &[pair(root, turned)], &[target])?;
             let target = self.output(out, facts);
             self.product::<T>((d, d), true, &[pair(&right, turned)], &[target])?;
         }
-        Ok(registers)
+        Ok(())
     }
 
     /// Contiguous features.
@@ -536,11 +586,11 @@ impl Batch<'_> {
     ) -> Result<CudaStorage> {
         let shape = [self.batch, self.plan.d, self.plan.positions];
         if self.narrow {
-            let out = self.allocate::<bf16>(&shape)?;
+            let out = self.images().output::<bf16>(&shape)?;
             self.backward_to(state, features, output, gradient, out.at())?;
             return Ok(out.into_storage());
         }
-        let out = self.allocate::<T>(&shape)?;
+        let out = self.images().output::<T>(&shape)?;
         self.backward_to(state, features, output, gradient, out.at())?;
         Ok(out.into_storage())
     }
@@ -552,7 +602,7 @@ impl Batch<'_> {
         target
     }
 
-    fn backward_to<T: Real>(
+    pub(super) fn backward_to<T: Real>(
         &self,
         state: &State<T>,
         features: Input,

@@ -4,9 +4,16 @@
 #[cfg(feature = "cuda")]
 mod baseline;
 #[cfg(feature = "cuda")]
+mod fused;
+#[cfg(feature = "cuda")]
 mod gpu;
 mod image;
 mod plan;
+#[cfg(feature = "cuda")]
+mod replayed;
+
+#[cfg(feature = "cuda")]
+pub use replayed::Replayed;
 
 #[cfg(feature = "cuda")]
 use crate::config::GpuKernel;
@@ -389,6 +396,7 @@ impl<T: Layered> Op<T> {
             narrow: self.narrow,
             batch: self.batch,
             device,
+            arena: None,
         }
     }
 }
@@ -460,7 +468,10 @@ impl<T: Layered> CustomOp1 for Op<T> {
         layout: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
         let batch = self.on_device(storage.device());
-        let (out, state) = batch.forward(batch.features::<T>(storage, layout)?, self.tracked)?;
+        let shape = [self.batch, self.plan.output.len(self.plan.d)];
+        let out = batch.images().output::<T>(&shape)?;
+        let features = batch.features::<T>(storage, layout)?;
+        let state = batch.forward::<T>(features, self.tracked, out.at())?;
         let _ = self.on_gpu.set(state);
         let shape = out_shape(self.plan.output, self.batch, self.plan.d);
         Ok((out.into_storage(), shape))
