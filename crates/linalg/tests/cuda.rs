@@ -663,7 +663,7 @@ fn benchmarks_run_every_implementation() {
         positions: 7,
     };
     let rows = layer_on_device(&case, &gpu, Duration::ZERO).unwrap();
-    assert_eq!(rows.len(), 8);
+    assert_eq!(rows.len(), 10);
     for row in rows {
         let shares = [row.gflops, row.peak_share, row.bandwidth_share];
         let positive = |v: f64| v.is_finite() && v > 0.0;

@@ -567,7 +567,7 @@ impl<'a> Trainer<'a> {
                     problem = Some(without_backtrace(&error.to_string()));
                     problem_seen = Some(images.clone());
                 }
-                Err(error) => return Err(error),
+                Err(error) => return Err(self.with_a_batch_that_fits(error, &images)),
             }
             last = Some(images);
         }
@@ -607,6 +607,53 @@ impl<'a> Trainer<'a> {
             images: last,
             outcome,
         })
+    }
+
+    /// Says which batch would fit where the memory of the GPU ran out; other errors stay.
+    fn with_a_batch_that_fits(&self, error: Error, images: &Tensor) -> Error {
+        let gpu = isqrt_device::gpu_of(self.network.vars().device());
+        let (Some(gpu), true) = (gpu, error.is_out_of_memory()) else {
+            return error;
+        };
+        let problem = without_backtrace(&error.to_string());
+        let advice = match self.batch_that_fits(gpu.memory, images) {
+            Ok(0) | Err(_) => "not even one image fits: a smaller network or smaller images would \
+                               (or, for a backbone that has it, checkpoint = true)"
+                .to_owned(),
+            Ok(fits) => {
+                let config = self.job.config;
+                let pass = config.batch / config.accumulate;
+                let parts = (1..=config.batch)
+                    .find(|parts| {
+                        config.batch.is_multiple_of(*parts) && config.batch / parts <= fits
+                    })
+                    .unwrap_or(config.batch);
+                format!(
+                    "a pass of {pass} images does not fit, one of {fits} should: set accumulate = {parts} \
+                     for the same updates in passes of {}, or a smaller batch",
+                    config.batch / parts
+                )
+            }
+        };
+        Error::OutOfMemory { problem, advice }
+    }
+
+    /// Images of a pass that so much memory should hold: what a step keeps an image, and a third more for
+    /// gradients on their way, beside parameters, their gradients, the optimiser's state and cuDNN's scratch.
+    /// Always less than the pass that did not fit.
+    fn batch_that_fits(&self, memory: usize, images: &Tensor) -> Result<usize> {
+        /// What cuDNN may take, and the context.
+        const ELSEWHERE: u64 = 1 << 30;
+        let config = self.job.config;
+        let total = self.network.describe(images.dim(2)?)?.total();
+        let of_maps = config.precision.maps().size_in_bytes() as u64;
+        let image = total.activation_bytes * of_maps / 4 * 4 / 3;
+        let copies = (2 + config.optimiser.slots() + usize::from(config.ema.is_some())) as u64;
+        let of_parameters = config.precision.dtype().size_in_bytes() as u64;
+        let fixed =
+            copies * total.parameters as u64 * of_parameters + ELSEWHERE.min(memory as u64 / 8);
+        let fits = (memory as u64).saturating_sub(fixed) / image.max(1);
+        Ok((fits as usize).min(images.dim(0)? / 2))
     }
 
     /// One pass of this rank: adds to the sums and to the gradients of the update.
@@ -930,4 +977,30 @@ fn correct(logits: &Tensor, labels: &[u32]) -> Result<usize> {
     let right =
         |(row, label): &(&Vec<f32>, &u32)| crate::metrics::first_largest(row) == **label as usize;
     Ok(rows.iter().zip(labels).filter(right).count())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn what_should_fit_grows_with_the_memory_and_is_less_than_what_did_not() {
+        let config: TrainConfig = toml::from_str(
+            "epochs = 1\nbatch = 8\nseed = 1\n[optimiser]\nkind = \"sgd\"\nlr = 0.1\n\
+             [model]\nbackbone = \"e10net\"\nclasses = 2\nrepresentation = { name = \"gap\" }",
+        )
+        .unwrap();
+        let classes = vec!["a".to_owned(), "b".to_owned()];
+        let (pixels, labels) = (vec![0; 8 * 32 * 32 * 3], vec![0; 8]);
+        let set = Arc::new(ImageSet::new(classes, 32, 32, pixels, labels).unwrap());
+        let job = Job::in_memory(&config, &[], Arc::clone(&set), set).unwrap();
+        let trainer = Trainer::new(job).unwrap();
+        let images = Tensor::zeros((8, 3, 32, 32), DType::F32, &Device::Cpu).unwrap();
+        let fits = |memory| trainer.batch_that_fits(memory, &images).unwrap();
+        assert_eq!(fits(0), 0);
+        // Four maps of 16x16x32 in f32 are 131 kB an image.
+        assert_eq!(fits(500_000), 1);
+        assert_eq!(fits(1 << 30), 4);
+    }
 }

@@ -51,6 +51,14 @@ pub enum Error {
         /// What is wrong with it, and what to do.
         message: String,
     },
+    /// A pass that the memory of the GPU does not hold.
+    #[error("{problem}; {advice}")]
+    OutOfMemory {
+        /// Op, shape and sizes.
+        problem: String,
+        /// A batch that would fit, by estimate.
+        advice: String,
+    },
     /// Ranks that do not hear of each other.
     #[error("the ranks of the run do not go together: {0}")]
     Collective(String),
@@ -117,6 +125,12 @@ pub fn without_backtrace(text: &str) -> String {
 }
 
 impl Error {
+    /// Whether the GPU had no memory left: an op's own error, or that of a call of candle's.
+    pub(crate) fn is_out_of_memory(&self) -> bool {
+        let text = self.to_string();
+        text.contains("out of memory") || text.contains("OUT_OF_MEMORY")
+    }
+
     /// Whether numbers ran away: the loss, the network's output, or features that a covariance
     /// head refuses or whose eigendecomposition does not converge.
     #[must_use]
