@@ -1,12 +1,16 @@
 #!/usr/bin/env python3
-"""Times training steps of networks and their ops in PyTorch beside `isqrt bench network`.
+r"""Times training steps of networks and their ops in PyTorch beside `isqrt bench network`.
 
 The PyTorch side is torchvision's network (ResNets, VGG, AlexNet); with `--head isqrt` the last
 stage of a ResNet keeps the resolution, a 1x1 convolution brings the channels to 256, and the
 pooling is the authors' formulas as written in layer.py. Both memory layouts of PyTorch (NCHW and channels_last) are timed.
 
     python3 tools/peers/network.py --isqrt target/release/isqrt --model resnet50 --batch 8 --ops
+    python3 tools/peers/network.py --isqrt target/x86_64-unknown-linux-gnu/release/isqrt \
+        --device cuda:0 --precision bf16 --head isqrt --batch 256
 
+On a GPU `--precision` is of both sides: f32, tf32 (convolutions and linear layers rounded) or bf16 (autocast;
+the covariance head in f32).
 Needs PyTorch and torchvision. Prints a line per implementation, then the ratios ours/torch (below
 1: ours is faster). Each side runs in turn, several times; medians.
 """
@@ -56,13 +60,15 @@ class SecondOrder(nn.Module):
             nn.ReLU(inplace=True),
         )
         index = torch.triu_indices(reduction, reduction)
-        self.index = index[0] * reduction + index[1]
+        self.register_buffer("index", index[0] * reduction + index[1], persistent=False)
         self.iterations = iterations
         self.fc = nn.Linear(len(self.index), classes)
 
     def forward(self, x):
         x = self.features(x).flatten(2).contiguous()
-        return self.fc(layer.layer(x, self.iterations, self.index))
+        # The root needs f32, whatever the maps are of.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.fc(layer.layer(x.float(), self.iterations, self.index))
 
 
 def build(args):
@@ -70,17 +76,18 @@ def build(args):
     return SecondOrder(net, args.classes) if args.head == "isqrt" else net
 
 
-def step_times(net, optimiser, x, labels):
+def step_times(net, optimiser, x, labels, autocast):
     """Forward with the loss, backward, update: milliseconds."""
-    t = [time.perf_counter()]
+    t = [layer.now(x.device)]
     optimiser.zero_grad(set_to_none=True)
-    loss = nn.functional.cross_entropy(net(x), labels)
-    t.append(time.perf_counter())
+    with autocast():
+        loss = nn.functional.cross_entropy(net(x), labels)
+    t.append(layer.now(x.device))
     loss.backward()
-    t.append(time.perf_counter())
+    t.append(layer.now(x.device))
     optimiser.step()
     del loss
-    t.append(time.perf_counter())
+    t.append(layer.now(x.device))
     forward, backward, update = (1e3 * (b - a) for a, b in zip(t, t[1:]))
     return {
         "forward_ms": forward,
@@ -92,20 +99,25 @@ def step_times(net, optimiser, x, labels):
 
 def training(args, layout):
     """A training step and an evaluation in this memory layout, to be timed."""
-    net = build(args).to(memory_format=layout)
+    net = build(args).to(args.device, memory_format=layout)
     rate, momentum, decay = 1e-6, 0.9, 1e-4
     optimiser = torch.optim.SGD(net.parameters(), rate, momentum, weight_decay=decay)
     x = torch.randn(args.batch, 3, args.size, args.size).contiguous(memory_format=layout)
-    labels = torch.arange(args.batch) % args.classes
-    return lambda: step_times(net, optimiser, x, labels), lambda: eval_times(net, x)
+    x = x.to(args.device)
+    labels = (torch.arange(args.batch) % args.classes).to(args.device)
+
+    def autocast():
+        return torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+    return lambda: step_times(net, optimiser, x, labels, autocast), lambda: eval_times(net, x, autocast)
 
 
-def eval_times(net, x):
+def eval_times(net, x, autocast):
     net.eval()
-    with torch.no_grad():
-        start = time.perf_counter()
+    with torch.no_grad(), autocast():
+        start = layer.now(x.device)
         net(x)
-        end = time.perf_counter()
+        end = layer.now(x.device)
     net.train()
     return {"eval_ms": 1e3 * (end - start)}
 
@@ -125,25 +137,26 @@ def repeat(seconds, task):
 
 def pass_times(forward, inputs):
     """An op and its gradients for these inputs."""
-    start = time.perf_counter()
+    device = inputs[0].device
+    start = layer.now(device)
     y = forward()
-    middle = time.perf_counter()
+    middle = layer.now(device)
     torch.autograd.grad(y, inputs, torch.ones_like(y))
-    return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)
+    return 1e3 * (middle - start), 1e3 * (layer.now(device) - middle)
 
 
-def op_times(batch, layout, seconds):
+def op_times(batch, device, layout, seconds):
     """Times in the order of `isqrt bench network --ops`."""
 
     def images(channels, side):
         x = torch.randn(batch, channels, side, side).contiguous(memory_format=layout)
-        return x.requires_grad_(True)
+        return x.to(device).requires_grad_(True)
 
     rows = []
     for inputs, outputs, side, kernel, stride in CONVOLUTIONS:
         x = images(inputs, side)
         w = torch.randn(outputs, inputs, kernel, kernel).contiguous(memory_format=layout)
-        w.requires_grad_(True)
+        w = w.to(device).requires_grad_(True)
 
         def task():
             def run(x, w, wanted):
@@ -158,7 +171,7 @@ def op_times(batch, layout, seconds):
 
         rows.append(repeat(seconds, task))
     x = images(64, 112)
-    norm = nn.BatchNorm2d(64)
+    norm = nn.BatchNorm2d(64).to(device)
     pool = nn.MaxPool2d(3, 2, 1)
     a, b = images(256, 56), images(256, 56)
     for forward, wanted in (
@@ -177,6 +190,7 @@ def op_times(batch, layout, seconds):
 def ours(args):
     """The rows of `isqrt bench network`."""
     command = [args.isqrt, "bench", "network", "--json", "--threads", str(args.threads)]
+    command += ["--device", str(args.device), "--precision", args.precision]
     command += ["--model", args.model, "--batch", str(args.batch)]
     command += ["--head", args.head] * (args.head != "own")
     command += ["--size", str(args.size), "--classes", str(args.classes)]
@@ -190,6 +204,7 @@ def peak_memory_mb(args, layout):
     command = [sys.executable, __file__, "--memory-of", layout, "--threads", str(args.threads)]
     command += ["--model", args.model, "--head", args.head, "--batch", str(args.batch)]
     command += ["--size", str(args.size), "--classes", str(args.classes)]
+    command += ["--device", str(args.device), "--precision", args.precision]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -206,6 +221,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--isqrt", default="target/release/isqrt", help="the binary")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda:0")
+    parser.add_argument("--precision", choices=["f32", "tf32", "bf16"], default="f32")
     parser.add_argument("--model", default="resnet50", help="named as in torchvision")
     parser.add_argument("--head", choices=["own", "isqrt"], default="own")
     parser.add_argument("--batch", type=int, default=8)
@@ -217,18 +234,24 @@ def main():
     parser.add_argument("--memory-of", choices=list(LAYOUTS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     torch.manual_seed(1)
     if args.memory_of:
         task = training(args, LAYOUTS[args.memory_of])[0]
         for _ in range(4):
             task()
+        if args.device.type == "cuda":
+            print(torch.cuda.max_memory_allocated(args.device) / 2**20)
+            return
         # Not `ru_maxrss`, which a process has from its parent.
         status = open("/proc/self/status").read()
         print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
         return
     print(
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, {args.threads} threads,"
-        f" {args.model} {args.head}, batch {args.batch}, {args.size}x{args.size}, ms a batch, f32"
+        f" {args.device}, {args.model} {args.head}, batch {args.batch}, {args.size}x{args.size},"
+        f" ms a batch, {args.precision}"
     )
 
     runs = {}
@@ -252,7 +275,7 @@ def main():
             steps[name].append(repeat(args.seconds, task))
             if args.ops:
                 share = args.seconds / (len(CONVOLUTIONS) + 3)
-                ops[name].append(op_times(args.batch, LAYOUTS[name], share))
+                ops[name].append(op_times(args.batch, args.device, LAYOUTS[name], share))
 
     def report(case, table, keys):
         print(case)
