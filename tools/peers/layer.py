@@ -11,8 +11,8 @@ That backward is compared with PyTorch's own differentiation before anything is 
         --device cuda:0 --batch 256 --positions 196
 
 On a GPU the same iteration under `torch.compile` (PyTorch's own differentiation) and the root by batched
-`torch.linalg.eigh` are timed too, and `--tf32` lets PyTorch round its products. Needs PyTorch. Prints a line per case and implementation, then the ratio (PyTorch over ours).
-Each side runs in turn, several times; medians.
+`torch.linalg.eigh` are timed too, and `--tf32` lets PyTorch round its products. Needs PyTorch. Prints a
+line per case, both times and the ratio (PyTorch over ours). Each side runs in turn, several times; medians.
 """
 
 import argparse

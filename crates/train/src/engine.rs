@@ -1000,7 +1000,7 @@ mod tests {
         let fits = |memory| trainer.batch_that_fits(memory, &images).unwrap();
         assert_eq!(fits(0), 0);
         // Four maps of 16x16x32 in f32 are 131 kB an image.
-        assert_eq!(fits(500_000), 1);
+        assert_eq!(fits(500_000), 2);
         assert_eq!(fits(1 << 30), 4);
     }
 }

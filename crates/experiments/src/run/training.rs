@@ -240,7 +240,7 @@ mod tests {
                 fresh: false,
             };
             let tick: &mut Tick<'_> = &mut |_, _| ControlFlow::Continue(());
-            let outcome = run(&training, &task, tick).unwrap();
+            let outcome = run(&training, &task, &Device::Cpu, tick).unwrap();
             assert_eq!(outcome.measurements[0].metric, "top1_error");
             assert!(outcome.measurements[0].value.is_nan(), "{outcome:?}");
         }

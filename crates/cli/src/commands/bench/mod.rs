@@ -202,7 +202,10 @@ impl LayerBench {
             "kernel",
         ];
         output::table(&head, cells.collect(), 1)?;
-        if let [ours, reference, ..] = rows.as_slice() {
+        // On a GPU there are several of either kind.
+        let named = |name: &str| rows.iter().find(|r| r.implementation.starts_with(name));
+        let ours = rows.iter().find(|r| r.implementation == "ours");
+        if let (Some(ours), Some(reference)) = (ours, named("reference")) {
             let total = |r: &isqrt_linalg::bench::LayerTiming| r.forward_ms + r.backward_ms;
             output::line(&format!(
                 "{} times faster than the plain reverse-mode reference (forward {}, backward {})",
