@@ -6,6 +6,9 @@ use std::process::Command;
 /// The oldest GPUs that the kernels run on (Ampere); the driver compiles them for the GPU at hand.
 const ARCHITECTURE: &str = "compute_80";
 
+/// Kernels for later GPUs alone, which are loaded there alone.
+const LATER: [(&str, &str); 1] = [("cluster", "compute_90")];
+
 fn main() {
     println!("cargo::rerun-if-changed=kernels");
     for name in ["NVCC", "CUDA_HOME", "CUDA_PATH"] {
@@ -33,10 +36,14 @@ fn main() {
 }
 
 fn compile(nvcc: &Path, source: &Path, out: &Path) -> std::process::Child {
+    let later = LATER
+        .iter()
+        .find(|(name, _)| source.file_stem().is_some_and(|stem| stem == *name));
+    let architecture = later.map_or(ARCHITECTURE, |(_, architecture)| *architecture);
     let ptx = out.join(source.with_extension("ptx").file_name().expect("a file"));
     Command::new(nvcc)
         .args(["-ptx", "-O3", "-std=c++17", "--expt-relaxed-constexpr"])
-        .arg(format!("-arch={ARCHITECTURE}"))
+        .arg(format!("-arch={architecture}"))
         .arg("-o")
         .arg(ptx)
         .arg(source)

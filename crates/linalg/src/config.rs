@@ -221,6 +221,10 @@ pub enum GpuKernel {
     /// All products of the iteration in one launch, iterates in shared memory, a block an image: for sides up to
     /// 64, fewer in f64 or for programs with many registers.
     Fused,
+    /// The same by a cluster of eight blocks an image, each with its rows of all matrices: for sides up to
+    /// 256 in f32, on compute capability 9.0 and later. It computes whole products. Not measured yet, so
+    /// never chosen by [`GpuKernel::Auto`].
+    Cluster,
     /// Our algebra with whole products by cuBLAS.
     Cublas(isqrt_device::cuda::Precision),
     /// The algorithm of the authors' code with whole products by cuBLAS: a coupled iteration on the

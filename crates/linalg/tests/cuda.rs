@@ -246,6 +246,47 @@ fn one_launch_gives_the_same_as_one_a_product() {
 }
 
 #[test]
+fn a_cluster_of_blocks_gives_the_same() {
+    let Some(gpu) = gpu() else { return };
+    let kernel = GpuKernel::Cluster;
+    let mut worst = 0.0_f64;
+    let pools = every_pool();
+    let rooted = pools.iter().filter(|pool| pool.root.is_some());
+    // A third of them: each option is in several.
+    for pool in rooted.step_by(3) {
+        let x = features((2, 6, 9), DType::F32);
+        let known = run(pool, &x, &Device::Cpu);
+        let found = run_as(pool, &x, &gpu, kernel);
+        let apart = distance(&found.0, &known.0).max(distance(&found.1, &known.1));
+        assert!(apart < 2e-3, "{pool:?}: {apart:e}");
+        worst = worst.max(apart);
+    }
+    eprintln!("largest difference: {worst:.1e}");
+    // Sides that are no multiple of anything, with blocks that have fewer rows or none.
+    for (shape, side) in [
+        ((2, 73, 61), Side::Gram),
+        ((1, 50, 77), Side::Covariance),
+        ((1, 131, 140), Side::Covariance),
+    ] {
+        let pool = CovPool::with_root(Root {
+            side,
+            ..Root::default()
+        });
+        let x = features(shape, DType::F32);
+        let known = run(&pool, &x.to_dtype(DType::F64).unwrap(), &Device::Cpu);
+        let found = run_as(&pool, &x, &gpu, kernel);
+        let apart = (distance(&found.0, &known.0), distance(&found.1, &known.1));
+        eprintln!("{shape:?}: {:.1e} {:.1e}", apart.0, apart.1);
+        assert!(apart.0.max(apart.1) < 1e-4, "{shape:?}: {apart:?}");
+    }
+    for (dtype, d) in [(DType::F64, 40), (DType::F32, 300)] {
+        let x = features((1, d, d + 1), dtype).to_device(&gpu).unwrap();
+        let error = CovPool::isqrt(5).forward_on_gpu(&x, kernel).unwrap_err();
+        assert!(error.to_string().contains("capability 9.0"), "{error}");
+    }
+}
+
+#[test]
 fn launches_are_recorded_and_replayed() {
     use isqrt_linalg::Replayed;
     let Some(gpu) = gpu() else { return };

@@ -20,7 +20,7 @@ pub use memory::{
     Input, Output, Real, address, copy, duplicate, input, input_of, read_back, with_bytes,
     with_table,
 };
-pub use open::{found, open};
+pub use open::{capability, found, open};
 pub use solver::{Eigensolver, SingularSolver, Squares, eigen, singular};
 pub use upload::Uploads;
 
@@ -41,16 +41,18 @@ pub mod kernels {
     }
 
     modules! {
+        /// The iteration of the covariance layer in one launch of clusters; for compute capability 9.0.
+        CLUSTER = "cluster";
         /// What convolutions need beside cuDNN, and layouts.
         CONVOLUTION = "convolution";
         /// Dropout.
         DROPOUT = "dropout";
-        /// Images before the first layer, and what is kept of a step.
-        IMAGES = "images";
         /// What follows cuBLAS in the baselines of the covariance layer.
         EPILOGUE = "epilogue";
         /// The iteration of the covariance layer in one launch.
         FUSED = "fused";
+        /// Images before the first layer, and what is kept of a step.
+        IMAGES = "images";
         /// Linear layer and loss.
         LINEAR = "linear";
         /// Batch normalisation.

@@ -144,6 +144,14 @@ fn look(ordinal: usize) -> std::result::Result<(Gpu, sys::CUdevice), result::Dri
     ))
 }
 
+/// Compute capability of an open device.
+///
+/// # Errors
+/// [`Error::Call`].
+pub fn capability(op: &'static str, device: &candle_core::CudaDevice) -> Result<(i32, i32)> {
+    call(op, device.cuda_stream().context().compute_capability())
+}
+
 /// See [`crate::found`].
 #[must_use]
 pub fn found() -> Found {

@@ -1,13 +1,15 @@
 //! The iteration on a GPU for small matrices: the whole program, or its tangent, in one launch of a
 //! block an image, which keeps the iterates in shared memory (`fused.cu`).
 
-use super::gpu::{Batch, missing, place};
+use super::gpu::{Batch, OP, missing, place};
 use super::plan::Iteration;
+use crate::config::GpuKernel;
 use crate::gpu::Matrices;
 use crate::program::Epilogue;
 use crate::{Output as Form, Result};
-use isqrt_device::cuda::kernels::FUSED;
-use isqrt_device::cuda::{DeviceRepr, Grid, Output, Real, launch_with};
+use candle_core::DType;
+use isqrt_device::cuda::kernels::{CLUSTER, FUSED};
+use isqrt_device::cuda::{DeviceRepr, Grid, Output, Real, capability, launch_with};
 
 /// Sides that a block has threads for, and what fits into the argument of a launch.
 const MOST_SIDE: usize = 64;
@@ -75,7 +77,7 @@ struct Fused {
     input_slot: i32,
     result_slot: i32,
     buffer_slot: i32,
-    unused: i32,
+    slab: i32,
 }
 
 // SAFETY: a structure of numbers, laid out as C does.
@@ -128,21 +130,50 @@ fn shared<T>(n: usize, matrices: usize) -> Option<(usize, usize)> {
         .find(|&(_, bytes)| bytes <= SHARED)
 }
 
+/// Blocks of a cluster, the sides that they have threads for, and inner indices at a time.
+const BLOCKS: usize = 8;
+const MOST_CLUSTER_SIDE: usize = 256;
+const CHUNK: usize = 16;
+/// Shared memory that a block has from compute capability 9.0 on.
+const SHARED_90: usize = 227 << 10;
+
+/// The same for a block of a cluster: distance of rows, rows of a block, bytes.
+fn shared_of_cluster(n: usize, matrices: usize) -> Option<(usize, usize, usize)> {
+    let (stride, slab) = (n.next_multiple_of(4) + 4, n.div_ceil(BLOCKS));
+    let values = (matrices * slab + CHUNK) * stride + slab * (CHUNK + 4);
+    let bytes = values * size_of::<f32>();
+    (n <= MOST_CLUSTER_SIDE && bytes <= SHARED_90).then_some((stride, slab, bytes))
+}
+
 impl Batch<'_> {
-    /// Whether the program and its tangent fit.
+    /// Whether the program and its tangent fit into a block.
     pub(super) fn fits<T: Real>(&self, iteration: &Iteration) -> bool {
-        let (n, program) = (self.plan.n, &iteration.program);
+        let (n, matrices) = (self.plan.n, iteration.program.packed().1 + 1);
+        n <= MOST_SIDE && self.fits_launch(iteration) && shared::<T>(n, matrices).is_some()
+    }
+
+    /// The same into a cluster of blocks.
+    pub(super) fn fits_cluster<T: Real>(&self, iteration: &Iteration) -> Result<bool> {
+        let capable = capability(OP, self.device).map_err(candle_core::Error::from)?;
+        let matrices = iteration.program.packed().1;
+        Ok(capable >= (9, 0)
+            && T::DTYPE == DType::F32
+            && self.fits_launch(iteration)
+            && shared_of_cluster(self.plan.n, matrices).is_some())
+    }
+
+    /// Whether the program fits into the argument of a launch.
+    fn fits_launch(&self, iteration: &Iteration) -> bool {
+        let program = &iteration.program;
         let simple = |out: &Epilogue| out.terms.len() <= 2;
         let steps = &program.steps;
-        n <= MOST_SIDE
-            && steps.len() <= MOST_STEPS
+        steps.len() <= MOST_STEPS
             && steps
                 .iter()
                 .all(|step| step.outs.len() <= 2 && step.outs.iter().all(simple))
             && program.registers <= MOST_REGISTERS
             && iteration.derived.len() <= MOST_DERIVED
             && iteration.derived.iter().all(simple)
-            && shared::<T>(n, program.packed().1 + 1).is_some()
     }
 
     /// The program as the kernel takes it, without what comes in and goes out.
@@ -150,8 +181,14 @@ impl Batch<'_> {
         let n = self.plan.n;
         let program = &iteration.program;
         let (slots, count) = program.packed();
-        let matrices = count + usize::from(tangent);
-        let (stride, bytes) = shared::<T>(n, matrices).ok_or_else(missing)?;
+        let (stride, slab, bytes) = match self.kernel {
+            GpuKernel::Cluster => shared_of_cluster(n, count).ok_or_else(missing)?,
+            _ => {
+                let matrices = count + usize::from(tangent);
+                let (stride, bytes) = shared::<T>(n, matrices).ok_or_else(missing)?;
+                (stride, n, bytes)
+            }
+        };
         let slot = |register: usize| slots[register] as i16;
         let row = n.next_multiple_of(16 / size_of::<T>());
         let mut job = Fused {
@@ -175,7 +212,7 @@ impl Batch<'_> {
             input_slot: i32::from(slot(0)),
             result_slot: i32::from(slot(program.result)),
             buffer_slot: count as i32,
-            unused: 0,
+            slab: slab as i32,
         };
         for (to, step) in job.steps.iter_mut().zip(&program.steps) {
             if let Some((left, right)) = step.product {
@@ -195,6 +232,16 @@ impl Batch<'_> {
     }
 
     fn run<T: Real>(&self, job: &Fused, shared: usize) -> Result<()> {
+        if self.kernel == GpuKernel::Cluster {
+            let grid = Grid {
+                shared,
+                ..Grid::blocks(self.batch * BLOCKS, 256)
+            };
+            // SAFETY: all matrices are of this op, of side n and of the distances that the job says.
+            let launched =
+                unsafe { launch_with::<T, Fused>(self.device, &CLUSTER, "cluster", grid, job) };
+            return Ok(launched?);
+        }
         let tiles = self.plan.n.div_ceil(SIDE);
         let threads = (tiles * (tiles + 1) / 2).next_multiple_of(32);
         let grid = Grid {

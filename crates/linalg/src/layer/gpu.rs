@@ -16,7 +16,7 @@ use isqrt_device::cuda::{
 };
 use std::sync::Arc;
 
-const OP: &str = "covariance-pooling";
+pub(super) const OP: &str = "covariance-pooling";
 /// Doubles of an image, and their places; see `pooling.cu`.
 const FACTS: usize = 8;
 const FORWARD: usize = 2;
@@ -540,6 +540,14 @@ impl Batch<'_> {
                 Err(out_of_range("kernel", self.kernel, expected))
             }
             GpuKernel::Fused => Ok(true),
+            GpuKernel::Cluster => match self.fits_cluster::<T>(iteration)? {
+                true => Ok(true),
+                false => {
+                    let expected =
+                        "f32, sides up to 256 with few enough matrices, and compute capability 9.0";
+                    Err(out_of_range("kernel", self.kernel, expected))
+                }
+            },
             _ => Ok(false),
         }
     }
