@@ -23,8 +23,9 @@ __device__ inline const float *of_block(const float *own, unsigned rank) {
     return reinterpret_cast<const float *>(address);
 }
 
+// Of all threads of the cluster, which need not be converged; writes before it are seen after it.
 __device__ inline void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 }
 
 // An operand: a slot of all blocks, or a kept register in global memory, or the sum of two.

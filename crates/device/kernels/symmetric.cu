@@ -36,7 +36,7 @@ struct Target {
     int count;
     // Columns that are written: those after the result's are zero.
     int direct_width, transposed_width;
-    // Whether `direct` or `transposed` is of bf16.
+    // Whether `direct` or `transposed` is of bf16, by which the host chooses the kernel: a branch costs registers.
     int narrow;
     int unused;
 };
@@ -92,14 +92,8 @@ template <int COUNT> __device__ inline void load(double (&to)[COUNT], const doub
     }
 }
 
-template <typename T> __device__ inline void put(void *to, long long at, T value, bool narrow) {
-    if (narrow)
-        static_cast<__nv_bfloat16 *>(to)[at] = __float2bfloat16(static_cast<float>(value));
-    else
-        static_cast<T *>(to)[at] = value;
-}
-
-template <typename T>
+// `direct` and `transposed` are of type O.
+template <typename T, typename O>
 __device__ void write_tile(const Target &target, const Product &job, long long image, int top, int left,
                            const T (&acc)[8][4], int row, int column, T *staged) {
     double scale = target.scale ? target.scale[image * target.scale_image] : 1.0;
@@ -132,8 +126,8 @@ __device__ void write_tile(const Target &target, const Product &job, long long i
                 }
             }
             if (target.direct && i < job.rows && j < target.direct_width)
-                put(target.direct, image * target.direct_image + (long long)i * target.direct_row + j, value,
-                    target.narrow);
+                static_cast<O *>(
+                    target.direct)[image * target.direct_image + (long long)i * target.direct_row + j] = stored<O>(value);
             if (mirrored) staged[(column + c) * (TILE + 1) + row + r] = value;
         }
     }
@@ -142,8 +136,9 @@ __device__ void write_tile(const Target &target, const Product &job, long long i
     for (int at = threadIdx.x; at < TILE * TILE; at += THREADS) {
         int j = left + at / TILE, i = top + at % TILE;
         if (j < job.columns && i < target.transposed_width)
-            put(target.transposed, image * target.transposed_image + (long long)j * target.transposed_row + i,
-                staged[at / TILE * (TILE + 1) + at % TILE], target.narrow);
+            static_cast<O *>(
+                target.transposed)[image * target.transposed_image + (long long)j * target.transposed_row + i] =
+                stored<O>(staged[at / TILE * (TILE + 1) + at % TILE]);
     }
 }
 
@@ -204,7 +199,7 @@ __device__ void step_on_tensor_cores(const float *left_tile, const float *right_
     }
 }
 
-template <typename T, Way WAY> __device__ void product(const Product &job) {
+template <typename T, typename O, Way WAY> __device__ void product(const Product &job) {
     constexpr int STAGE = DEPTH * ROW<WAY>;
     __shared__ __align__(16) T memory[STAGES * 2 * STAGE];
     static_assert(STAGES * 2 * DEPTH >= TILE + 4, "a whole tile fits, with its rows apart");
@@ -284,22 +279,30 @@ template <typename T, Way WAY> __device__ void product(const Product &job) {
         for (int r = 0; r < 8; ++r) load(acc[r], memory + (row + r) * APART + column);
     }
     for (int t = 0; t < job.target_count; ++t)
-        write_tile(job.targets[t], job, image, top, left, acc, row, column, memory);
+        write_tile<T, O>(job.targets[t], job, image, top, left, acc, row, column, memory);
 }
 
 // Blocks that a multiprocessor shall hold at once, which bounds the registers.
 template <typename T> constexpr int BLOCKS = sizeof(T) == 4 ? 3 : 2;
 
-#define PRODUCT(T, NAME)                                                                                              \
+#define PRODUCT(T, O, NAME)                                                                                           \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS<T>)                                           \
         product_##NAME(const __grid_constant__ Product job) {                                                         \
-        product<T, PLAIN>(job);                                                                                              \
+        product<T, O, PLAIN>(job);                                                                                    \
     }
-INSTANCES(PRODUCT)
+PRODUCT(float, float, f32)
+PRODUCT(double, double, f64)
+PRODUCT(float, __nv_bfloat16, bf16)
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3) product_tf32_f32(const __grid_constant__ Product job) {
-    product<float, TF32>(job);
+    product<float, float, TF32>(job);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 3) product_tf32x3_f32(const __grid_constant__ Product job) {
-    product<float, TF32X3>(job);
+    product<float, float, TF32X3>(job);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 3) product_tf32_bf16(const __grid_constant__ Product job) {
+    product<float, __nv_bfloat16, TF32>(job);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 3) product_tf32x3_bf16(const __grid_constant__ Product job) {
+    product<float, __nv_bfloat16, TF32X3>(job);
 }

@@ -7,7 +7,9 @@
 use crate::Result;
 use candle_core::CudaDevice;
 use isqrt_device::cuda::kernels::SYMMETRIC;
-use isqrt_device::cuda::{Argument, DeviceRepr, Grid, Module, Output, Real, launch, launch_with};
+use isqrt_device::cuda::{
+    Argument, DeviceRepr, Grid, Module, Output, Real, bf16, launch, launch_with,
+};
 use std::any::Any;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -290,7 +292,14 @@ impl Images<'_> {
             false => down * across,
         };
         let grid = Grid::blocks(tiles * self.batch, 128);
+        let (device, module) = (self.device, &SYMMETRIC);
         // SAFETY: the matrices are of this op and of the sizes that the job says.
-        Ok(unsafe { launch_with::<T, Product>(self.device, &SYMMETRIC, kernel, grid, &job) }?)
+        let launched = unsafe {
+            match targets.iter().any(|target| target.narrow != 0) {
+                true => launch_with::<bf16, Product>(device, module, kernel, grid, &job),
+                false => launch_with::<T, Product>(device, module, kernel, grid, &job),
+            }
+        };
+        Ok(launched?)
     }
 }
