@@ -313,7 +313,7 @@ fn save_and_load(device: &Device) -> Outcome {
     outcome
 }
 
-/// What [`bench`] timed.
+/// What [`bench()`] timed.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Timing {
     /// The paper's layer: batch, steps, and a row an implementation.

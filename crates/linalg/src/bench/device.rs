@@ -3,7 +3,7 @@
 //! where the GPU waits for them.
 
 use super::{DecompositionRow, LayerCase, interleaved, synthetic_features};
-use crate::config::{CovPool, GpuKernel, PreNormalization, Root, Side, Tf32};
+use crate::config::{CovPool, GpuKernel, PreNormalization, Root, Side, Tf32, out_of_range};
 use crate::program::{Program, Wanted};
 use crate::{Error, Output as Form, Replayed, Result, Schedule};
 use candle_core::backend::BackendStorage;
@@ -22,7 +22,8 @@ const REPLAYED: &str = "ours, replayed";
 /// Time of one implementation of the layer on one batch on a GPU.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeviceLayerTiming {
-    /// `ours, replayed`, `ours`, `ours by tiles`, `ours on tensor cores` in one or three products of TF32, `ours by cuBLAS`, `reference by cuBLAS` (both also with `TF32`),
+    /// `ours, replayed`, `ours`, `ours by clusters` where that runs, `ours by tiles`, `ours on tensor cores` in one or
+    /// three products of TF32, `ours by cuBLAS`, `reference by cuBLAS` (both also with `TF32`),
     /// `reference by candle's ops`.
     pub implementation: &'static str,
     /// Milliseconds of the forward pass of the whole batch.
@@ -129,7 +130,7 @@ pub fn layer_on_device(
     };
     let Some(root) = &case.pool.root else {
         let expected = "a layer with a root";
-        return Err(crate::config::out_of_range("root", "none", expected));
+        return Err(out_of_range("root", "none", expected));
     };
     let found = isqrt_device::found();
     let gpu = found.gpus.get(gpu_id).ok_or(Error::Device)?;
@@ -165,6 +166,11 @@ pub fn layer_on_device(
             Some(GpuKernel::Cublas(Precision::Tf32)),
         ),
     ];
+    // Only where the GPU and the matrices are such.
+    if case.pool.forward_on_gpu(&x, GpuKernel::Cluster).is_ok() {
+        let name = "ours by clusters";
+        rows.insert(2, (name, whole, Some(GpuKernel::Cluster)));
+    }
     let steps = root.schedule.steps();
     if matches!(root.schedule, Schedule::NewtonSchulz { .. })
         && root.pre_normalization == PreNormalization::Trace
@@ -328,15 +334,12 @@ impl DeviceDecomposition {
 /// the GPU. No gradient.
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]; [`Error::Decomposition`] names the image;
+/// [`Error::Option`] for another shape, [`Error::Dtype`], [`Error::Device`]; [`Error::Decomposition`] names the image;
 /// those of cuSOLVER, also where it lacks the function.
 pub fn decompose_on_device(matrices: &Tensor, how: DeviceDecomposition) -> Result<Tensor> {
     let shape = match *matrices.dims() {
         [batch, n, columns] if n == columns => (batch, n),
-        _ => {
-            let shape = matrices.dims().to_vec();
-            return Err(Error::Shape { shape });
-        }
+        _ => return Err(out_of_range("shape", matrices.dims(), "(batch, n, n)")),
     };
     let matrices = matrices.contiguous()?;
     match matrices.dtype() {

@@ -135,13 +135,13 @@ impl Replayed {
     /// As [`CovPool::forward`], differentiably.
     ///
     /// # Errors
-    /// [`Error::Shape`] for features of another shape, [`Error::Dtype`], [`Error::Device`] for those of another
-    /// device.
+    /// [`Error::Option`] for features of another shape, [`Error::Dtype`] for those not in f32, [`Error::Device`] for
+    /// those of another device.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let passes = &self.0;
         if feature_shape(x)? != (passes.batch, passes.plan.d, passes.plan.positions) {
-            let shape = x.dims().to_vec();
-            return Err(Error::Shape { shape });
+            let expected = "features of the shape that was recorded";
+            return Err(out_of_range("shape", x.dims(), expected));
         }
         if x.dtype() != DType::F32 {
             let dtype = x.dtype().as_str();
