@@ -16,6 +16,9 @@ use isqrt_device::cuda::{
 };
 use std::time::{Duration, Instant};
 
+/// Forward and backward seconds of an implementation.
+type Task<'a> = Box<dyn FnMut() -> Result<(f64, f64)> + 'a>;
+
 /// Name of the row of [`Replayed`].
 const REPLAYED: &str = "ours, replayed";
 
@@ -191,7 +194,7 @@ pub fn layer_on_device(
     let triangle = Tensor::new(places, device)?;
     let (pool, x) = (&case.pool, &x);
     let replayed = Replayed::new(pool, (case.batch, d, m), GpuKernel::Auto, device)?;
-    let mut tasks: Vec<Box<dyn FnMut() -> Result<(f64, f64)> + '_>> = Vec::new();
+    let mut tasks: Vec<Task<'_>> = Vec::new();
     for &(name, _, kernel) in &rows {
         let (triangle, replayed) = (&triangle, &replayed);
         tasks.push(match kernel {
@@ -271,7 +274,7 @@ pub fn device_decompositions(
                     || decompose_on_device(covariances, how).is_ok()
             })
             .collect();
-        let mut tasks: Vec<Box<dyn FnMut() -> Result<(f64, f64)> + '_>> = Vec::new();
+        let mut tasks: Vec<Task<'_>> = Vec::new();
         for &how in &methods {
             tasks.push(Box::new(move || {
                 timed(&|| decompose_on_device(covariances, how))

@@ -48,6 +48,9 @@ pub(super) struct Batch<'a> {
     pub arena: Option<&'a Arena>,
 }
 
+/// Means of the channels, and facts of the images.
+type Statistics<T> = (Arc<Output<T>>, Arc<Output<f64>>);
+
 /// The features, centred and scaled.
 struct Centred<T> {
     plain: Option<Matrices<T>>,
@@ -203,7 +206,7 @@ impl Batch<'_> {
         Ok(Centred { plain, transposed })
     }
 
-    fn statistics<T: Real>(&self, features: Input) -> Result<(Arc<Output<T>>, Arc<Output<f64>>)> {
+    fn statistics<T: Real>(&self, features: Input) -> Result<Statistics<T>> {
         let (d, m) = (self.plan.d, self.plan.positions);
         let means = self.allocate(&[self.batch, d])?;
         let distances = self.allocate::<f64>(&[self.batch, d])?;
