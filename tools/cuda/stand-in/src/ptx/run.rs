@@ -8,8 +8,8 @@
 use super::decode::{Frame, Program, Special};
 use super::warp::{self, WarpOp};
 use rayon::prelude::*;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock};
 
 /// A decoded instruction: what to do, and operands whose meaning depends on that. Most
 /// are slots of the thread's register window; constants have slots too (negative ones),
@@ -290,6 +290,15 @@ pub fn launch(l: &Launch) -> Result<(), Failure> {
 /// Shared memory starts at a multiple of this, as swizzles expect.
 const SHARED_ALIGN: usize = 1024;
 
+/// Numbers up to a count, or down from it with `STAND_IN_ORDER=backwards`: the order in which blocks, warps and
+/// threads take turns. Results that depend on it tell of a race.
+fn in_order(count: usize) -> impl Iterator<Item = usize> {
+    static BACKWARDS: OnceLock<bool> = OnceLock::new();
+    let backwards = *BACKWARDS
+        .get_or_init(|| std::env::var("STAND_IN_ORDER").is_ok_and(|order| order == "backwards"));
+    (0..count).map(move |at| if backwards { count - 1 - at } else { at })
+}
+
 /// The blocks that take turns on one core, and the memory that they and their threads
 /// use; it is kept from one such set of blocks to the next.
 struct Group<'a> {
@@ -443,13 +452,12 @@ impl<'a> Group<'a> {
         let mut running = self.threads.len();
         while running > 0 {
             let mut progress = false;
-            for block in 0..self.ctaids.len() {
+            for block in in_order(self.ctaids.len()) {
                 let first = block * self.per_block;
-                let mut warp = first;
-                while warp < first + self.per_block {
-                    let end = (warp + WARP).min(first + self.per_block);
-                    progress |= self.run_warp(warp, end, &mut running)?;
-                    warp = end;
+                for warp in in_order(self.per_block.div_ceil(WARP)) {
+                    let start = first + warp * WARP;
+                    let end = (start + WARP).min(first + self.per_block);
+                    progress |= self.run_warp(start, end, &mut running)?;
                 }
                 progress |= self.release_barriers(block);
             }
@@ -467,7 +475,7 @@ impl<'a> Group<'a> {
         loop {
             let mut turned = false;
             let mut spinning = false;
-            for index in first..end {
+            for index in in_order(end - first).map(|lane| first + lane) {
                 if self.threads[index].stop != Stop::Ready {
                     continue;
                 }
