@@ -274,7 +274,7 @@ fn a_cluster_of_blocks_gives_the_same() {
     for (shape, side) in [
         ((2, 73, 61), Side::Gram),
         ((1, 50, 77), Side::Covariance),
-        ((1, 131, 140), Side::Covariance),
+        ((1, 256, 260), Side::Covariance),
     ] {
         let pool = CovPool::with_root(Root {
             side,
