@@ -138,6 +138,9 @@ pub(crate) struct Kept {
     lines: Box<dyn Held>,
 }
 
+/// Gradients of the maps, and of scale and shift.
+pub(crate) type Gradients<T> = (Output<T>, [Output<<T as Maps>::Parameter>; 2]);
+
 /// A normalisation as kernels need it.
 #[derive(Debug)]
 pub(crate) struct Norm {
@@ -259,14 +262,13 @@ impl Norm {
     }
 
     /// Gradients of the maps, of scale and of shift.
-    #[allow(clippy::type_complexity)]
     pub(crate) fn backward<T: Maps>(
         &self,
         device: &CudaDevice,
         extent: Extent,
         kept: &Kept,
         (x, dy): (u64, u64),
-    ) -> Result<(Output<T>, [Output<T::Parameter>; 2])> {
+    ) -> Result<Gradients<T>> {
         let (channels, lines) = (extent.channels, pointer(kept.lines.at()));
         let relu = int(usize::from(self.relu));
         let partial = partial_sums(device, extent)?;

@@ -232,7 +232,7 @@ impl BatchNormOp {
         device: &CudaDevice,
         extent: cuda::norm::Extent,
         (x, dy): (u64, u64),
-    ) -> candle_core::Result<(Output<T>, [Output<T::Parameter>; 2])> {
+    ) -> candle_core::Result<cuda::norm::Gradients<T>> {
         match (&self.on_gpu, self.kept.get()) {
             (Some(norm), Some(kept)) => norm.backward::<T>(device, extent, kept, (x, dy)),
             _ => candle_core::bail!("batch_norm: backward before forward"),
