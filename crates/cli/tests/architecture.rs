@@ -11,12 +11,12 @@ const MAP: [(&str, &[&str]); 9] = [
     ("device", &[]),
     ("linalg", &["device"]),
     ("nn", &["device", "linalg"]),
-    ("models", &["linalg", "nn"]),
+    ("models", &["device", "linalg", "nn"]),
     ("datasets", &[]),
     ("train", &["device", "linalg", "nn", "models", "datasets"]),
     (
         "experiments",
-        &["linalg", "nn", "models", "datasets", "train"],
+        &["device", "linalg", "nn", "models", "datasets", "train"],
     ),
     (
         "cli",

@@ -7,6 +7,7 @@ use candle_core::cuda_backend::DeviceId;
 use candle_core::{CudaDevice, DType};
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::{c_int, c_void};
 use std::ptr;
 
@@ -62,6 +63,18 @@ pub enum Pass {
     Filter,
 }
 
+/// Whether cuDNN has an algorithm for a pass that [`convolve`] would take.
+///
+/// # Errors
+/// As there.
+pub fn can_convolve<T: Real>(
+    device: &CudaDevice,
+    convolution: &Convolution,
+    pass: Pass,
+) -> candle_core::Result<bool> {
+    with_plan::<T, _>(device, convolution, pass, |_, plan| Ok(plan.is_some()))
+}
+
 /// Runs a pass on the stream of the device: one of the addresses of `(input, filter, output)` is written,
 /// the other two are read. Products are rounded as [`crate::precision`] says.
 ///
@@ -79,30 +92,49 @@ pub unsafe fn convolve<T: Real>(
     pass: Pass,
     (x, w, y): (u64, u64, u64),
 ) -> candle_core::Result<()> {
+    with_plan::<T, _>(device, convolution, pass, |handle, plan| {
+        let Some(plan) = plan else {
+            let problem = format!(
+                "cuDNN has no algorithm of repeatable results within {} MiB for the {pass:?} pass of \
+                 {convolution:?} in {:?}",
+                MOST_WORKSPACE >> 20,
+                T::DTYPE
+            );
+            return Err(Error::Call { op: OP, problem }.into());
+        };
+        with_bytes(OP, device, plan.workspace, |workspace| {
+            // SAFETY: the caller vouches for the operands; descriptors and handle live in this thread.
+            unsafe { plan.run(handle, T::DTYPE, (x, w, y), workspace) }
+        })
+    })
+}
+
+const OP: &str = "conv2d";
+
+/// Gives `work` the handle of this thread and its plan for a pass, if there is one.
+fn with_plan<T: Real, R>(
+    device: &CudaDevice,
+    convolution: &Convolution,
+    pass: Pass,
+    work: impl FnOnce(sys::cudnnHandle_t, Option<&Plan>) -> candle_core::Result<R>,
+) -> candle_core::Result<R> {
     // SAFETY: opens a library of that name, if there is one.
     if !unsafe { sys::is_culib_present() } {
-        let (asked, library) = ("conv2d".to_owned(), "cudnn");
+        let (asked, library) = (OP.to_owned(), "cudnn");
         return Err(Error::Library { asked, library }.into());
     }
     LIBRARY.with_borrow_mut(|libraries| {
         let library = match libraries.entry(device.id()) {
-            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(Library::open(device)?)
-            }
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(Library::open(device)?),
         };
         let key = (*convolution, pass, T::DTYPE, precision());
         let handle = library.handle;
         let plan = match library.plans.entry(key) {
-            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(Plan::new(handle, convolution, pass, T::DTYPE)?)
-            }
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(Plan::new(handle, convolution, pass, T::DTYPE)?),
         };
-        with_bytes("conv2d", device, plan.workspace, |workspace| {
-            // SAFETY: the caller vouches for the operands; descriptors and handle live in this thread.
-            unsafe { plan.run(handle, T::DTYPE, (x, w, y), workspace) }
-        })
+        work(handle, plan.as_ref())
     })
 }
 
@@ -116,7 +148,7 @@ thread_local! {
 
 struct Library {
     // Before the handle: they go first.
-    plans: HashMap<Key, Plan>,
+    plans: HashMap<Key, Option<Plan>>,
     handle: sys::cudnnHandle_t,
 }
 
@@ -157,7 +189,6 @@ enum Algorithm {
 struct Candidate {
     algorithm: Algorithm,
     works: bool,
-    memory: usize,
     deterministic: bool,
     math: sys::cudnnMathType_t,
 }
@@ -177,7 +208,7 @@ impl Plan {
         shape: &Convolution,
         pass: Pass,
         dtype: DType,
-    ) -> candle_core::Result<Self> {
+    ) -> candle_core::Result<Option<Self>> {
         let mut plan = Self {
             x: ptr::null_mut(),
             w: ptr::null_mut(),
@@ -189,29 +220,72 @@ impl Plan {
             workspace: 0,
         };
         let math = plan.describe(shape, dtype)?;
-        let candidates = plan.candidates(handle, pass)?;
+        // What it does not know at all it refuses here.
+        let Ok(candidates) = plan.candidates(handle, pass) else {
+            return Ok(None);
+        };
         let full = math == sys::cudnnMathType_t::CUDNN_FMA_MATH;
-        let fits = |c: &&Candidate| {
+        for candidate in candidates {
             use sys::cudnnMathType_t::{CUDNN_DEFAULT_MATH, CUDNN_FMA_MATH};
-            let rounds = !matches!(c.math, CUDNN_DEFAULT_MATH | CUDNN_FMA_MATH);
-            c.works && c.deterministic && c.memory <= MOST_WORKSPACE && !(full && rounds)
-        };
-        let Some(chosen) = candidates.iter().find(fits) else {
-            return Err(Error::Call {
-                op: "conv2d",
-                problem: format!(
-                    "cuDNN has no algorithm of repeatable results within {} MiB for the {pass:?} pass of {shape:?} in {dtype:?}",
-                    MOST_WORKSPACE >> 20
-                ),
+            let rounds = !matches!(candidate.math, CUDNN_DEFAULT_MATH | CUDNN_FMA_MATH);
+            if !candidate.works || !candidate.deterministic || full && rounds {
+                continue;
             }
-            .into());
-        };
-        if !full {
-            // SAFETY: described above.
-            said(unsafe { result::set_convolution_math_type(plan.convolution, chosen.math) })?;
+            if !full {
+                // SAFETY: described above.
+                said(unsafe {
+                    result::set_convolution_math_type(plan.convolution, candidate.math)
+                })?;
+            }
+            plan.algorithm = candidate.algorithm;
+            // As it is with this rounding, which what the ranking says may not be.
+            match plan.scratch(handle) {
+                Ok(bytes) if bytes <= MOST_WORKSPACE => {
+                    plan.workspace = bytes;
+                    return Ok(Some(plan));
+                }
+                _ => {}
+            }
         }
-        (plan.algorithm, plan.workspace) = (chosen.algorithm, chosen.memory);
-        Ok(plan)
+        Ok(None)
+    }
+
+    /// Bytes that the algorithm works with.
+    fn scratch(&self, handle: sys::cudnnHandle_t) -> candle_core::Result<usize> {
+        let (x, w, y, convolution) = (self.x, self.w, self.y, self.convolution);
+        // SAFETY: the descriptors are alive.
+        said(unsafe {
+            match self.algorithm {
+                Algorithm::Forward(algorithm) => result::get_convolution_forward_workspace_size(
+                    handle,
+                    x,
+                    w,
+                    convolution,
+                    y,
+                    algorithm,
+                ),
+                Algorithm::Input(algorithm) => {
+                    result::get_convolution_backward_data_workspace_size(
+                        handle,
+                        w,
+                        y,
+                        convolution,
+                        x,
+                        algorithm,
+                    )
+                }
+                Algorithm::Filter(algorithm) => {
+                    result::get_convolution_backward_filter_workspace_size(
+                        handle,
+                        x,
+                        y,
+                        convolution,
+                        w,
+                        algorithm,
+                    )
+                }
+            }
+        })
     }
 
     /// Makes the descriptors; tells how products are rounded.
@@ -315,7 +389,6 @@ impl Plan {
                     .map(|f| Candidate {
                         algorithm: Algorithm::$kind(f.algo),
                         works: f.status == sys::cudnnStatus_t::CUDNN_STATUS_SUCCESS,
-                        memory: f.memory,
                         deterministic: f.determinism
                             == sys::cudnnDeterminism_t::CUDNN_DETERMINISTIC,
                         math: f.mathType,

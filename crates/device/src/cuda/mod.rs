@@ -12,7 +12,7 @@ mod upload;
 pub use crate::Precision;
 pub use blas::{Gemm, gemm};
 pub use cudarc::driver::DeviceRepr;
-pub use dnn::{Along, Convolution, Pass, convolve};
+pub use dnn::{Along, Convolution, Pass, can_convolve, convolve};
 pub use graph::{Recording, record};
 pub use half::bf16;
 pub use launch::{Argument, Grid, Module, int, launch, launch_with, launches, long, pointer, real};

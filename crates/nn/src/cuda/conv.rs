@@ -4,7 +4,8 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CudaDevice, CudaStorage, DType, Result, Shape, Tensor, WithDType};
 use isqrt_device::cuda::kernels::CONVOLUTION;
 use isqrt_device::cuda::{
-    Along, Convolution, Grid, Output, Pass, Real, address, convolve, input, int, long, pointer,
+    Along, Convolution, Grid, Output, Pass, Real, address, can_convolve, convolve, input, int,
+    long, pointer,
 };
 
 use super::norm::{Extent, channel_sums};
@@ -14,12 +15,6 @@ use crate::ops::{ConvAxis, ConvShapes};
 
 const OP: &str = "conv2d";
 
-/// Whether cuDNN takes maps of this type with the channels of a pixel beside each other; others are
-/// turned before and after.
-fn takes_channels_last<T: Real>() -> bool {
-    T::DTYPE != DType::F64
-}
-
 /// A convolution in the layout that cuDNN gets.
 struct Native<'a> {
     device: &'a CudaDevice,
@@ -28,18 +23,26 @@ struct Native<'a> {
 }
 
 impl<'a> Native<'a> {
-    fn new<T: Real>(device: &'a CudaDevice, shapes: &'a ConvShapes, last: bool) -> Self {
-        let last = last && takes_channels_last::<T>();
-        Self {
+    /// For a pass over maps that have the channels of a pixel beside each other (`last`) or not. What cuDNN
+    /// does not take so is turned before and after: f64, and where it has no algorithm.
+    fn new<T: Real>(
+        device: &'a CudaDevice,
+        shapes: &'a ConvShapes,
+        last: bool,
+        pass: Pass,
+    ) -> Result<Self> {
+        let mut native = Self {
             device,
             shapes,
-            last,
+            last: last && T::DTYPE != DType::F64,
+        };
+        if native.last {
+            native.last = can_convolve::<T>(device, &native.convolution(), pass)?;
         }
+        Ok(native)
     }
 
-    /// # Safety
-    /// Addresses of input, packed filter and output, see [`convolve`].
-    unsafe fn run<T: Maps>(&self, pass: Pass, operands: (u64, u64, u64)) -> Result<()> {
+    fn convolution(&self) -> Convolution {
         let along = |a: ConvAxis| Along {
             input: a.input,
             output: a.output,
@@ -48,16 +51,21 @@ impl<'a> Native<'a> {
             padding: a.padding,
             dilation: a.dilation,
         };
-        let convolution = Convolution {
+        Convolution {
             batch: self.shapes.batch,
             channels: self.shapes.channels,
             groups: self.shapes.groups,
             rows: along(self.shapes.rows),
             columns: along(self.shapes.columns),
             channels_last: self.last,
-        };
+        }
+    }
+
+    /// # Safety
+    /// Addresses of input, packed filter and output, see [`convolve`].
+    unsafe fn run<T: Maps>(&self, pass: Pass, operands: (u64, u64, u64)) -> Result<()> {
         // SAFETY: the caller vouches for the operands.
-        unsafe { convolve::<T>(self.device, &convolution, pass, operands) }
+        unsafe { convolve::<T>(self.device, &self.convolution(), pass, operands) }
     }
 
     /// Values of the filter, its inputs and taps; one input where nothing is turned.
@@ -229,7 +237,7 @@ pub(crate) fn forward_of<T: Maps>(
     (x, weight): (u64, u64),
     (bias, relu): (Option<u64>, bool),
 ) -> Result<Output<T>> {
-    let native = Native::new::<T>(device, shapes, last);
+    let native = Native::new::<T>(device, shapes, last, Pass::Forward)?;
     let (x, _x) = native.turned::<T>(x, x_last, native.input_extent())?;
     let (weight, _weight) = native.packed::<T>(weight)?;
     let mut y = native.output::<T>()?;
@@ -272,7 +280,7 @@ pub(crate) fn input_gradient<T: Maps>(
     (x_last, last): (bool, bool),
     (weight, dy): (u64, u64),
 ) -> Result<Output<T>> {
-    let native = Native::new::<T>(device, shapes, last);
+    let native = Native::new::<T>(device, shapes, last, Pass::Input)?;
     let (dy, _dy) = native.turned::<T>(dy, last, native.output_extent())?;
     let (weight, _weight) = native.packed::<T>(weight)?;
     let (channels, pixels) = native.input_extent();
@@ -298,7 +306,7 @@ pub(crate) fn weight_gradient<T: Maps>(
     (x_last, last): (bool, bool),
     (x, dy): (u64, u64),
 ) -> Result<Output<T::Parameter>> {
-    let native = Native::new::<T>(device, shapes, last);
+    let native = Native::new::<T>(device, shapes, last, Pass::Filter)?;
     let (x, _x) = native.turned::<T>(x, x_last, native.input_extent())?;
     let (dy, _dy) = native.turned::<T>(dy, last, native.output_extent())?;
     let (count, inputs, taps) = native.filter();
