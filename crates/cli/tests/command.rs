@@ -105,7 +105,7 @@ fn wrong_input_is_one_clear_line() {
     );
     fails(
         &["reproduce", "--device", "cuda:0"],
-        &["cuda:0", "no CUDA", "--device cpu"],
+        &["cuda:0", "without CUDA", "choose cpu"],
     );
     fails(
         &["reproduce", "--device", "gpu"],

@@ -425,6 +425,10 @@ impl<'a> Trainer<'a> {
                     }
                 }
                 Outcome::Bad(ref problem) => {
+                    // An update before this one may have been the first, and is to be named.
+                    if self.unread.images > 0.0 {
+                        self.read_ledger(at)?;
+                    }
                     self.bad(problem, at, observer)?;
                     // An update that is left out has no part in the means.
                     update.sums = Sums {
@@ -437,7 +441,8 @@ impl<'a> Trainer<'a> {
             if self.ledger.is_some() {
                 self.unread.images += update.sums.images;
                 if self.reads_now(updates, observer) {
-                    norm = self.read_ledger(at)?;
+                    let known = self.read_ledger(at)?;
+                    norm = known.filter(|_| matches!(update.outcome, Outcome::Gradients(..)));
                 }
             }
             update.sums.seconds = began.elapsed().as_secs_f64();
@@ -515,7 +520,9 @@ impl<'a> Trainer<'a> {
         };
         self.progress.sums.add(&read);
         self.progress.line.add(&read);
-        self.known_loss = Some(entries.loss / images.max(1.0));
+        if images > 0.0 {
+            self.known_loss = Some(entries.loss / images);
+        }
         Ok(Some(entries.norm))
     }
 

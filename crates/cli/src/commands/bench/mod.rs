@@ -371,9 +371,13 @@ impl NetworkBench {
         };
         let budget = Duration::try_from_secs_f64(self.budget).context("--budget")?;
         let name = format!(
-            "network {} {head} batch={batch} size={} {precision}{}",
+            "network {} {head} batch={batch} size={}{}{}",
             self.model,
             self.size,
+            match precision {
+                Precision::F32 => String::new(),
+                other => format!(" {other}"),
+            },
             if self.checkpoint { " checkpoint" } else { "" }
         );
         let time = network(&case, &device, budget)?;
