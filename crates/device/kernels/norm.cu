@@ -10,7 +10,7 @@ constexpr int CHUNK = 16;
 struct Sums { double first, second; };
 
 // Terms of the statistics of x: deviations from a value near the mean, and their squares. With the channel's first
-// value in that place nothing is lost to cancellation, however large the mean.
+// value in that place little is lost to cancellation as long as it is as near as the others, however large the mean.
 template <typename T> struct Deviations {
     static constexpr bool LINES = false;
     using C = typename Computed<T>::type;
@@ -139,8 +139,8 @@ __device__ void finish_statistics(const Sums *partial, const T *x, const typenam
         double off = sum.first / count;
         mean = computed(x[(long long)c * inner]) + off;
         variance = fmax(sum.second - count * off * off, 0.0) / count;
-        // Not a number stays one.
-        if (isnan(sum.second)) variance = sum.second;
+        // What is not finite must show.
+        if (!isfinite(sum.second)) variance = NAN;
     } else {
         mean = running_mean[c];
         variance = running_variance[c];

@@ -5,16 +5,18 @@ use crate::{Error, Precision, precision};
 use candle_core::cuda::cudarc::cudnn::{result, sys};
 use candle_core::cuda_backend::DeviceId;
 use candle_core::{CudaDevice, DType};
+use cudarc::driver::CudaStream;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::{c_int, c_void};
 use std::ptr;
+use std::sync::{Arc, OnceLock};
 
 /// Scratch memory that an algorithm may take.
 const MOST_WORKSPACE: usize = 1 << 29;
-/// Algorithms of a pass that cuDNN may name.
-const MOST_ALGORITHMS: usize = 8;
+/// Algorithms of a pass that cuDNN may name, each with every rounding.
+const MOST_ALGORITHMS: usize = 32;
 
 /// A convolution along one axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -72,7 +74,9 @@ pub fn can_convolve<T: Real>(
     convolution: &Convolution,
     pass: Pass,
 ) -> candle_core::Result<bool> {
-    with_plan::<T, _>(device, convolution, pass, |_, plan| Ok(plan.is_some()))
+    with_plan::<T, _>(device, convolution, pass, |_, plan| {
+        Ok(!plan.choices.is_empty())
+    })
 }
 
 /// Runs a pass on the stream of the device: one of the addresses of `(input, filter, output)` is written,
@@ -93,33 +97,47 @@ pub unsafe fn convolve<T: Real>(
     (x, w, y): (u64, u64, u64),
 ) -> candle_core::Result<()> {
     with_plan::<T, _>(device, convolution, pass, |handle, plan| {
-        let Some(plan) = plan else {
-            let problem = format!(
-                "cuDNN has no algorithm of repeatable results within {} MiB for the {pass:?} pass of \
-                 {convolution:?} in {:?}",
-                MOST_WORKSPACE >> 20,
-                T::DTYPE
-            );
-            return Err(Error::Call { op: OP, problem }.into());
-        };
-        with_bytes(OP, device, plan.workspace, |workspace| {
-            // SAFETY: the caller vouches for the operands; descriptors and handle live in this thread.
-            unsafe { plan.run(handle, T::DTYPE, (x, w, y), workspace) }
-        })
+        while let Some(&choice) = plan.choices.first() {
+            plan.round_as(choice)?;
+            let ran = with_bytes(OP, device, choice.workspace, |workspace| {
+                // SAFETY: the caller vouches for the operands; descriptors and handle live in this thread.
+                Ok(unsafe { plan.run(handle, choice, T::DTYPE, (x, w, y), workspace) })
+            })?;
+            match ran {
+                // What the ranking held for possible, and is not.
+                Err(error) if is_refusal(&error) => drop(plan.choices.remove(0)),
+                ran => return said(ran),
+            }
+        }
+        let problem = format!(
+            "cuDNN has no algorithm of repeatable results within {} MiB for the {pass:?} pass of \
+             {convolution:?} in {:?}",
+            MOST_WORKSPACE >> 20,
+            T::DTYPE
+        );
+        Err(Error::Call { op: OP, problem }.into())
     })
+}
+
+/// Whether cuDNN says that it cannot do this, and not that something went wrong.
+fn is_refusal(error: &result::CudnnError) -> bool {
+    let name = format!("{:?}", error.0);
+    name.starts_with("CUDNN_STATUS_NOT_SUPPORTED") || name.starts_with("CUDNN_STATUS_BAD_PARAM")
 }
 
 const OP: &str = "conv2d";
 
-/// Gives `work` the handle of this thread and its plan for a pass, if there is one.
+/// Gives `work` the handle of this thread and its plan for a pass.
 fn with_plan<T: Real, R>(
     device: &CudaDevice,
     convolution: &Convolution,
     pass: Pass,
-    work: impl FnOnce(sys::cudnnHandle_t, Option<&Plan>) -> candle_core::Result<R>,
+    work: impl FnOnce(sys::cudnnHandle_t, &mut Plan) -> candle_core::Result<R>,
 ) -> candle_core::Result<R> {
+    /// Looked for once: that tries one name after another.
+    static PRESENT: OnceLock<bool> = OnceLock::new();
     // SAFETY: opens a library of that name, if there is one.
-    if !unsafe { sys::is_culib_present() } {
+    if !*PRESENT.get_or_init(|| unsafe { sys::is_culib_present() }) {
         let (asked, library) = (OP.to_owned(), "cudnn");
         return Err(Error::Library { asked, library }.into());
     }
@@ -134,7 +152,7 @@ fn with_plan<T: Real, R>(
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => entry.insert(Plan::new(handle, convolution, pass, T::DTYPE)?),
         };
-        work(handle, plan.as_ref())
+        work(handle, plan)
     })
 }
 
@@ -148,8 +166,10 @@ thread_local! {
 
 struct Library {
     // Before the handle: they go first.
-    plans: HashMap<Key, Option<Plan>>,
+    plans: HashMap<Key, Plan>,
     handle: sys::cudnnHandle_t,
+    /// What the handle works on must outlive it.
+    _stream: Arc<CudaStream>,
 }
 
 impl Library {
@@ -165,6 +185,7 @@ impl Library {
         Ok(Self {
             plans: HashMap::new(),
             handle,
+            _stream: stream,
         })
     }
 }
@@ -185,6 +206,14 @@ enum Algorithm {
     Filter(sys::cudnnConvolutionBwdFilterAlgo_t),
 }
 
+/// An algorithm that will do, how it rounds, and bytes that it works with.
+#[derive(Clone, Copy)]
+struct Choice {
+    algorithm: Algorithm,
+    math: sys::cudnnMathType_t,
+    workspace: usize,
+}
+
 /// What cuDNN says of an algorithm.
 struct Candidate {
     algorithm: Algorithm,
@@ -198,8 +227,8 @@ struct Plan {
     w: sys::cudnnFilterDescriptor_t,
     y: sys::cudnnTensorDescriptor_t,
     convolution: sys::cudnnConvolutionDescriptor_t,
-    algorithm: Algorithm,
-    workspace: usize,
+    /// The ones that cuDNN takes for the fastest first.
+    choices: Vec<Choice>,
 }
 
 impl Plan {
@@ -208,21 +237,19 @@ impl Plan {
         shape: &Convolution,
         pass: Pass,
         dtype: DType,
-    ) -> candle_core::Result<Option<Self>> {
+    ) -> candle_core::Result<Self> {
         let mut plan = Self {
             x: ptr::null_mut(),
             w: ptr::null_mut(),
             y: ptr::null_mut(),
             convolution: ptr::null_mut(),
-            algorithm: Algorithm::Forward(
-                sys::cudnnConvolutionFwdAlgo_t::CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_GEMM,
-            ),
-            workspace: 0,
+            choices: vec![],
         };
         let math = plan.describe(shape, dtype)?;
-        // What it does not know at all it refuses here.
-        let Ok(candidates) = plan.candidates(handle, pass) else {
-            return Ok(None);
+        let candidates = match plan.candidates(handle, pass) {
+            // What it does not know at all.
+            Err(error) if is_refusal(&error) => return Ok(plan),
+            candidates => said(candidates)?,
         };
         let full = math == sys::cudnnMathType_t::CUDNN_FMA_MATH;
         for candidate in candidates {
@@ -231,31 +258,39 @@ impl Plan {
             if !candidate.works || !candidate.deterministic || full && rounds {
                 continue;
             }
-            if !full {
-                // SAFETY: described above.
-                said(unsafe {
-                    result::set_convolution_math_type(plan.convolution, candidate.math)
-                })?;
-            }
-            plan.algorithm = candidate.algorithm;
+            let mut choice = Choice {
+                algorithm: candidate.algorithm,
+                math: if full { math } else { candidate.math },
+                workspace: 0,
+            };
             // As it is with this rounding, which what the ranking says may not be.
-            match plan.scratch(handle) {
-                Ok(bytes) if bytes <= MOST_WORKSPACE => {
-                    plan.workspace = bytes;
-                    return Ok(Some(plan));
-                }
-                _ => {}
+            plan.round_as(choice)?;
+            choice.workspace = match plan.scratch(handle, choice) {
+                Err(error) if is_refusal(&error) => continue,
+                bytes => said(bytes)?,
+            };
+            if choice.workspace <= MOST_WORKSPACE {
+                plan.choices.push(choice);
             }
         }
-        Ok(None)
+        Ok(plan)
     }
 
-    /// Bytes that the algorithm works with.
-    fn scratch(&self, handle: sys::cudnnHandle_t) -> candle_core::Result<usize> {
+    fn round_as(&self, choice: Choice) -> candle_core::Result<()> {
+        // SAFETY: the descriptor is alive.
+        said(unsafe { result::set_convolution_math_type(self.convolution, choice.math) })
+    }
+
+    /// Bytes that an algorithm works with.
+    fn scratch(
+        &self,
+        handle: sys::cudnnHandle_t,
+        choice: Choice,
+    ) -> Result<usize, result::CudnnError> {
         let (x, w, y, convolution) = (self.x, self.w, self.y, self.convolution);
         // SAFETY: the descriptors are alive.
-        said(unsafe {
-            match self.algorithm {
+        unsafe {
+            match choice.algorithm {
                 Algorithm::Forward(algorithm) => result::get_convolution_forward_workspace_size(
                     handle,
                     x,
@@ -285,7 +320,7 @@ impl Plan {
                     )
                 }
             }
-        })
+        }
     }
 
     /// Makes the descriptors; tells how products are rounded.
@@ -365,14 +400,14 @@ impl Plan {
         &self,
         handle: sys::cudnnHandle_t,
         pass: Pass,
-    ) -> candle_core::Result<Vec<Candidate>> {
+    ) -> Result<Vec<Candidate>, result::CudnnError> {
         let (most, mut given) = (MOST_ALGORITHMS as c_int, 0);
         macro_rules! ask {
             ($kind:ident, $ask:ident, $first:expr, $second:expr, $third:expr) => {{
                 // SAFETY: a structure of numbers, of which 0 is one of each enumeration.
                 let mut found = [unsafe { std::mem::zeroed() }; MOST_ALGORITHMS];
                 // SAFETY: room for as many as are asked for; the descriptors are alive.
-                said(unsafe {
+                unsafe {
                     result::$ask(
                         handle,
                         $first,
@@ -383,7 +418,7 @@ impl Plan {
                         &raw mut given,
                         found.as_mut_ptr(),
                     )
-                })?;
+                }?;
                 let found = found.iter().take(given.max(0) as usize);
                 found
                     .map(|f| Candidate {
@@ -426,10 +461,11 @@ impl Plan {
     unsafe fn run(
         &self,
         handle: sys::cudnnHandle_t,
+        choice: Choice,
         dtype: DType,
         (x, w, y): (u64, u64, u64),
         workspace: u64,
-    ) -> candle_core::Result<()> {
+    ) -> Result<(), result::CudnnError> {
         let (single, double) = ((1.0_f32, 0.0_f32), (1.0_f64, 0.0_f64));
         let factors: (*const c_void, *const c_void) = match dtype {
             DType::F64 => (
@@ -443,10 +479,10 @@ impl Plan {
         };
         let (one, zero) = factors;
         let read = |at: u64| at as *const c_void;
-        let (workspace, bytes) = (workspace as *mut c_void, self.workspace);
+        let (workspace, bytes) = (workspace as *mut c_void, choice.workspace);
         // SAFETY: the caller vouches for the operands.
-        said(unsafe {
-            match self.algorithm {
+        unsafe {
+            match choice.algorithm {
                 Algorithm::Forward(algorithm) => result::convolution_forward(
                     handle,
                     one,
@@ -493,7 +529,7 @@ impl Plan {
                     w as *mut c_void,
                 ),
             }
-        })
+        }
     }
 }
 
