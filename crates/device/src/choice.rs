@@ -96,14 +96,6 @@ pub fn beside(device: &Device) -> Result<Device> {
     }
 }
 
-/// Waits until all work on a device is done; on the CPU it is.
-///
-/// # Errors
-/// For what went wrong in that work.
-pub fn wait(device: &Device) -> candle_core::Result<()> {
-    device.synchronize()
-}
-
 /// Name of the device of tensors, as [`Choice`] reads it.
 pub fn name(device: &Device) -> String {
     match device.location() {

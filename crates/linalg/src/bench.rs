@@ -148,15 +148,11 @@ pub fn peak_gflops(kernel: Kernel) -> Result<f64> {
 
 /// Forward and backward of the layer through candle's autograd, as a training step does them.
 fn time_pool(x: &Var, forward: impl Fn(&Tensor) -> Result<Tensor>) -> Result<(f64, f64)> {
-    let device = x.device();
-    isqrt_device::wait(device)?;
     let start = Instant::now();
     let y = forward(x)?;
-    isqrt_device::wait(device)?;
     let forward = start.elapsed().as_secs_f64();
     let start = Instant::now();
     let gradients = y.backward()?;
-    isqrt_device::wait(device)?;
     let backward = start.elapsed().as_secs_f64();
     drop(gradients);
     Ok((forward, backward))
@@ -183,6 +179,8 @@ pub fn layer(case: &LayerCase, device: &Device, budget: Duration) -> Result<Vec<
         return Err(crate::config::out_of_range("root", "none", expected));
     };
     let facts = case.pool.describe(case.d, case.positions)?;
+    #[cfg(not(feature = "cuda"))]
+    let _ = device;
     #[cfg(feature = "cuda")]
     if device.is_cuda() {
         let rows = layer_on_device(case, device, budget)?.into_iter();
@@ -199,8 +197,7 @@ pub fn layer(case: &LayerCase, device: &Device, budget: Duration) -> Result<Vec<
         });
         return Ok(rows.collect());
     }
-    let x = synthetic_features(case.batch, case.d, case.positions)?;
-    let x = Var::from_tensor(&x.to_device(device)?)?;
+    let x = Var::from_tensor(&synthetic_features(case.batch, case.d, case.positions)?)?;
     let plain: Vec<Mat<f32>> = images(&x)?;
     let upstream = Mat::from_fn(case.d, case.d, |i, j| if i <= j { 1.0 } else { 0.0 });
     let peak = peak_gflops(case.pool.kernel)?;
@@ -399,6 +396,8 @@ pub fn decompositions(
     device: &Device,
     budget: Duration,
 ) -> Result<Vec<DecompositionRow>> {
+    #[cfg(not(feature = "cuda"))]
+    let _ = device;
     #[cfg(feature = "cuda")]
     if device.is_cuda() {
         return device_decompositions(device, n, batches, budget);
@@ -414,7 +413,6 @@ pub fn decompositions(
     let share = budget / batches.len().max(1) as u32;
     for &batch in batches {
         let features = synthetic_features(batch, n, positions)?;
-        let on_device = features.to_device(device)?;
         let covariances: Vec<Mat<f32>> = images::<f32>(&features)?
             .iter()
             .map(|x| {
@@ -449,10 +447,8 @@ pub fn decompositions(
                     })
                 },
                 &mut || {
-                    isqrt_device::wait(device)?;
                     let start = Instant::now();
-                    std::hint::black_box(layer.forward(&on_device)?);
-                    isqrt_device::wait(device)?;
+                    std::hint::black_box(layer.forward(&features)?);
                     Ok((start.elapsed().as_secs_f64(), 0.0))
                 },
             ],

@@ -69,7 +69,7 @@ pub fn network(case: &NetworkCase, device: &Device, budget: Duration) -> Result<
     // Masks of dropout follow the step.
     let mut count = 0;
     let times = medians(budget, || {
-        isqrt_device::wait(device)?;
+        device.synchronize()?;
         network.vars().set_step(count);
         count += 1;
         let mut watch = Watch::start(device);
@@ -212,7 +212,7 @@ pub fn ops(batch: usize, device: &Device, budget: Duration) -> Result<Vec<OpTimi
 
 /// Seconds of the forward and of the backward pass of an op.
 fn pass(device: &Device, forward: impl Fn() -> isqrt_nn::Result<Tensor>) -> Result<(f64, f64)> {
-    isqrt_device::wait(device)?;
+    device.synchronize()?;
     let mut watch = Watch::start(device);
     let y = forward()?;
     let forward = watch.lap()?;
@@ -245,7 +245,7 @@ impl<'a> Watch<'a> {
     }
 
     fn lap(&mut self) -> Result<f64> {
-        isqrt_device::wait(self.0)?;
+        self.0.synchronize()?;
         let now = Instant::now();
         let seconds = (now - self.1).as_secs_f64();
         self.1 = now;

@@ -100,6 +100,16 @@ impl Precision {
         }
     }
 
+    /// Operations a second of a GPU at its best.
+    #[must_use]
+    pub fn peak(self, gpu: &isqrt_device::Gpu) -> f64 {
+        match self {
+            Self::Tf32 => gpu.peak_tensor().0,
+            Self::Bf16 => gpu.peak_tensor().1,
+            Self::F32 | Self::F64 => gpu.peak_f32(),
+        }
+    }
+
     /// Makes a network compute so, on the device where it is.
     ///
     /// # Errors

@@ -6,7 +6,6 @@ use anyhow::bail;
 use clap::Args;
 use isqrt_device::{Found, found};
 use isqrt_experiments::doctor::{self, Timing};
-use isqrt_train::Precision;
 use serde_json::json;
 
 /// Say what this machine has, and check that a device computes what it should
@@ -135,11 +134,7 @@ fn times(device: &candle_core::Device, batch: usize, json: bool) -> anyhow::Resu
                 (what, implementation, t.ms, f64::NAN, t.ms, said)
             })),
             Ok(Timing::Network(model, batch, precision, t)) => {
-                let peak = gpu.as_ref().map(|gpu| match precision {
-                    Precision::Tf32 => gpu.peak_tensor().0,
-                    Precision::Bf16 => gpu.peak_tensor().1,
-                    Precision::F32 | Precision::F64 => gpu.peak_f32(),
-                });
+                let peak = gpu.as_ref().map(|gpu| precision.peak(gpu));
                 let share = peak.zip(t.gflops).map(|(peak, rate)| rate * 1e9 / peak);
                 let said = format!(
                     "{} images/s{}",

@@ -21,7 +21,7 @@ pub(super) fn run(
     let features = synthetic_features(settings.batch, settings.dim, settings.positions);
     let features = features.map_err(failed)?.to_device(device);
     let x = Var::from_tensor(&features.map_err(failed)?).map_err(failed)?;
-    let wait = || isqrt_device::wait(device).map_err(failed);
+    let wait = || device.synchronize().map_err(failed);
     let repeats = settings.repeats.max(3);
     let mut times = [Vec::new(), Vec::new(), Vec::new()];
     // The first round warms caches and workspaces up and is not counted.

@@ -128,7 +128,7 @@ fn pass(network: &Network, settings: &NetworkSettings, batch: usize) -> Result<[
     let device = network.vars().device();
     let images = Tensor::randn(0.0_f32, 1.0, shape, &Device::Cpu).map_err(failed)?;
     let images = images.to_device(device).map_err(failed)?;
-    let wait = || isqrt_device::wait(device).map_err(failed);
+    let wait = || device.synchronize().map_err(failed);
     let labels: Vec<u32> = (0..batch).map(|i| (i % settings.classes) as u32).collect();
     // Masks of dropout follow the step.
     network.vars().set_step(0);

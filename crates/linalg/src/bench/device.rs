@@ -7,9 +7,7 @@ use crate::config::{CovPool, GpuKernel, PreNormalization, Root, Side, Tf32, out_
 use crate::program::{Program, Wanted};
 use crate::{Error, Output as Form, Replayed, Result, Schedule};
 use candle_core::backend::BackendStorage;
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, DType, Device, DeviceLocation, Layout, Shape, Tensor, Var,
-};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Tensor, Var};
 use isqrt_device::cuda::{
     Eigensolver, Output, Precision, Real, SingularSolver, Squares, duplicate, eigen, input,
     singular,
@@ -128,15 +126,11 @@ pub fn layer_on_device(
     device: &Device,
     budget: Duration,
 ) -> Result<Vec<DeviceLayerTiming>> {
-    let DeviceLocation::Cuda { gpu_id } = device.location() else {
-        return Err(Error::Device);
-    };
+    let gpu = isqrt_device::gpu_of(device).ok_or(Error::Device)?;
     let Some(root) = &case.pool.root else {
         let expected = "a layer with a root";
         return Err(out_of_range("root", "none", expected));
     };
-    let found = isqrt_device::found();
-    let gpu = found.gpus.get(gpu_id).ok_or(Error::Device)?;
     let (d, m) = (case.d, case.positions);
     let size = (d as f64, m as f64);
     let features = synthetic_features(case.batch, d, m)?.to_device(device)?;

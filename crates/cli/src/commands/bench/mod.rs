@@ -389,11 +389,7 @@ impl NetworkBench {
         };
         let threads = rayon::current_num_threads();
         let gpu = isqrt_device::gpu_of(&device);
-        let peak = gpu.as_ref().map(|gpu| match precision {
-            Precision::Tf32 => gpu.peak_tensor().0,
-            Precision::Bf16 => gpu.peak_tensor().1,
-            Precision::F32 | Precision::F64 => gpu.peak_f32(),
-        });
+        let peak = gpu.as_ref().map(|gpu| precision.peak(gpu));
         let share = peak.zip(time.gflops).map(|(peak, rate)| rate * 1e9 / peak);
         let images_per_s = batch as f64 / time.step_ms * 1e3;
         if json {
