@@ -61,6 +61,51 @@ impl Choice {
     }
 }
 
+/// Devices that share work: one of any kind, or several GPUs, `cuda:0,1`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Choices(Vec<Choice>);
+
+impl FromStr for Choices {
+    type Err = Error;
+
+    fn from_str(names: &str) -> Result<Self> {
+        let mut choices: Vec<Choice> = Vec::new();
+        for name in names.split(',') {
+            let choice = match choices.is_empty() || name.contains(':') {
+                true => name.parse()?,
+                // `cuda:0,1` is short for `cuda:0,cuda:1`.
+                false => format!("cuda:{name}").parse()?,
+            };
+            if choices.contains(&choice) {
+                return Err(Error::Twice(choice.to_string()));
+            }
+            choices.push(choice);
+        }
+        let gpus = choices.iter().all(|c| matches!(c, Choice::Cuda(_)));
+        match gpus || choices.len() == 1 {
+            true => Ok(Self(choices)),
+            false => Err(Error::Name(names.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for Choices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<String> = self.0.iter().map(Choice::to_string).collect();
+        f.write_str(&names.join(","))
+    }
+}
+
+impl Choices {
+    /// Opens each of them, as [`Choice::open`] does.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open(&self) -> Result<Vec<Opened>> {
+        self.0.iter().map(|choice| choice.open()).collect()
+    }
+}
+
 /// A device that is open.
 #[derive(Debug)]
 pub struct Opened {
@@ -120,6 +165,33 @@ mod tests {
             let error = bad.parse::<Choice>().unwrap_err().to_string();
             assert!(error.contains("cpu, cuda:0"), "{error}");
         }
+    }
+
+    #[test]
+    fn several_gpus_share_work_and_nothing_else_does() {
+        let read = |names: &str| names.parse::<Choices>().map(|c| c.to_string());
+        for (names, written) in [
+            ("cpu", "cpu"),
+            ("auto", "auto"),
+            ("cuda", "cuda:0"),
+            ("cuda:0,1", "cuda:0,cuda:1"),
+            ("cuda:3,cuda:1,2", "cuda:3,cuda:1,cuda:2"),
+        ] {
+            assert_eq!(read(names).unwrap(), written);
+        }
+        for bad in [
+            "",
+            "cpu,cpu",
+            "cpu,0",
+            "auto,cuda:1",
+            "cuda:0,",
+            "0,1",
+            "cuda:0,x",
+        ] {
+            assert!(read(bad).is_err(), "{bad}");
+        }
+        let error = read("cuda:1,cuda:1").unwrap_err().to_string();
+        assert!(error.contains("cuda:1 is named twice"), "{error}");
     }
 
     #[test]

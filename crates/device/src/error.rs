@@ -7,6 +7,9 @@ pub enum Error {
     /// Not the name of a device.
     #[error("{0:?} is no device: cpu, cuda:0 (or another number) or auto")]
     Name(String),
+    /// The same GPU for two shares of the work.
+    #[error("{0} is named twice: each GPU takes one share of the work")]
+    Twice(String),
     /// A GPU was asked for, and this program has no code for it.
     #[error(
         "{asked}: this isqrt was built without CUDA; build it with `cargo gpu` (docs/cuda.md), or choose cpu"

@@ -12,7 +12,7 @@ mod error;
 mod found;
 mod precision;
 
-pub use choice::{Choice, Opened, beside, name};
+pub use choice::{Choice, Choices, Opened, beside, name};
 pub use error::{Error, Result};
 pub use found::{Found, Gpu, Library, found, gpu_of};
 pub use precision::{Precision, precision, set_precision};

@@ -235,11 +235,10 @@ impl<'a> Trainer<'a> {
         let dtype = config.precision.dtype();
         let mut network = Network::new(&config.model, config.seed, dtype, &job.device)?;
         config.precision.apply(&mut network)?;
-        // Updates that are left out must be known before they are made; other ranks must hear of this one.
-        let waits = config.non_finite != NonFinite::Stop || ranks > 1;
-        let ledger = match waits {
-            true => None,
-            false => Ledger::new(&job.device)?,
+        let ledger = match config.non_finite {
+            NonFinite::Stop => Ledger::new(&job.device)?,
+            // Updates that are left out must be known before they are made.
+            NonFinite::Skip(_) => None,
         };
         let feeder = Feeder::new(&loader, &network)?;
         let optimiser = config.optimiser(network.vars())?;
@@ -440,7 +439,8 @@ impl<'a> Trainer<'a> {
             }
             if self.ledger.is_some() {
                 self.unread.images += update.sums.images;
-                if self.reads_now(updates, observer) {
+                // Rank 0 alone keeps states, and all read together.
+                if self.any_rank(self.reads_now(updates, observer))? {
                     let known = self.read_ledger(at)?;
                     norm = known.filter(|_| matches!(update.outcome, Outcome::Gradients(..)));
                 }
@@ -501,8 +501,11 @@ impl<'a> Trainer<'a> {
         };
         let _span = tracing::info_span!("read").entered();
         let entries = ledger.take()?;
+        let mut sums = [entries.loss, entries.correct, entries.bad];
+        self.job.collective.all_reduce_sums(&mut sums)?;
+        let [loss, correct, bad] = sums;
         let images = std::mem::take(&mut self.unread).images;
-        if entries.bad > 0.0 {
+        if bad > 0.0 {
             return Err(Error::NonFinite {
                 epoch: self.progress.epoch + 1,
                 step: at + 1,
@@ -514,14 +517,14 @@ impl<'a> Trainer<'a> {
             });
         }
         let read = Sums {
-            loss: entries.loss,
-            correct: entries.correct,
+            loss,
+            correct,
             ..Sums::default()
         };
         self.progress.sums.add(&read);
         self.progress.line.add(&read);
         if images > 0.0 {
-            self.known_loss = Some(entries.loss / images);
+            self.known_loss = Some(loss / images);
         }
         Ok(Some(entries.norm))
     }
@@ -629,16 +632,15 @@ impl<'a> Trainer<'a> {
                 .to_owned(),
             Ok(fits) => {
                 let config = self.job.config;
-                let pass = config.batch / config.accumulate;
-                let parts = (1..=config.batch)
-                    .find(|parts| {
-                        config.batch.is_multiple_of(*parts) && config.batch / parts <= fits
-                    })
-                    .unwrap_or(config.batch);
+                let share = config.batch / self.job.collective.size();
+                let pass = share / config.accumulate;
+                let parts = (1..=share)
+                    .find(|parts| share.is_multiple_of(*parts) && share / parts <= fits)
+                    .unwrap_or(share);
                 format!(
                     "a pass of {pass} images does not fit, one of {fits} should: set accumulate = {parts} \
                      for the same updates in passes of {}, or a smaller batch",
-                    config.batch / parts
+                    share / parts
                 )
             }
         };

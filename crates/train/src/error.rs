@@ -59,6 +59,14 @@ pub enum Error {
         /// A batch that would fit, by estimate.
         advice: String,
     },
+    /// An error of one of several GPUs.
+    #[error("{device}: {source}")]
+    Rank {
+        /// Name of the device.
+        device: String,
+        /// What failed.
+        source: Box<Error>,
+    },
     /// Ranks that do not hear of each other.
     #[error("the ranks of the run do not go together: {0}")]
     Collective(String),
@@ -138,7 +146,9 @@ impl Error {
         use isqrt_models::Error as Model;
         match self {
             Self::NonFinite { .. } | Self::Output | Self::Loss(_) => true,
-            Self::Step { source, .. } | Self::Evaluation { source, .. } => source.is_divergence(),
+            Self::Step { source, .. }
+            | Self::Evaluation { source, .. }
+            | Self::Rank { source, .. } => source.is_divergence(),
             Self::Model(Model::Linalg(e)) => linalg_diverged(e),
             Self::Model(Model::Candle(e) | Model::Nn(isqrt_nn::Error::Candle(e)))
             | Self::Nn(isqrt_nn::Error::Candle(e))

@@ -3,7 +3,7 @@
 //! - [`spec`]: what an experiment file for `isqrt train` may say; [`layers`]: files laid over each other
 //! - [`train`], [`Trainer`]: the loop, from a [`Job`] (a [`TrainConfig`] and images) to a trained network,
 //!   which the experiments use too; an [`Observer`] hears of every step and epoch and can stop it
-//! - [`Collective`]: what the ranks of a run say to each other
+//! - [`Collective`]: what the ranks of a run say to each other; [`Rank`]: ranks with a device and a thread each
 //! - [`Snapshot`], [`Saved`]: the state of a run, from which it goes on bit for bit
 //! - [`run`](mod@run): a run folder with its lock, checkpoints, metrics and result
 //!
@@ -27,6 +27,7 @@ mod metrics;
 mod observer;
 pub mod plan;
 mod predict;
+mod ranks;
 pub mod run;
 pub mod spec;
 mod state;
@@ -47,6 +48,7 @@ pub use log::{Diagnostics, Line, StepLine};
 pub use metrics::{EpochMetrics, Evaluation, Tally, TrainResult};
 pub use observer::{Moment, Observer, Silent, StepInfo};
 pub use predict::{Prediction, predict};
+pub use ranks::Rank;
 pub use spec::{Spec, SpecFile};
 pub use state::{Progress, Saved, Snapshot};
 pub use svm::{ClassFit, Svm, SvmConfig, SvmLoss, l2_normalise};

@@ -16,28 +16,31 @@ pub struct Machine {
     pub threads: usize,
     /// Operating system and architecture.
     pub os: String,
-    /// `cpu`, or the GPU: `cuda:0 (NVIDIA H100 80GB HBM3)`.
+    /// `cpu`, or each GPU: `cuda:0 (NVIDIA H100 80GB HBM3)`.
     pub device: String,
 }
 
 impl Machine {
     /// This machine, with the threads of the current rayon pool; the work is done by the CPU.
     pub fn here() -> Self {
-        Self::on(&Device::Cpu)
+        Self::on(&[Device::Cpu])
     }
 
-    /// This machine, the work done by a device.
-    pub fn on(device: &Device) -> Self {
-        let name = isqrt_device::name(device);
+    /// This machine, the work done by these devices.
+    pub fn on(devices: &[Device]) -> Self {
+        let name = |device: &Device| {
+            let name = isqrt_device::name(device);
+            match isqrt_device::gpu_of(device) {
+                Some(gpu) => format!("{name} ({})", gpu.name),
+                None => name,
+            }
+        };
         Self {
             cpu: cpu_model().unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             threads: rayon::current_num_threads(),
             os: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
-            device: match isqrt_device::gpu_of(device) {
-                Some(gpu) => format!("{name} ({})", gpu.name),
-                None => name,
-            },
+            device: devices.iter().map(name).collect::<Vec<_>>().join(", "),
         }
     }
 }

@@ -19,7 +19,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use isqrt_datasets::{Filter, Skipped, Step};
+use isqrt_datasets::{Filter, Images, Skipped, Step};
 use isqrt_models::checkpoint::{self, LoadOptions, Preprocessing, Record, Triangle};
 use isqrt_models::{Network, WholeFile, sync_folder_of};
 use serde::{Deserialize, Serialize};
@@ -34,8 +34,8 @@ use crate::machine::{self, Machine};
 use crate::spec::TriangleOrder;
 use crate::state::{Saved, Snapshot};
 use crate::{
-    EpochMetrics, Error, Evaluation, Feed, Job, Line, Moment, Observer, Result, SpecFile, StepInfo,
-    Tally, TrainConfig, Trainer,
+    EpochMetrics, Error, Evaluation, Feed, Job, Line, Moment, Observer, Rank, Result, Silent,
+    SpecFile, StepInfo, Tally, TrainConfig, Trainer,
 };
 
 /// Whether a run goes on where it was stopped.
@@ -238,19 +238,21 @@ impl Paths {
     }
 }
 
-/// Trains what a spec says in a folder, which another process must not use meanwhile.
+/// Trains what a spec says in a folder, which another process must not use meanwhile. Several devices, all
+/// different GPUs, share each batch; a device has a thread of its own then.
 ///
 /// # Errors
-/// Those of the data, the network and the loop; [`Error::Run`] for a folder that is in use or has another
+/// Those of the data, the network and the loop; [`Error::Rank`] where another device than the first fails; [`Error::Run`] for a folder that is in use or has another
 /// run, [`Error::File`] for what cannot be written. What was kept before stays whole.
 pub fn run(
     file: &SpecFile,
     data: RunData,
     out: &Path,
     resume: &Resume,
-    device: &Device,
+    devices: &[Device],
     console: &mut dyn Console,
 ) -> Result<RunResult> {
+    let device = devices.first().unwrap_or(&Device::Cpu);
     let paths = Paths {
         root: out.to_owned(),
     };
@@ -276,9 +278,14 @@ pub fn run(
     remove_partial(&paths.root);
     complete_move(&paths)?;
 
-    let collective: &dyn Collective = &Single;
-    let job = job(file, &data, &config, (device, collective));
-    let mut trainer = Trainer::new(job).map_err(|error| file.place(error))?;
+    let mut ranks = match devices.len() {
+        0 | 1 => Vec::new(),
+        _ => Rank::all(devices)?,
+    };
+    let others = ranks.split_off(ranks.len().min(1));
+    let collective: &dyn Collective = ranks.first().map_or(&Single, |rank| rank);
+    let first = job(file, &data, &config, (device, collective));
+    let mut trainer = Trainer::new(first).map_err(|error| file.place(error))?;
     let saved = open_saved(&paths, resume, &identity, &mut console)?;
     let resumed_at = match &saved {
         Some(saved) => {
@@ -310,7 +317,7 @@ pub fn run(
             0
         }
     };
-    environment(&paths, &data.info, (saved.as_ref(), device), &mut console)?;
+    environment(&paths, &data.info, (saved.as_ref(), devices), &mut console)?;
     write_whole(&paths.spec(), file.spec.to_toml()?.as_bytes())?;
     let lines = saved.as_ref().map_or(0, |saved| saved.progress().lines);
     let (metrics, there) = open_metrics(&paths.metrics(), lines)?;
@@ -341,9 +348,23 @@ pub fn run(
         console: &mut console,
         epochs_kept: saved.as_ref().map_or(0, |saved| saved.progress().epoch),
     };
-    let result = trainer.run(&mut recorder)?;
+    let follow = |rank: &Rank, device: &Device| {
+        let mut trainer = Trainer::new(job(file, &data, &config, (device, rank)))?;
+        if let Some(saved) = &saved {
+            trainer.resume(saved)?;
+        }
+        trainer.run(&mut Silent)?;
+        Ok(trainer.skipped())
+    };
+    let (result, skipped_elsewhere) = with_others(
+        ranks.first(),
+        others.into_iter().zip(devices.iter().skip(1)),
+        &follow,
+        || trainer.run(&mut recorder),
+    )?;
     let mut skipped_images = data.skipped.clone();
     skipped_images.extend(trainer.skipped());
+    skipped_images.extend(skipped_elsewhere);
     let status = match result.stopped {
         true => "stopped",
         false => "finished",
@@ -395,6 +416,62 @@ pub fn run(
     }
     drop(lock);
     Ok(outcome)
+}
+
+/// Trains on the first device here and on the others in threads of their own; what both came to, or the
+/// error that ended the run.
+fn with_others<'a, T, S: Send>(
+    first: Option<&Rank>,
+    others: impl Iterator<Item = (Rank, &'a Device)>,
+    follow: &(impl Fn(&Rank, &Device) -> Result<Vec<S>> + Sync),
+    lead: impl FnOnce() -> Result<T>,
+) -> Result<(T, Vec<S>)> {
+    std::thread::scope(|scope| {
+        let others: Vec<_> = others
+            .map(|(rank, device)| {
+                let work = move || {
+                    let followed = follow(&rank, device);
+                    if let Err(error) = &followed {
+                        rank.fail(&error.to_string());
+                    }
+                    followed
+                };
+                (device, scope.spawn(work))
+            })
+            .collect();
+        let mut problems = Vec::new();
+        let led = match lead() {
+            Ok(led) => Some(led),
+            Err(error) => {
+                if let Some(rank) = first {
+                    rank.fail(&error.to_string());
+                }
+                problems.push(error);
+                None
+            }
+        };
+        let mut all = Vec::new();
+        for (device, thread) in others {
+            let gone = || Err(Error::Collective("its thread panicked".to_owned()));
+            match thread.join().unwrap_or_else(|_| gone()) {
+                Ok(followed) => all.extend(followed),
+                Err(source) => problems.push(Error::Rank {
+                    device: isqrt_device::name(device),
+                    source: Box::new(source),
+                }),
+            }
+        }
+        // What ended the run, not that the others heard of it.
+        let heard = |problem: &Error| match problem {
+            Error::Rank { source, .. } => matches!(**source, Error::Collective(_)),
+            problem => matches!(problem, Error::Collective(_)),
+        };
+        match (led, problems.into_iter().min_by_key(heard)) {
+            (Some(led), None) => Ok((led, all)),
+            (_, Some(problem)) => Err(problem),
+            (None, None) => Err(Error::Collective("the first rank is gone".to_owned())),
+        }
+    })
 }
 
 /// Name of the checkpoint with the weights that a finished run reports on.
@@ -493,12 +570,21 @@ pub(crate) fn job<'a>(
     Job {
         train: data.train.clone(),
         eval: data.eval.clone(),
-        workers: spec.data.workers,
+        workers: match (spec.data.workers, collective.size()) {
+            (workers, 1) => workers,
+            (None, _) if matches!(data.train.images, Images::Memory(_)) => None,
+            (workers, ranks) => {
+                let threads = workers.unwrap_or_else(rayon::current_num_threads);
+                Some(threads.div_ceil(ranks))
+            }
+        },
         prefetch: spec.data.prefetch,
         broken: data.broken,
         eval_every: spec.evaluation.every,
         eval_batch: spec.evaluation.batch.unwrap_or_else(|| {
-            (config.batch / config.accumulate / data.eval.pipeline.views().max(1)).max(1)
+            let pass = config.batch / config.accumulate / collective.size();
+            // A batch that several GPUs share may be too much for the one that evaluates at the end.
+            (pass / data.eval.pipeline.views().max(1)).clamp(1, 256)
         }),
         log_every: spec.log.every_steps,
         diagnostics: spec.diagnostics.clone(),
@@ -659,12 +745,12 @@ fn open_saved(
 fn environment(
     paths: &Paths,
     data: &DataInfo,
-    (saved, device): (Option<&Saved>, &Device),
+    (saved, devices): (Option<&Saved>, &[Device]),
     console: &mut Log<'_>,
 ) -> Result<()> {
     let path = paths.environment();
     let commit = machine::commit();
-    let here = Machine::on(device);
+    let here = Machine::on(devices);
     let old = saved.and_then(|_| std::fs::read(&path).ok());
     let old: Option<Environment> = old.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let environment = match (old, saved) {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use candle_core::Device;
 use isqrt_datasets::{ImageSet, Step};
 use isqrt_device::Choice;
-use isqrt_train::{Error, Job, Silent, TrainConfig, TrainResult, train};
+use isqrt_train::{Collective, Error, Job, Rank, Silent, TrainConfig, TrainResult, train};
 
 fn gpu() -> Option<Device> {
     match Choice::Cuda(0).open() {
@@ -88,6 +88,118 @@ fn a_run_is_that_of_the_cpu() {
             );
         }
         assert_eq!(ours.top1_error, theirs.top1_error, "{more}");
+    }
+}
+
+/// A rank each on these devices; what they came to.
+fn run_on(config: &TrainConfig, devices: &[Device]) -> Vec<isqrt_train::Result<TrainResult>> {
+    let ranks = Rank::all(devices).unwrap();
+    std::thread::scope(|scope| {
+        let ranks = ranks.into_iter().zip(devices);
+        let work = |(rank, device): (Rank, &Device)| {
+            let job = Job::in_memory(config, &[], stripes(48), stripes(20)).unwrap();
+            let device = device.clone();
+            let job = Job {
+                device,
+                collective: &rank,
+                ..job
+            };
+            let result = train(job, &mut Silent);
+            if let Err(error) = &result {
+                rank.fail(&error.to_string());
+            }
+            result
+        };
+        let threads: Vec<_> = ranks.map(|rank| scope.spawn(move || work(rank))).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    })
+}
+
+fn two_gpus() -> Option<[Device; 2]> {
+    let first = gpu()?;
+    match Choice::Cuda(1).open() {
+        Ok(second) => Some([first, second.device]),
+        Err(isqrt_device::Error::NoDevice { .. }) => {
+            eprintln!("passed over: one GPU");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[test]
+fn several_gpus_are_several_ranks_of_the_cpu() {
+    let Some(gpus) = two_gpus() else { return };
+    for more in [
+        "clip_norm = 0.5\nema = 0.9",
+        "non_finite = { skip = 1 }\naccumulate = 2",
+    ] {
+        let config = config(&format!("precision = \"f64\"\n{more}"));
+        let ours = run_on(&config, &gpus);
+        let theirs = run_on(&config, &[Device::Cpu, Device::Cpu]);
+        let [first, second] = &ours[..] else { panic!() };
+        let (first, second) = (first.as_ref().unwrap(), second.as_ref().unwrap());
+        assert_eq!(first.evaluation, second.evaluation, "{more}");
+        let theirs = theirs[0].as_ref().unwrap();
+        for (a, b) in first.epochs.iter().zip(&theirs.epochs) {
+            let close = |a: f64, b: f64| (a - b).abs() <= 1e-7 * b.abs();
+            assert!(close(a.train_loss, b.train_loss), "{more}: {a:?}, {b:?}");
+            assert!(
+                close(a.eval_loss.unwrap(), b.eval_loss.unwrap()),
+                "{more}: {a:?}, {b:?}"
+            );
+        }
+        assert_eq!(first.top1_error, theirs.top1_error, "{more}");
+    }
+}
+
+#[test]
+fn sums_over_gpus_keep_their_types() {
+    let Some(gpus) = two_gpus() else { return };
+    use candle_core::{DType, Tensor};
+    let sums = |(rank, gpu): (Rank, &Device)| {
+        let own = |dtype| {
+            let values = Tensor::arange(0u32, 6, &Device::Cpu).unwrap();
+            let values = (values.to_dtype(dtype).unwrap() + rank.rank() as f64).unwrap();
+            values.reshape((2, 3)).unwrap().to_device(gpu).unwrap()
+        };
+        let mut bucket = [DType::F32, DType::F64].map(|t| (t.as_str().to_owned(), own(t)));
+        // Not contiguous.
+        bucket[0].1 = bucket[0].1.t().unwrap();
+        rank.all_reduce(&mut bucket).unwrap();
+        let mut copied = [("copied".to_owned(), own(DType::F32))];
+        rank.broadcast(1, &mut copied).unwrap();
+        rank.barrier().unwrap();
+        let flat = |t: &Tensor| {
+            let t = t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64);
+            t.unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap()
+        };
+        let last = bucket.iter().chain(&copied).map(|(_, t)| flat(t));
+        last.collect::<Vec<_>>()
+    };
+    let ranks = Rank::all(&gpus).unwrap();
+    let all: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = ranks
+            .into_iter()
+            .zip(&gpus)
+            .map(|rank| scope.spawn(move || sums(rank)))
+            .collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    for found in all {
+        assert_eq!(found[0], [1.0, 7.0, 3.0, 9.0, 5.0, 11.0]);
+        assert_eq!(found[1], [1.0, 3.0, 5.0, 7.0, 9.0, 11.0]);
+        assert_eq!(found[2], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    }
+}
+
+#[test]
+fn a_gpu_that_fails_ends_the_run_of_all() {
+    let Some(gpus) = two_gpus() else { return };
+    let mut config = config("");
+    config.optimiser = toml::from_str("kind = \"sgd\"\nlr = 1e30").unwrap();
+    for result in run_on(&config, &gpus) {
+        assert!(result.unwrap_err().is_divergence());
     }
 }
 

@@ -4,13 +4,13 @@
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Barrier, Mutex};
+use std::sync::{Arc, Mutex};
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use isqrt_datasets::{ImageSet, Step};
 use isqrt_models::checkpoint::Record;
 use isqrt_train::{
-    Collective, Error, Job, Line, Moment, Named, NonFinite, Observer, Result, Saved, Silent,
+    Collective, Error, Job, Line, Moment, NonFinite, Observer, Rank, Result, Saved, Silent,
     Snapshot, StepInfo, TrainConfig, Trainer,
 };
 
@@ -228,94 +228,22 @@ fn near(a: &[(String, Vec<u32>)], b: &[(String, Vec<u32>)], most: f32) {
     }
 }
 
-/// Ranks that are threads of this process.
-#[derive(Debug)]
-struct Threads {
-    rank: usize,
-    shared: Arc<Shared>,
-}
-
-#[derive(Debug)]
-struct Shared {
-    size: usize,
-    barrier: Barrier,
-    numbers: Mutex<Vec<Vec<f64>>>,
-    tensors: Mutex<Vec<Vec<Named>>>,
-}
-
-impl Threads {
-    fn exchange<T: Clone>(&self, slots: &Mutex<Vec<T>>, own: T) -> Vec<T> {
-        slots.lock().unwrap()[self.rank] = own;
-        self.shared.barrier.wait();
-        let all = slots.lock().unwrap().clone();
-        self.shared.barrier.wait();
-        all
-    }
-}
-
-impl Collective for Threads {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    fn size(&self) -> usize {
-        self.shared.size
-    }
-
-    fn all_reduce(&self, bucket: &mut [Named]) -> Result<()> {
-        let all = self.exchange(&self.shared.tensors, bucket.to_vec());
-        for (i, (name, tensor)) in bucket.iter_mut().enumerate() {
-            assert!(all.iter().all(|other| other[i].0 == *name));
-            *tensor = all[0][i].1.clone();
-            for other in &all[1..] {
-                *tensor = (&*tensor + &other[i].1)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn all_reduce_sums(&self, values: &mut [f64]) -> Result<()> {
-        let all = self.exchange(&self.shared.numbers, values.to_vec());
-        for (i, value) in values.iter_mut().enumerate() {
-            *value = all.iter().map(|other| other[i]).sum();
-        }
-        Ok(())
-    }
-
-    fn broadcast(&self, root: usize, bucket: &mut [Named]) -> Result<()> {
-        let all = self.exchange(&self.shared.tensors, bucket.to_vec());
-        bucket.clone_from_slice(&all[root]);
-        Ok(())
-    }
-
-    fn barrier(&self) -> Result<()> {
-        self.shared.barrier.wait();
-        Ok(())
-    }
-}
-
 /// What each of two ranks comes to: its result, its weights, and the averaged network's values.
-type Rank = (
+type Outcome = (
     isqrt_train::TrainResult,
     Vec<(String, Vec<u32>)>,
     Vec<Vec<f32>>,
 );
 
-fn two_ranks(config: &TrainConfig) -> Vec<Rank> {
-    let shared = Arc::new(Shared {
-        size: 2,
-        barrier: Barrier::new(2),
-        numbers: Mutex::new(vec![Vec::new(); 2]),
-        tensors: Mutex::new(vec![Vec::new(); 2]),
-    });
+fn two_ranks(config: &TrainConfig) -> Vec<Outcome> {
+    let ranks = Rank::all(&[Device::Cpu, Device::Cpu]).unwrap();
     std::thread::scope(|scope| {
-        let ranks: Vec<_> = (0..2)
+        let ranks: Vec<_> = ranks
+            .into_iter()
             .map(|rank| {
-                let shared = Arc::clone(&shared);
                 scope.spawn(move || {
-                    let threads = Threads { rank, shared };
                     let mut job = job(config);
-                    job.collective = &threads;
+                    job.collective = &rank;
                     let mut trainer = Trainer::new(job).unwrap();
                     let result = trainer.run(&mut Silent).unwrap();
                     let weights = bits(&trainer);
@@ -357,6 +285,59 @@ fn ranks_share_a_batch_and_an_evaluation() {
     assert_eq!(evaluation(&first.0).total, evaluation(&expected).total);
     let losses = (first.0.epochs[2].train_loss, expected.epochs[2].train_loss);
     assert!((losses.0 - losses.1).abs() < 1e-3, "{losses:?}");
+}
+
+/// An observer that has enough after some updates.
+struct Fails(u64);
+
+impl Observer for Fails {
+    fn step(&mut self, info: &StepInfo) -> ControlFlow<()> {
+        assert!(info.step < self.0, "on purpose");
+        ControlFlow::Continue(())
+    }
+}
+
+#[test]
+fn no_rank_waits_for_one_that_is_gone() {
+    let config = config(SGD);
+    let train = |rank: Rank, last: u64| {
+        let mut job = job(&config);
+        job.collective = &rank;
+        let mut trainer = Trainer::new(job).unwrap();
+        trainer.run(&mut Fails(last)).map(|_| ())
+    };
+    let mut ranks = Rank::all(&[Device::Cpu, Device::Cpu]).unwrap();
+    let (second, first) = (ranks.pop().unwrap(), ranks.pop().unwrap());
+    let (panicked, told) = std::thread::scope(|scope| {
+        let gone = scope.spawn(|| train(second, 2));
+        let told = train(first, u64::MAX);
+        (gone.join(), told)
+    });
+    assert!(panicked.is_err());
+    let told = told.unwrap_err().to_string();
+    assert!(
+        told.contains("rank 1") && told.contains("panicked"),
+        "{told}"
+    );
+}
+
+#[test]
+fn ranks_with_other_tensors_are_told() {
+    let ranks = Rank::all(&[Device::Cpu, Device::Cpu]).unwrap();
+    let sums = |(rank, len): (Rank, usize)| {
+        let zeros = Tensor::zeros(len, DType::F32, &Device::Cpu).unwrap();
+        rank.all_reduce(&mut [("a".to_owned(), zeros)])
+    };
+    let told = std::thread::scope(|scope| {
+        let threads = ranks.into_iter().zip([2, 3]);
+        let threads: Vec<_> = threads.map(|r| scope.spawn(move || sums(r))).collect();
+        let told = threads.into_iter().map(|t| t.join().unwrap());
+        told.collect::<Vec<_>>()
+    });
+    for told in told {
+        let told = told.unwrap_err().to_string();
+        assert!(told.contains("has other tensors"), "{told}");
+    }
 }
 
 /// Spoils a weight after the second update, and mends it after the third.

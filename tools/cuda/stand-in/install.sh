@@ -12,6 +12,6 @@ mkdir -p "$folder"
 cp "$target/release/libcuda_stand_in.so" "$folder/.libcuda_stand_in.so.new"
 # A rename, so that no program sees half a library.
 mv "$folder/.libcuda_stand_in.so.new" "$folder/libcuda_stand_in.so"
-for name in cuda cublas cublasLt curand cudnn cusolver nvrtc; do
+for name in cuda cublas cublasLt curand cudnn cusolver nccl nvrtc; do
     [ -L "$folder/lib$name.so" ] || ln -s libcuda_stand_in.so "$folder/lib$name.so"
 done

@@ -134,7 +134,7 @@ impl Reproduce {
             smoke: self.smoke,
             search: self.search,
             fresh: self.fresh,
-            machine: Some(Machine::on(&device)),
+            machine: Some(Machine::on(std::slice::from_ref(&device))),
         };
         if paper && !self.dry_run {
             say("measuring a step of each network");

@@ -1,6 +1,6 @@
 //! `isqrt train`: from an experiment file to a finished run.
 
-use super::device::DeviceArg;
+use super::device::DevicesArg;
 use crate::output::{self, show};
 use crate::progress::{Training, say};
 use anyhow::Context;
@@ -28,7 +28,7 @@ pub struct Train {
     #[command(flatten)]
     settings: Settings,
     #[command(flatten)]
-    device: DeviceArg,
+    device: DevicesArg,
     /// Run folder [default: runs/ and the name of the spec]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -105,9 +105,9 @@ impl Train {
             "never" => Resume::Never,
             path => Resume::From(path.into()),
         };
-        let device = self.device.open()?;
+        let devices = self.device.open()?;
         let mut console = Training::start(&file.spec, &data.info)?;
-        let result = run(&file, data, &out, &resume, &device, &mut console);
+        let result = run(&file, data, &out, &resume, &devices, &mut console);
         console.end();
         let result = result?;
         let stopped = result.status != "finished";

@@ -5,6 +5,7 @@ mod dnn;
 mod graph;
 mod launch;
 mod memory;
+mod nccl;
 mod open;
 mod solver;
 mod upload;
@@ -20,6 +21,7 @@ pub use memory::{
     Input, Output, Real, address, copy, duplicate, input, input_of, read_back, with_bytes,
     with_table,
 };
+pub use nccl::{Communicator, Exchange, Moved};
 pub use open::{capability, found, open};
 pub use solver::{Eigensolver, SingularSolver, Squares, eigen, singular};
 pub use upload::Uploads;

@@ -7,7 +7,7 @@ use cudarc::driver::{result, sys};
 use std::ffi::c_void;
 
 /// The libraries that ops open, their purpose, and whether every use of a GPU needs them.
-fn libraries() -> [(Library, bool); 5] {
+fn libraries() -> [(Library, bool); 6] {
     // SAFETY: opens a library of that name, if there is one.
     let (blas, random, dnn, solver, transfer) = unsafe {
         (
@@ -28,6 +28,10 @@ fn libraries() -> [(Library, bool); 5] {
         (library("curand", "random numbers of candle", random), true),
         (library("cudnn", "convolutions", dnn), false),
         (library("cusolver", "EIG and SVD", solver), false),
+        (
+            library("nccl", "several GPUs", super::nccl::is_present()),
+            false,
+        ),
         (
             library("nvrtc", "kernels compiled when run; not needed", transfer),
             false,

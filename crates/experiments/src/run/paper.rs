@@ -129,8 +129,15 @@ impl Run {
             tick,
             of: file.spec.epochs,
         };
-        let result = run(&file, data, &out, &Resume::Auto, device, &mut watch)
-            .map_err(|e| failed(e.to_string()))?;
+        let result = run(
+            &file,
+            data,
+            &out,
+            &Resume::Auto,
+            std::slice::from_ref(device),
+            &mut watch,
+        )
+        .map_err(|e| failed(e.to_string()))?;
         if result.status != "finished" {
             return Err(Error::Stopped);
         }

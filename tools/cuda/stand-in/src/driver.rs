@@ -11,8 +11,23 @@ use std::sync::{Arc, Mutex};
 
 type Handle = *mut c_void;
 
-/// The only context there is, shared by all that ask for one.
+/// The context of device 0; there is one a device, and this is the first.
 const CONTEXT: usize = 0xC0DE;
+
+/// The context of a device; null for a device that is none.
+fn context_of(device: c_int) -> usize {
+    match (0..device::count()).contains(&device) {
+        true => CONTEXT + device as usize,
+        false => 0,
+    }
+}
+
+/// The device whose context is current in this thread.
+pub fn current_device() -> Option<c_int> {
+    let current = CURRENT.with(|c| c.borrow().last().copied())?;
+    let device = current.checked_sub(CONTEXT)? as c_int;
+    (device < device::count()).then_some(device)
+}
 
 thread_local! {
     static CURRENT: std::cell::RefCell<Vec<usize>> = const { std::cell::RefCell::new(Vec::new()) };
@@ -72,13 +87,13 @@ export! {
 
     fn cuDriverGetVersion(version: *mut c_int) { give(version, 13000) }
 
-    fn cuDeviceGetCount(count: *mut c_int) { give(count, 1) }
+    fn cuDeviceGetCount(count: *mut c_int) { give(count, device::count()) }
 
     fn cuDeviceGet(device: *mut c_int, ordinal: c_int) {
-        if ordinal != 0 {
+        if !(0..device::count()).contains(&ordinal) {
             return INVALID_DEVICE;
         }
-        give(device, 0)
+        give(device, ordinal)
     }
 
     fn cuDeviceGetName(name: *mut c_char, len: c_int, _device: c_int) {
@@ -109,9 +124,9 @@ export! {
 
     fn cuDeviceCanAccessPeer(can: *mut c_int, _device: c_int, _peer: c_int) { give(can, 0) }
 
-    fn cuDevicePrimaryCtxRetain(context: *mut usize, _device: c_int) {
+    fn cuDevicePrimaryCtxRetain(context: *mut usize, device: c_int) {
         RETAINED.fetch_add(1, Ordering::Relaxed);
-        give(context, CONTEXT);
+        give(context, context_of(device));
         SUCCESS
     }
 
@@ -125,14 +140,14 @@ export! {
         give(active, (RETAINED.load(Ordering::Relaxed) > 0) as c_int)
     }
 
-    fn cuCtxCreate_v3(context: *mut usize, _p: Handle, _n: c_int, _flags: c_uint, _d: c_int) {
-        push(CONTEXT);
-        give(context, CONTEXT)
+    fn cuCtxCreate_v3(context: *mut usize, _p: Handle, _n: c_int, _flags: c_uint, d: c_int) {
+        push(context_of(d));
+        give(context, context_of(d))
     }
 
-    fn cuCtxCreate_v4(context: *mut usize, _params: Handle, _flags: c_uint, _device: c_int) {
-        push(CONTEXT);
-        give(context, CONTEXT)
+    fn cuCtxCreate_v4(context: *mut usize, _params: Handle, _flags: c_uint, device: c_int) {
+        push(context_of(device));
+        give(context, context_of(device))
     }
 
     fn cuCtxDestroy_v2(_context: usize) { SUCCESS }
@@ -168,7 +183,12 @@ export! {
         }
     }
 
-    fn cuCtxGetDevice(device: *mut c_int) { give(device, 0) }
+    fn cuCtxGetDevice(device: *mut c_int) {
+        match current_device() {
+            Some(current) => give(device, current),
+            None => INVALID_CONTEXT,
+        }
+    }
 
     fn cuCtxGetApiVersion(_context: usize, version: *mut c_uint) { give(version, 3020) }
 
@@ -353,12 +373,13 @@ export! {
     fn cuPointerGetAttribute(data: Handle, which: c_int, address: u64) {
         let Some((start, size, kind)) = memory::find(address) else { return INVALID_VALUE };
         let host = matches!(kind, Kind::Host | Kind::Registered);
+        let device = memory::device_of(address).unwrap_or(0);
         match which {
-            1 => *(data as *mut usize) = CONTEXT,
+            1 => *(data as *mut usize) = context_of(device),
             2 => *(data as *mut u32) = if host { 1 } else { 2 },
             3 | 4 => *(data as *mut u64) = address,
             8 => *(data as *mut u32) = 0,
-            9 => *(data as *mut i32) = 0,
+            9 => *(data as *mut i32) = device,
             11 => *(data as *mut u64) = start,
             12 => *(data as *mut usize) = size as usize,
             13 => *(data as *mut u32) = 1,
@@ -595,7 +616,9 @@ export! {
         give(priority, if known { (*(stream as *const (c_uint, c_int))).1 } else { 0 })
     }
 
-    fn cuStreamGetCtx(_stream: usize, context: *mut usize) { give(context, CONTEXT) }
+    fn cuStreamGetCtx(_stream: usize, context: *mut usize) {
+        give(context, context_of(current_device().unwrap_or(0)))
+    }
 
     fn cuStreamSynchronize(stream: usize) {
         let e = stream::forbid(stream);

@@ -8,6 +8,7 @@ pub mod device;
 pub mod dnn;
 pub mod driver;
 pub mod memory;
+pub mod nccl;
 pub mod nvrtc;
 pub mod ptx;
 pub mod rand;

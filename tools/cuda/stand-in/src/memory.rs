@@ -1,6 +1,7 @@
 //! Device memory: plain host memory, with an account of what is allocated.
 
 use crate::device::{self, INVALID_VALUE, OUT_OF_MEMORY};
+use crate::driver::current_device;
 use crate::ptx::run::Range;
 use std::alloc::Layout;
 use std::collections::BTreeMap;
@@ -23,6 +24,8 @@ pub enum Kind {
 struct Allocation {
     size: u64,
     kind: Kind,
+    /// The device that has it; none for memory that every device sees.
+    device: Option<i32>,
     layout: Option<Layout>,
 }
 
@@ -38,8 +41,8 @@ pub struct Pool {
 #[derive(Default)]
 struct Memory {
     allocations: BTreeMap<u64, Allocation>,
-    /// The same, sorted, for kernels to look up while others allocate.
-    ranges: Arc<Vec<Range>>,
+    /// What each device sees, sorted, for kernels to look up while others allocate.
+    ranges: BTreeMap<i32, Arc<Vec<Range>>>,
     plain: u64,
     pools: BTreeMap<usize, Pool>,
 }
@@ -54,8 +57,10 @@ impl Guard {
     fn get(&mut self) -> &mut Memory {
         self.0.get_or_insert_with(|| {
             let pools = BTreeMap::from([(DEFAULT_POOL, Pool::default())]);
+            let ranges = (0..device::count()).map(|d| (d, Arc::default()));
             Memory {
                 pools,
+                ranges: ranges.collect(),
                 ..Memory::default()
             }
         })
@@ -82,18 +87,27 @@ impl Memory {
 
     fn insert(&mut self, start: u64, allocation: Allocation) {
         let range = (start, start + allocation.size);
-        let ranges = Arc::make_mut(&mut self.ranges);
-        let at = ranges.partition_point(|r| r.0 < start);
-        ranges.insert(at, range);
+        for ranges in self.seen_by(allocation.device) {
+            let at = ranges.partition_point(|r| r.0 < start);
+            ranges.insert(at, range);
+        }
         self.allocations.insert(start, allocation);
     }
 
     fn remove(&mut self, start: u64) -> Option<Allocation> {
         let allocation = self.allocations.remove(&start)?;
-        let ranges = Arc::make_mut(&mut self.ranges);
-        let at = ranges.partition_point(|r| r.0 < start);
-        ranges.remove(at);
+        for ranges in self.seen_by(allocation.device) {
+            let at = ranges.partition_point(|r| r.0 < start);
+            ranges.remove(at);
+        }
         Some(allocation)
+    }
+
+    /// The ranges of one device, or of all.
+    fn seen_by(&mut self, device: Option<i32>) -> impl Iterator<Item = &mut Vec<Range>> {
+        let seen = self.ranges.iter_mut();
+        let seen = seen.filter(move |(d, _)| device.is_none_or(|device| device == **d));
+        seen.map(|(_, ranges)| Arc::make_mut(ranges))
     }
 
     /// Gives back what pools hold beyond their use and the given limit for each.
@@ -140,6 +154,10 @@ pub fn allocate(size: usize, kind: Kind) -> Result<u64, i32> {
     let allocation = Allocation {
         size: size as u64,
         kind,
+        device: match kind {
+            Kind::Host => None,
+            _ => Some(current_device().unwrap_or(0)),
+        },
         layout: Some(layout),
     };
     m.insert(start as u64, allocation);
@@ -150,6 +168,7 @@ pub fn register(start: u64, size: usize) {
     let allocation = Allocation {
         size: size as u64,
         kind: Kind::Registered,
+        device: None,
         layout: None,
     };
     lock().get().insert(start, allocation);
@@ -199,8 +218,22 @@ pub fn info() -> (u64, u64) {
     (total - lock().get().taken().min(total), total)
 }
 
+/// What the device of this thread's context sees.
 pub fn ranges() -> Arc<Vec<Range>> {
-    lock().get().ranges.clone()
+    let device = current_device().unwrap_or(0);
+    lock()
+        .get()
+        .ranges
+        .get(&device)
+        .cloned()
+        .unwrap_or_default()
+}
+
+/// The device that has the memory of this address.
+pub fn device_of(address: u64) -> Option<i32> {
+    let mut guard = lock();
+    let (_, a) = guard.get().allocations.range(..=address).next_back()?;
+    a.device
 }
 
 /// The allocation that holds an address.
@@ -214,6 +247,15 @@ pub fn find(address: u64) -> Option<(u64, u64, Kind)> {
 pub fn check(what: &str, address: u64, bytes: u64) -> bool {
     if bytes == 0 {
         return true;
+    }
+    // Threads that help with the work of a call have no context.
+    if let (Some(here), Some(there)) = (current_device(), device_of(address))
+        && here != there
+    {
+        device::report(&format!(
+            "{what}: {address:#x} is memory of device {there}, and device {here} works"
+        ));
+        return false;
     }
     match find(address) {
         Some((start, size, _)) if address + bytes <= start + size => true,
