@@ -30,6 +30,13 @@ template <typename T> __device__ inline T stored(float value) { return static_ca
 template <typename T> __device__ inline T stored(double value) { return static_cast<T>(value); }
 template <> __device__ inline __nv_bfloat16 stored(float value) { return __float2bfloat16(value); }
 
+// V values beside each other, which one instruction loads.
+template <typename T, int V> struct alignas(sizeof(T) * V) Values { T v[V]; };
+
+template <int V, typename T> __device__ inline Values<T, V> values_of(const T *x, long long i) {
+    return reinterpret_cast<const Values<T, V> *>(x)[i];
+}
+
 // The sum over a block of at most 1024 threads, in all of them; the order is fixed.
 template <typename T> __device__ inline T block_sum(T value) {
     __shared__ T parts[33];

@@ -49,6 +49,11 @@ template <typename T> __device__ void transpose(const T *from, T *to, int rows, 
             to[image + (long long)(left + c) * rows + top + lane] = tile[lane][c];
 }
 
+// y += x.
+template <typename T> __device__ void add_to(const T *x, T *y, long long count) {
+    EACH(i, count) y[i] = stored<T>(computed(y[i]) + computed(x[i]));
+}
+
 #define CONVOLUTION(T, NAME)                                                                                          \
     extern "C" __global__ void pack_filter_##NAME(const Computed<T>::type *from, T *to, long long count, int inputs,  \
                                                   int taps) {                                                         \
@@ -64,5 +69,6 @@ template <typename T> __device__ void transpose(const T *from, T *to, int rows, 
     }                                                                                                                 \
     extern "C" __global__ void transpose_##NAME(const T *from, T *to, int rows, int columns, int across) {            \
         transpose(from, to, rows, columns, across);                                                                   \
-    }
+    }                                                                                                                 \
+    extern "C" __global__ void add_to_##NAME(const T *x, T *y, long long count) { add_to(x, y, count); }
 INSTANCES_OF_MAPS(CONVOLUTION)

@@ -175,21 +175,21 @@ __device__ void finish_gradients(const Sums *partial, const double *facts, typen
     lines[4 * channels + c] = static_cast<C>(constant ? 0 : sum.second * inverse * inverse / count);
 }
 
-// V values beside each other, which one instruction loads.
-template <typename T, int V> struct alignas(sizeof(T) * V) Values { T v[V]; };
-
-// y = (x - mean) scale + shift, rectified where that is wanted. Channels beside each other come V at a time, others one.
+// y = (x - mean) scale + shift, and what lies beside where that is given, rectified where that is wanted. Channels
+// beside each other come V at a time, others one.
 template <typename T, int V>
 __device__ void apply(const T *x, const typename Computed<T>::type *lines, T *y, long long count, int channels, int inner,
-                      int rectify) {
+                      const T *beside, int rectify) {
     using C = typename Computed<T>::type;
     EACH(i, count / V) {
-        Values<T, V> in = reinterpret_cast<const Values<T, V> *>(x)[i], out;
+        Values<T, V> in = values_of<V>(x, i), other = in, out;
+        if (beside) other = values_of<V>(beside, i);
         int first = V > 1 ? i % (channels / V) * V : i / inner % channels;
 #pragma unroll
         for (int k = 0; k < V; ++k) {
             int c = first + k;
             C value = normalised(computed(in.v[k]), lines[c], lines[channels + c], lines[2 * channels + c]);
+            if (beside) value += computed(other.v[k]);
             out.v[k] = stored<T>(rectify && value <= C(0) ? C(0) : value);
         }
         reinterpret_cast<Values<T, V> *>(y)[i] = out;
@@ -202,7 +202,7 @@ __device__ void spread_gradient(const T *x, const T *dy, const typename Computed
                                 int channels, int inner, int rectify) {
     using C = typename Computed<T>::type;
     EACH(i, count / V) {
-        Values<T, V> in = reinterpret_cast<const Values<T, V> *>(x)[i], up = reinterpret_cast<const Values<T, V> *>(dy)[i], out;
+        Values<T, V> in = values_of<V>(x, i), up = values_of<V>(dy, i), out;
         int first = V > 1 ? i % (channels / V) * V : i / inner % channels;
 #pragma unroll
         for (int k = 0; k < V; ++k) {
@@ -261,12 +261,12 @@ __device__ void sums(const Terms &terms, Sums *partial, long long outer, int cha
         finish_gradients<T>(partial, facts, lines, dgamma, dbeta, channels, splits, count, constant);                 \
     }                                                                                                                 \
     extern "C" __global__ void apply_##NAME(const T *x, const Computed<T>::type *lines, T *y, long long count,        \
-                                            int channels, int inner, int rectify) {                                   \
-        apply<T, 1>(x, lines, y, count, channels, inner, rectify);                                                    \
+                                            int channels, const T *beside, int rectify, int inner) {                  \
+        apply<T, 1>(x, lines, y, count, channels, inner, beside, rectify);                                            \
     }                                                                                                                 \
     extern "C" __global__ void apply_wide_##NAME(const T *x, const Computed<T>::type *lines, T *y, long long count,   \
-                                                 int channels, int rectify) {                                         \
-        apply<T, 16 / sizeof(T)>(x, lines, y, count, channels, 1, rectify);                                           \
+                                                 int channels, const T *beside, int rectify) {                        \
+        apply<T, 16 / sizeof(T)>(x, lines, y, count, channels, 1, beside, rectify);                                   \
     }                                                                                                                 \
     extern "C" __global__ void spread_gradient_##NAME(const T *x, const T *dy, const Computed<T>::type *lines, T *dx, \
                                                       long long count, int channels, int inner, int rectify) {        \

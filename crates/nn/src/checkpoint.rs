@@ -159,20 +159,25 @@ where
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
         // Before all the work, not after it.
-        if own(&mut lock(&self.aside)).is_none() {
-            return Err(outside().into());
-        }
+        needs_backward(&self.aside)?;
         Ok(Some(self.gradient(x, dy)?))
+    }
+}
+
+/// An error where no [`Vars::backward`](crate::Vars::backward) runs.
+pub(crate) fn needs_backward(aside: &Aside) -> candle_core::Result<()> {
+    match own(&mut lock(aside)) {
+        Some(_) => Ok(()),
+        None => Err(outside().into()),
     }
 }
 
 fn outside() -> Error {
     Error::State {
-        what: "checkpoint",
-        message:
-            "gradients of parameters in checkpointed parts would be lost: call Vars::backward \
-                  instead of Tensor::backward"
-                .to_owned(),
+        what: "backward",
+        message: "gradients of parameters in a part that is one node of the tape (a checkpointed part, a \
+                  residual block on a GPU) would be lost: call Vars::backward instead of Tensor::backward"
+            .to_owned(),
     }
 }
 
@@ -249,6 +254,19 @@ pub(crate) fn past_the_tape(
     };
     store.insert(parameter, sum);
     Ok(None)
+}
+
+/// Lays the gradient of a parameter aside that has no way over the tape.
+#[cfg(feature = "cuda")]
+pub(crate) fn lay_aside(
+    aside: &Aside,
+    parameter: &Tensor,
+    gradient: Tensor,
+) -> candle_core::Result<()> {
+    match past_the_tape(Some(aside), parameter, gradient)? {
+        None => Ok(()),
+        Some(_) => Err(outside().into()),
+    }
 }
 
 /// What this thread's backward pass lays aside, if it runs one.

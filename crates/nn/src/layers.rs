@@ -279,6 +279,18 @@ impl ConvNorm {
         self.conv.outputs()
     }
 
+    #[cfg(feature = "cuda")]
+    fn layer(&self) -> crate::cuda::residual::Layer<'_> {
+        let (conv, norm) = (&self.conv, &self.norm);
+        crate::cuda::residual::Layer {
+            weight: &conv.weight,
+            options: conv.options,
+            affine: (&norm.weight, &norm.bias),
+            norm: &norm.norm,
+            aside: &conv.aside,
+        }
+    }
+
     /// Convolution, normalisation, ReLU.
     ///
     /// # Errors
@@ -316,6 +328,41 @@ impl ConvNorm {
             (true, false) => self.forward(&ops::unblock(x)?, mode),
             _ => self.forward(x, mode),
         }
+    }
+}
+
+/// The end of a residual block is the sum of a branch and a shortcut, rectified: of `convs`, one after the
+/// other, and of `shortcut`, or of `x` itself.
+///
+/// On a GPU a block that learns is one node of the tape, whose backward pass must be
+/// [`Vars::backward`](crate::Vars::backward).
+///
+/// # Errors
+/// [`crate::Error::Shape`] where input or sum do not fit.
+pub fn residual(
+    convs: &[ConvNorm],
+    shortcut: Option<&ConvNorm>,
+    x: &Tensor,
+    mode: Mode,
+) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda()
+        && ops::is_blocked(x)
+        && x.track_op()
+        && mode != Mode::Eval
+        && !convs.is_empty()
+        && !crate::record::is_recorded()
+    {
+        let layers: Vec<_> = convs.iter().map(ConvNorm::layer).collect();
+        return crate::cuda::residual::forward(x, &layers, shortcut.map(ConvNorm::layer), mode);
+    }
+    let mut y = x.clone();
+    for conv in convs {
+        y = conv.forward(&y, mode)?;
+    }
+    match shortcut {
+        Some(shortcut) => ops::add_relu(&y, &shortcut.forward(x, mode)?),
+        None => ops::add_relu(&y, x),
     }
 }
 

@@ -106,6 +106,12 @@ pub(crate) fn wants_values() -> bool {
     RECORDER.with_borrow(|r| r.as_ref().is_some_and(|r| r.largest.is_some()))
 }
 
+/// Whether a pass runs that is recorded.
+#[cfg(feature = "cuda")]
+pub(crate) fn is_recorded() -> bool {
+    RECORDER.with_borrow(Option::is_some)
+}
+
 fn run<R>(recorder: Recorder, forward: impl FnOnce() -> R) -> (R, Recorder) {
     /// Puts the outer recorder back even where the pass panics.
     struct Restore(Option<Recorder>);

@@ -5,7 +5,7 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use isqrt_device::{Choice, Error};
-use isqrt_nn::layers::{ConvNorm, Dropout, GradientCheckpoint, Linear};
+use isqrt_nn::layers::{ConvNorm, Dropout, GradientCheckpoint, Linear, residual};
 use isqrt_nn::ops::{self, BatchNorm, Conv, LocalResponseNorm, Pool};
 use isqrt_nn::{
     AdamW, AdamWConfig, Buffer, Decay, Ema, Mode, Optimizer, Sgd, SgdConfig, Vars, clip_grad_norm,
@@ -382,6 +382,124 @@ fn dropout_has_the_masks_of_the_cpu() {
 }
 
 /// A network with everything that training needs, after some steps: parameters, buffers and losses.
+/// A residual block with these convolutions (channels, kernel, stride): its output, the gradients of
+/// its input and of all its parameters, and its running statistics.
+fn block_of(
+    shapes: &[((usize, usize), usize, usize)],
+    shortcut: bool,
+    mode: Mode,
+    (device, dtype, maps): (&Device, DType, DType),
+) -> Vec<Vec<f64>> {
+    let mut vars = Vars::new(3, dtype, device);
+    let mut root = vars.root();
+    let mut convs = vec![];
+    for (i, &(channels, kernel, stride)) in shapes.iter().enumerate() {
+        let names = (&*format!("conv{i}"), &*format!("bn{i}"));
+        let relu = i + 1 < shapes.len();
+        convs.push(ConvNorm::new(&mut root, names, channels, kernel, stride, relu).unwrap());
+    }
+    let (inputs, outputs) = (shapes[0].0.0, shapes[shapes.len() - 1].0.1);
+    let stride = shapes.iter().map(|s| s.2).product();
+    let names = ("downsample.0", "downsample.1");
+    let shortcut = shortcut
+        .then(|| ConvNorm::new(&mut root, names, (inputs, outputs), 1, stride, false).unwrap());
+    for (name, parameter) in vars.parameters() {
+        if name.contains("bn") || name.contains("downsample.1") {
+            let value = numbers(parameter.dims(), 0.01 * name.len() as f64);
+            let value = value.to_dtype(dtype).unwrap().to_device(device).unwrap();
+            parameter.set(&value).unwrap();
+        }
+    }
+    let x = numbers(&[3, inputs, 6, 7], 0.1);
+    let x = x.to_dtype(maps).unwrap().to_device(device).unwrap();
+    let x = Var::from_tensor(&x).unwrap();
+    let y = match device.is_cuda() {
+        true => {
+            let maps = ops::block(&x).unwrap();
+            ops::unblock(&residual(&convs, shortcut.as_ref(), &maps, mode).unwrap()).unwrap()
+        }
+        false => residual(&convs, shortcut.as_ref(), &x, mode).unwrap(),
+    };
+    let weights = numbers(y.dims(), 0.3).to_dtype(dtype).unwrap();
+    let weights = weights.to_device(device).unwrap();
+    let loss = (y.to_dtype(dtype).unwrap() * weights).unwrap();
+    let gradients = vars.backward(&loss.sum_all().unwrap()).unwrap();
+    let mut out = vec![home(&y), home(gradients.get(&x).unwrap())];
+    for (_, parameter) in vars.parameters() {
+        out.push(home(gradients.get(parameter.as_tensor()).unwrap()));
+    }
+    out.extend(vars.buffers().map(|(_, b)| home(&b.get())));
+    out
+}
+
+type Shapes = &'static [((usize, usize), usize, usize)];
+/// As in ResNets: two convolutions or three, with and without a stride and a convolution beside them.
+const BLOCKS: [(Shapes, bool); 4] = [
+    (&[((8, 8), 3, 1), ((8, 8), 3, 1)], false),
+    (&[((4, 8), 3, 2), ((8, 8), 3, 1)], true),
+    (&[((12, 3), 1, 1), ((3, 3), 3, 1), ((3, 12), 1, 1)], false),
+    (&[((8, 4), 1, 1), ((4, 4), 3, 2), ((4, 16), 1, 1)], true),
+];
+
+#[test]
+fn residual_blocks_are_one_node() {
+    let Some(gpu) = gpu() else { return };
+    for (shapes, shortcut) in BLOCKS {
+        for mode in [Mode::Train, Mode::Frozen, Mode::Eval] {
+            for (dtype, limit) in [(DType::F64, 1e-11), (DType::F32, 1e-4)] {
+                let of = |device| block_of(shapes, shortcut, mode, (device, dtype, dtype));
+                let (ours, theirs) = (of(&gpu), of(&Device::Cpu));
+                assert_eq!(ours.len(), theirs.len());
+                for (part, (a, b)) in ours.iter().zip(&theirs).enumerate() {
+                    let most = b.iter().fold(1e-300_f64, |m, v| m.max(v.abs()));
+                    for (a, b) in a.iter().zip(b) {
+                        assert!(
+                            (a - b).abs() <= limit * most,
+                            "{shapes:?} {mode:?} {dtype:?} part {part}: {a} and {b} of {most}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// In bf16 a block is as near to f32 as its convolutions one by one, which a recorded pass takes.
+#[test]
+fn residual_blocks_in_bf16() {
+    let Some(gpu) = gpu() else { return };
+    for (shapes, shortcut) in BLOCKS {
+        let of = |maps| block_of(shapes, shortcut, Mode::Train, (&gpu, DType::F32, maps));
+        let full = of(DType::F32);
+        let apart = |values: Vec<Vec<f64>>| -> Vec<f64> {
+            let size = |v: &mut dyn Iterator<Item = f64>| v.map(|v| v * v).sum::<f64>().sqrt();
+            let parts = values.iter().zip(&full).map(|(a, b)| {
+                let apart = size(&mut a.iter().zip(b).map(|(a, b)| a - b));
+                apart / size(&mut b.iter().copied())
+            });
+            parts.collect()
+        };
+        let ours = apart(of(DType::BF16));
+        let one_by_one = apart(isqrt_nn::record(|| of(DType::BF16)).0);
+        for (part, (a, b)) in ours.iter().zip(&one_by_one).enumerate() {
+            assert!(*a < 1.3 * b + 5e-3, "{shapes:?} part {part}: {a} and {b}");
+        }
+    }
+}
+
+#[test]
+fn a_block_whose_gradients_would_be_lost_says_so() {
+    let Some(gpu) = gpu() else { return };
+    let mut vars = Vars::new(3, DType::F32, &gpu);
+    let conv = ConvNorm::new(&mut vars.root(), ("conv", "bn"), (4, 4), 1, 1, false).unwrap();
+    let x = numbers(&[2, 4, 3, 3], 0.1).to_dtype(DType::F32).unwrap();
+    let x = Var::from_tensor(&x.to_device(&gpu).unwrap()).unwrap();
+    let maps = ops::block(&x).unwrap();
+    let y = residual(&[conv], None, &maps, Mode::Train).unwrap();
+    let told = y.sum_all().unwrap().backward().unwrap_err().to_string();
+    assert!(told.contains("call Vars::backward"), "{told}");
+}
+
 fn train(device: &Device, dtype: DType, adamw: bool) -> Vec<Vec<f64>> {
     let mut vars = Vars::new(7, dtype, device);
     let mut root = vars.root();

@@ -80,7 +80,7 @@ pub fn can_convolve<T: Real>(
 }
 
 /// Runs a pass on the stream of the device: one of the addresses of `(input, filter, output)` is written,
-/// the other two are read. Products are rounded as [`crate::precision`] says.
+/// or added to where it `adds`, the other two are read. Products are rounded as [`crate::precision`] says.
 ///
 /// The algorithm of each shape is chosen once a thread, from cuDNN's own ranking, among those that give
 /// the same bits each time and take at most 512 MiB of scratch.
@@ -95,13 +95,14 @@ pub unsafe fn convolve<T: Real>(
     convolution: &Convolution,
     pass: Pass,
     (x, w, y): (u64, u64, u64),
+    adds: bool,
 ) -> candle_core::Result<()> {
     with_plan::<T, _>(device, convolution, pass, |handle, plan| {
         while let Some(&choice) = plan.choices.first() {
             plan.round_as(choice)?;
             let ran = with_bytes(OP, device, choice.workspace, |workspace| {
                 // SAFETY: the caller vouches for the operands; descriptors and handle live in this thread.
-                Ok(unsafe { plan.run(handle, choice, T::DTYPE, (x, w, y), workspace) })
+                Ok(unsafe { plan.run(handle, choice, T::DTYPE, (x, w, y), (workspace, adds)) })
             })?;
             match ran {
                 // What the ranking held for possible, and is not.
@@ -464,9 +465,10 @@ impl Plan {
         choice: Choice,
         dtype: DType,
         (x, w, y): (u64, u64, u64),
-        workspace: u64,
+        (workspace, adds): (u64, bool),
     ) -> Result<(), result::CudnnError> {
-        let (single, double) = ((1.0_f32, 0.0_f32), (1.0_f64, 0.0_f64));
+        let kept = if adds { 1.0 } else { 0.0 };
+        let (single, double) = ((1.0_f32, kept as f32), (1.0_f64, kept));
         let factors: (*const c_void, *const c_void) = match dtype {
             DType::F64 => (
                 ptr::from_ref(&double.0).cast(),
@@ -477,7 +479,7 @@ impl Plan {
                 ptr::from_ref(&single.1).cast(),
             ),
         };
-        let (one, zero) = factors;
+        let (one, kept) = factors;
         let read = |at: u64| at as *const c_void;
         let (workspace, bytes) = (workspace as *mut c_void, choice.workspace);
         // SAFETY: the caller vouches for the operands.
@@ -494,7 +496,7 @@ impl Plan {
                     algorithm,
                     workspace,
                     bytes,
-                    zero,
+                    kept,
                     self.y,
                     y as *mut c_void,
                 ),
@@ -509,7 +511,7 @@ impl Plan {
                     algorithm,
                     workspace,
                     bytes,
-                    zero,
+                    kept,
                     self.x,
                     x as *mut c_void,
                 ),
@@ -524,7 +526,7 @@ impl Plan {
                     algorithm,
                     workspace,
                     bytes,
-                    zero,
+                    kept,
                     self.w,
                     w as *mut c_void,
                 ),

@@ -1,8 +1,7 @@
 //! Residual blocks (He et al. 2016) with torchvision's parameter names.
 
 use candle_core::Tensor;
-use isqrt_nn::layers::ConvNorm;
-use isqrt_nn::ops::add_relu;
+use isqrt_nn::layers::{ConvNorm, residual};
 use isqrt_nn::{Mode, Result, Scope};
 
 /// Convolutions beside a shortcut, which is a 1x1 convolution where the shape changes. ReLU after
@@ -80,13 +79,6 @@ impl Block {
     /// `(batch, inputs, height, width)` to `(batch, outputs, height / stride, width / stride)`,
     /// rounded up.
     pub(super) fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let mut y = x.clone();
-        for conv in &self.convs {
-            y = conv.forward(&y, mode)?;
-        }
-        Ok(match &self.downsample {
-            Some(downsample) => add_relu(&y, &downsample.forward(x, mode)?)?,
-            None => add_relu(&y, x)?,
-        })
+        residual(&self.convs, self.downsample.as_ref(), x, mode)
     }
 }

@@ -14,7 +14,7 @@ use candle_core::{
     CpuStorage, CustomOp3, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
 };
 #[cfg(feature = "cuda")]
-use isqrt_device::cuda::{address, input};
+use isqrt_device::cuda::{Output, address, input};
 use isqrt_linalg::Kernel;
 
 use super::{Lanes, dims};
@@ -90,7 +90,7 @@ struct Op {
     folds: bool,
     /// The output of the convolution; none where the norm is folded in.
     convolved: OnceLock<CpuStorage>,
-    /// The same in the memory of a GPU, where nothing is folded.
+    /// The same in the memory of a GPU, but in evaluation.
     #[cfg(feature = "cuda")]
     on_gpu: OnceLock<Box<dyn cuda::Held>>,
     aside: Option<Aside>,
@@ -117,22 +117,27 @@ impl Op {
         dy: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let device = cuda::device_of(x)?;
-        let Some(convolved) = self.on_gpu.get() else {
-            candle_core::bail!("conv_norm: backward before forward")
-        };
         cuda::of_maps!("conv_norm", x.dtype(), T => {
-            let from = (convolved.at(), address::<T>(dy)?);
+            let at = (address::<T>(x)?, address::<<T as Maps>::Parameter>(weight)?);
+            let again = match self.on_gpu.get() {
+                Some(_) => None,
+                None => Some(cuda::conv::forward_of::<T>(
+                    device, &self.conv, (true, true), at, (None, false))?),
+            };
+            let kept = self.on_gpu.get().map(|kept| kept.at());
+            let convolved = kept.or(again.as_ref().map(Output::at)).unwrap_or(0);
+            let from = (convolved, address::<T>(dy)?);
             let (between, [dgamma, dbeta]) =
                 self.norm.backward_on_gpu::<T>(device, self.extent(), from)?;
             let dx = match x.track_op() {
                 true => {
-                    let from = (address::<<T as Maps>::Parameter>(weight)?, between.at());
+                    let from = (at.1, between.at());
                     let dx = cuda::conv::input_gradient::<T>(device, &self.conv, (true, true), from)?;
                     Some(dx.into_tensor(x.shape()))
                 }
                 false => None,
             };
-            let from = (address::<T>(x)?, between.at());
+            let from = (at.0, between.at());
             let dw = cuda::conv::weight_gradient::<T>(device, &self.conv, (true, true), from)?;
             let dw = dw.into_tensor(weight.shape());
             let channels = self.conv.channels.1;
@@ -192,10 +197,12 @@ impl CustomOp3 for Op {
             let from = (x.at, weight);
             let convolved =
                 cuda::conv::forward_of::<T>(device, &self.conv, (true, true), from, (None, false))?;
-            let from = (self.extent(), convolved.at());
+            let from = (self.extent(), (convolved.at(), None));
             let y = self.norm.forward_on_gpu::<T>(device, from, affine)?;
-            // candle runs an op value once.
-            let _ = self.on_gpu.set(Box::new(convolved));
+            if !self.folds {
+                // candle runs an op value once.
+                let _ = self.on_gpu.set(Box::new(convolved));
+            }
             Ok(y.into_storage())
         })?;
         let (rows, columns) = (self.conv.rows.output, self.conv.columns.output);

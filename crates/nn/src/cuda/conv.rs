@@ -65,7 +65,7 @@ impl<'a> Native<'a> {
     /// Addresses of input, packed filter and output, see [`convolve`].
     unsafe fn run<T: Maps>(&self, pass: Pass, operands: (u64, u64, u64)) -> Result<()> {
         // SAFETY: the caller vouches for the operands.
-        unsafe { convolve::<T>(self.device, &self.convolution(), pass, operands) }
+        unsafe { convolve::<T>(self.device, &self.convolution(), pass, operands, false) }
     }
 
     /// Values of the filter, its inputs and taps; one input where nothing is turned.
@@ -297,6 +297,31 @@ pub(crate) fn input_gradient<T: Maps>(
             native.last,
         ),
     }
+}
+
+/// Adds the gradient of the input to what is there.
+pub(crate) fn add_input_gradient<T: Maps>(
+    device: &CudaDevice,
+    shapes: &ConvShapes,
+    (weight, dy): (u64, u64),
+    sum: &Output<T>,
+) -> Result<()> {
+    let native = Native::new::<T>(device, shapes, true, Pass::Input)?;
+    if native.last {
+        let (weight, _weight) = native.packed::<T>(weight)?;
+        let (convolution, operands) = (native.convolution(), (sum.at(), weight, dy));
+        // SAFETY: all of it was made for these shapes.
+        return unsafe { convolve::<T>(device, &convolution, Pass::Input, operands, true) };
+    }
+    let dx = input_gradient::<T>(device, shapes, (true, true), (weight, dy))?;
+    let arguments = [pointer(dx.at()), pointer(sum.at()), long(dx.len())];
+    run::<T>(
+        device,
+        &CONVOLUTION,
+        "add_to",
+        Grid::over(dx.len()),
+        &arguments,
+    )
 }
 
 /// The gradient of the filter, in the type of the parameters.

@@ -180,11 +180,12 @@ impl Norm {
         self.moved.clone()
     }
 
+    /// Normalises; with maps `beside`, adds them and rectifies the sum.
     pub(crate) fn forward<T: Maps>(
         &self,
         device: &CudaDevice,
         extent: Extent,
-        x: u64,
+        (x, beside): (u64, Option<u64>),
         (gamma, beta): (u64, u64),
     ) -> Result<(Output<T>, Kept)> {
         let channels = extent.channels;
@@ -244,14 +245,14 @@ impl Norm {
             pointer(y.at()),
             long(extent.len()),
             int(channels),
+            pointer(beside.unwrap_or(0)),
+            int(usize::from(self.relu || beside.is_some())),
         ];
-        let relu = int(usize::from(self.relu));
-        if extent.wide::<T>(&[x]) {
-            arguments.push(relu);
+        if extent.wide::<T>(&[x, beside.unwrap_or(0)]) {
             let grid = Grid::over(extent.len() / (16 / size_of::<T>()));
             run::<T>(device, &NORM, "apply_wide", grid, &arguments)?;
         } else {
-            arguments.extend([int(extent.inner), relu]);
+            arguments.push(int(extent.inner));
             run::<T>(device, &NORM, "apply", Grid::over(extent.len()), &arguments)?;
         }
         let kept = Kept {

@@ -208,18 +208,18 @@ impl BatchNormOp {
         }
     }
 
-    /// Normalises maps on a GPU.
+    /// Normalises maps on a GPU; with maps `beside`, adds them and rectifies the sum.
     #[cfg(feature = "cuda")]
     pub(crate) fn forward_on_gpu<T: cuda::Maps>(
         &self,
         device: &CudaDevice,
-        (extent, x): (cuda::norm::Extent, u64),
+        (extent, maps): (cuda::norm::Extent, (u64, Option<u64>)),
         affine: (u64, u64),
     ) -> candle_core::Result<Output<T>> {
         let Some(norm) = &self.on_gpu else {
             candle_core::bail!("batch_norm: the running statistics are not on the GPU")
         };
-        let (y, kept) = norm.forward::<T>(device, extent, x, affine)?;
+        let (y, kept) = norm.forward::<T>(device, extent, maps, affine)?;
         // candle runs an op value once.
         let _ = self.kept.set(kept);
         Ok(y)
@@ -552,7 +552,7 @@ impl CustomOp3 for BatchNormOp {
         let y = cuda::of_maps!("batch_norm", s1.dtype(), T => {
             let affine = (cuda::conv::parameter::<T>((s2, l2))?, cuda::conv::parameter::<T>((s3, l3))?);
             let x = input::<T>(s1, l1)?;
-            Ok(self.forward_on_gpu::<T>(s1.device(), (extent, x.at), affine)?.into_storage())
+            Ok(self.forward_on_gpu::<T>(s1.device(), (extent, (x.at, None)), affine)?.into_storage())
         })?;
         Ok((y, l1.shape().clone()))
     }

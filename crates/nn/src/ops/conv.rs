@@ -195,7 +195,15 @@ pub(crate) struct Shapes {
 
 impl Shapes {
     pub(crate) fn new(x: &Tensor, weight: &Tensor, options: Conv) -> Result<Self> {
-        let (lanes, [batch, panels, height, width]) = blocked::dims_of_any_layout("conv2d", x)?;
+        Self::of(blocked::dims_of_any_layout("conv2d", x)?, weight, options)
+    }
+
+    /// For maps with so many channels beside each other, of `(batch, panels, height, width)`.
+    pub(crate) fn of(
+        (lanes, [batch, panels, height, width]): (usize, [usize; 4]),
+        weight: &Tensor,
+        options: Conv,
+    ) -> Result<Self> {
         let channels = panels * lanes;
         let [out, in_group, kh, kw] = dims4("conv2d weight", weight)?;
         let Conv {
@@ -237,7 +245,7 @@ impl Shapes {
         let depthwise = groups == channels && groups == out;
         // On a GPU a block holds all channels, of whatever number.
         let in_blocks = depthwise
-            || x.device().is_cuda()
+            || weight.device().is_cuda()
             || (channels / groups).is_multiple_of(lanes) && (out / groups).is_multiple_of(lanes);
         let fits = Some(channels) == in_group.checked_mul(groups) && out % groups == 0 && in_blocks;
         match (rows, columns) {
@@ -255,7 +263,7 @@ impl Shapes {
                     "weight {:?} with padding {padding:?}, dilation {dilation:?} and {groups} \
                      group(s) does not fit input {:?}{}",
                     weight.dims(),
-                    x.dims(),
+                    [batch, channels, height, width],
                     if lanes > 1 {
                         ", whose channels come in blocks"
                     } else {
