@@ -84,7 +84,7 @@ impl FromStr for Choices {
         let gpus = choices.iter().all(|c| matches!(c, Choice::Cuda(_)));
         match gpus || choices.len() == 1 {
             true => Ok(Self(choices)),
-            false => Err(Error::Name(names.to_owned())),
+            false => Err(Error::Mixed(names.to_owned())),
         }
     }
 }

@@ -7,6 +7,9 @@ pub enum Error {
     /// Not the name of a device.
     #[error("{0:?} is no device: cpu, cuda:0 (or another number) or auto")]
     Name(String),
+    /// Several devices that are not all GPUs by number.
+    #[error("{0:?}: only GPUs share work, as cuda:0,1")]
+    Mixed(String),
     /// The same GPU for two shares of the work.
     #[error("{0} is named twice: each GPU takes one share of the work")]
     Twice(String),

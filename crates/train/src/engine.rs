@@ -418,7 +418,10 @@ impl<'a> Trainer<'a> {
                 Outcome::Gradients(ref gradients, n) => {
                     norm = n;
                     let _span = tracing::info_span!("update").entered();
-                    self.optimiser.step(gradients, rate)?;
+                    let stepped = self.optimiser.step(gradients, rate);
+                    let side = update.images.as_ref().map_or(0, |x| x.dims()[2]);
+                    stepped
+                        .map_err(|error| place(self.with_a_batch_that_fits(error.into(), side)))?;
                     if let Some(ema) = &mut self.ema {
                         ema.update(self.network.vars())?;
                     }
@@ -500,7 +503,12 @@ impl<'a> Trainer<'a> {
             return Ok(None);
         };
         let _span = tracing::info_span!("read").entered();
-        let entries = ledger.take()?;
+        // What went wrong on the GPU shows here at the latest.
+        let entries = ledger.take().map_err(|error| Error::Step {
+            epoch: self.progress.epoch + 1,
+            step: at + 1,
+            source: Box::new(error.into()),
+        })?;
         let mut sums = [entries.loss, entries.correct, entries.bad];
         self.job.collective.all_reduce_sums(&mut sums)?;
         let [loss, correct, bad] = sums;
@@ -570,14 +578,17 @@ impl<'a> Trainer<'a> {
             let updates = self.progress.epoch * self.updates();
             let pass = updates * config.accumulate + self.progress.batch + part;
             vars.set_step((pass * ranks + rank) as u64);
-            let images = self.feeder.images(&batch)?;
+            let images = self
+                .feeder
+                .images(&batch)
+                .map_err(|error| self.with_a_batch_that_fits(error, batch.height))?;
             match self.pass(&images, &batch, &mut sums, &mut total) {
                 Ok(()) => {}
                 Err(error) if error.is_divergence() => {
                     problem = Some(without_backtrace(&error.to_string()));
                     problem_seen = Some(images.clone());
                 }
-                Err(error) => return Err(self.with_a_batch_that_fits(error, &images)),
+                Err(error) => return Err(self.with_a_batch_that_fits(error, batch.height)),
             }
             last = Some(images);
         }
@@ -620,20 +631,18 @@ impl<'a> Trainer<'a> {
     }
 
     /// Says which batch would fit where the memory of the GPU ran out; other errors stay.
-    fn with_a_batch_that_fits(&self, error: Error, images: &Tensor) -> Error {
+    fn with_a_batch_that_fits(&self, error: Error, side: usize) -> Error {
         let gpu = isqrt_device::gpu_of(self.network.vars().device());
         let (Some(gpu), true) = (gpu, error.is_out_of_memory()) else {
             return error;
         };
         let problem = without_backtrace(&error.to_string());
-        let advice = match self.batch_that_fits(gpu.memory, images) {
+        let advice = match self.batch_that_fits(gpu.memory, side) {
             Ok(0) | Err(_) => "not even one image fits: a smaller network or smaller images would \
                                (or, for a backbone that has it, checkpoint = true)"
                 .to_owned(),
             Ok(fits) => {
-                let config = self.job.config;
-                let share = config.batch / self.job.collective.size();
-                let pass = share / config.accumulate;
+                let (share, pass) = self.share();
                 let parts = (1..=share)
                     .find(|parts| share.is_multiple_of(*parts) && share / parts <= fits)
                     .unwrap_or(share);
@@ -647,14 +656,27 @@ impl<'a> Trainer<'a> {
         Error::OutOfMemory { problem, advice }
     }
 
+    /// Says what to do where an evaluation took more memory than the GPU has; other errors stay.
+    fn with_a_smaller_evaluation(&self, error: Error) -> Error {
+        if self.job.device.is_cpu() || !error.is_out_of_memory() {
+            return error;
+        }
+        let problem = without_backtrace(&error.to_string());
+        let now = self.job.eval_batch;
+        let advice = format!(
+            "a pass of {now} images of an evaluation does not fit: set evaluation.batch to less"
+        );
+        Error::OutOfMemory { problem, advice }
+    }
+
     /// Images of a pass that so much memory should hold: what a step keeps an image, and a third more for
     /// gradients on their way, beside parameters, their gradients, the optimiser's state and cuDNN's scratch.
     /// Always less than the pass that did not fit.
-    fn batch_that_fits(&self, memory: usize, images: &Tensor) -> Result<usize> {
+    fn batch_that_fits(&self, memory: usize, side: usize) -> Result<usize> {
         /// What cuDNN may take, and the context.
         const ELSEWHERE: u64 = 1 << 30;
         let config = self.job.config;
-        let total = self.network.describe(images.dim(2)?)?.total();
+        let total = self.network.describe(side)?.total();
         let of_maps = config.precision.maps().size_in_bytes() as u64;
         let image = total.activation_bytes * of_maps / 4 * 4 / 3;
         let copies = (2 + config.optimiser.slots() + usize::from(config.ema.is_some())) as u64;
@@ -662,7 +684,13 @@ impl<'a> Trainer<'a> {
         let fixed =
             copies * total.parameters as u64 * of_parameters + ELSEWHERE.min(memory as u64 / 8);
         let fits = (memory as u64).saturating_sub(fixed) / image.max(1);
-        Ok((fits as usize).min(images.dim(0)? / 2))
+        Ok((fits as usize).min(self.share().1 / 2))
+    }
+
+    /// Images of an update and of a pass on this rank.
+    fn share(&self) -> (usize, usize) {
+        let share = self.job.config.batch / self.job.collective.size();
+        (share, share / self.job.config.accumulate)
     }
 
     /// One pass of this rank: adds to the sums and to the gradients of the update.
@@ -919,7 +947,7 @@ impl<'a> Trainer<'a> {
             );
             let tally = counted.map_err(|source| Error::Evaluation {
                 epoch,
-                source: Box::new(source),
+                source: Box::new(self.with_a_smaller_evaluation(source)),
             })?;
             evaluation = Some(tally.evaluation());
         }
@@ -1005,8 +1033,7 @@ mod tests {
         let set = Arc::new(ImageSet::new(classes, 32, 32, pixels, labels).unwrap());
         let job = Job::in_memory(&config, &[], Arc::clone(&set), set).unwrap();
         let trainer = Trainer::new(job).unwrap();
-        let images = Tensor::zeros((8, 3, 32, 32), DType::F32, &Device::Cpu).unwrap();
-        let fits = |memory| trainer.batch_that_fits(memory, &images).unwrap();
+        let fits = |memory| trainer.batch_that_fits(memory, 32).unwrap();
         assert_eq!(fits(0), 0);
         // Four maps of 16x16x32 in f32 are 131 kB an image.
         assert_eq!(fits(500_000), 2);

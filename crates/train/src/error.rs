@@ -139,6 +139,17 @@ impl Error {
         text.contains("out of memory") || text.contains("OUT_OF_MEMORY")
     }
 
+    /// Whether it is that the ranks do not go together, which another rank may be the cause of.
+    pub(crate) fn is_of_the_ranks(&self) -> bool {
+        match self {
+            Self::Collective(_) => true,
+            Self::Step { source, .. }
+            | Self::Evaluation { source, .. }
+            | Self::Rank { source, .. } => source.is_of_the_ranks(),
+            _ => false,
+        }
+    }
+
     /// Whether numbers ran away: the loss, the network's output, or features that a covariance
     /// head refuses or whose eigendecomposition does not converge.
     #[must_use]

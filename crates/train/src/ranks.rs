@@ -61,7 +61,7 @@ impl Rank {
             let gpus: Vec<_> = gpus.collect();
             match gpus.len() == devices.len() {
                 true => isqrt_device::cuda::Communicator::all(&gpus)
-                    .map_err(|error| Error::Collective(error.to_string()))?,
+                    .map_err(candle_core::Error::from)?,
                 false => Vec::new(),
             }
         };

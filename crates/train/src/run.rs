@@ -462,11 +462,8 @@ fn with_others<'a, T, S: Send>(
             }
         }
         // What ended the run, not that the others heard of it.
-        let heard = |problem: &Error| match problem {
-            Error::Rank { source, .. } => matches!(**source, Error::Collective(_)),
-            problem => matches!(problem, Error::Collective(_)),
-        };
-        match (led, problems.into_iter().min_by_key(heard)) {
+        let first = problems.into_iter().min_by_key(Error::is_of_the_ranks);
+        match (led, first) {
             (Some(led), None) => Ok((led, all)),
             (_, Some(problem)) => Err(problem),
             (None, None) => Err(Error::Collective("the first rank is gone".to_owned())),

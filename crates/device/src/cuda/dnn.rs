@@ -97,6 +97,22 @@ pub unsafe fn convolve<T: Real>(
     (x, w, y): (u64, u64, u64),
     adds: bool,
 ) -> candle_core::Result<()> {
+    let values = |channels: usize, rows: usize, columns: usize| {
+        [convolution.batch, channels, rows, columns]
+            .iter()
+            .product()
+    };
+    let (rows, columns) = (convolution.rows, convolution.columns);
+    let input: usize = values(convolution.channels.0, rows.input, columns.input);
+    let output: usize = values(convolution.channels.1, rows.output, columns.output);
+    if input.max(output) > c_int::MAX as usize {
+        let problem = format!(
+            "maps of {} values are more than cuDNN takes (2³¹ - 1): a smaller batch is needed, or more parts \
+             of it (accumulate)",
+            input.max(output)
+        );
+        return Err(Error::Call { op: OP, problem }.into());
+    }
     with_plan::<T, _>(device, convolution, pass, |handle, plan| {
         while let Some(&choice) = plan.choices.first() {
             plan.round_as(choice)?;

@@ -61,6 +61,16 @@ impl<'a> Native<'a> {
         }
     }
 
+    /// Whether a pass must be made once more with turned maps: cuDNN had algorithms for channels last by its
+    /// ranking alone, and has refused them all now.
+    fn gives_way<T: Maps>(&self, pass: Pass, ran: &Result<()>) -> Result<bool> {
+        Ok(
+            ran.is_err()
+                && self.last
+                && !can_convolve::<T>(self.device, &self.convolution(), pass)?,
+        )
+    }
+
     /// # Safety
     /// Addresses of input, packed filter and output, see [`convolve`].
     unsafe fn run<T: Maps>(&self, pass: Pass, operands: (u64, u64, u64)) -> Result<()> {
@@ -234,15 +244,19 @@ pub(crate) fn forward_of<T: Maps>(
     device: &CudaDevice,
     shapes: &ConvShapes,
     (x_last, last): (bool, bool),
-    (x, weight): (u64, u64),
+    from: (u64, u64),
     (bias, relu): (Option<u64>, bool),
 ) -> Result<Output<T>> {
     let native = Native::new::<T>(device, shapes, last, Pass::Forward)?;
-    let (x, _x) = native.turned::<T>(x, x_last, native.input_extent())?;
-    let (weight, _weight) = native.packed::<T>(weight)?;
+    let (x, _x) = native.turned::<T>(from.0, x_last, native.input_extent())?;
+    let (weight, _weight) = native.packed::<T>(from.1)?;
     let mut y = native.output::<T>()?;
     // SAFETY: all of it was made for these shapes.
-    unsafe { native.run::<T>(Pass::Forward, (x, weight, y.at()))? };
+    let ran = unsafe { native.run::<T>(Pass::Forward, (x, weight, y.at())) };
+    if native.gives_way::<T>(Pass::Forward, &ran)? {
+        return forward_of(device, shapes, (x_last, last), from, (bias, relu));
+    }
+    ran?;
     let (channels, pixels) = native.output_extent();
     if bias.is_some() || relu {
         let arguments = [
@@ -278,15 +292,19 @@ pub(crate) fn input_gradient<T: Maps>(
     device: &CudaDevice,
     shapes: &ConvShapes,
     (x_last, last): (bool, bool),
-    (weight, dy): (u64, u64),
+    from: (u64, u64),
 ) -> Result<Output<T>> {
     let native = Native::new::<T>(device, shapes, last, Pass::Input)?;
-    let (dy, _dy) = native.turned::<T>(dy, last, native.output_extent())?;
-    let (weight, _weight) = native.packed::<T>(weight)?;
+    let (weight, _weight) = native.packed::<T>(from.0)?;
+    let (dy, _dy) = native.turned::<T>(from.1, last, native.output_extent())?;
     let (channels, pixels) = native.input_extent();
     let dx = allocate::<T>(OP, device, &[shapes.batch, channels, pixels])?;
     // SAFETY: all of it was made for these shapes.
-    unsafe { native.run::<T>(Pass::Input, (dx.at(), weight, dy))? };
+    let ran = unsafe { native.run::<T>(Pass::Input, (dx.at(), weight, dy)) };
+    if native.gives_way::<T>(Pass::Input, &ran)? {
+        return input_gradient(device, shapes, (x_last, last), from);
+    }
+    ran?;
     match native.last == x_last {
         true => Ok(dx),
         false => turn(
@@ -303,17 +321,20 @@ pub(crate) fn input_gradient<T: Maps>(
 pub(crate) fn add_input_gradient<T: Maps>(
     device: &CudaDevice,
     shapes: &ConvShapes,
-    (weight, dy): (u64, u64),
+    from: (u64, u64),
     sum: &Output<T>,
 ) -> Result<()> {
     let native = Native::new::<T>(device, shapes, true, Pass::Input)?;
     if native.last {
-        let (weight, _weight) = native.packed::<T>(weight)?;
-        let (convolution, operands) = (native.convolution(), (sum.at(), weight, dy));
+        let (weight, _weight) = native.packed::<T>(from.0)?;
+        let (convolution, operands) = (native.convolution(), (sum.at(), weight, from.1));
         // SAFETY: all of it was made for these shapes.
-        return unsafe { convolve::<T>(device, &convolution, Pass::Input, operands, true) };
+        let ran = unsafe { convolve::<T>(device, &convolution, Pass::Input, operands, true) };
+        if !native.gives_way::<T>(Pass::Input, &ran)? {
+            return ran;
+        }
     }
-    let dx = input_gradient::<T>(device, shapes, (true, true), (weight, dy))?;
+    let dx = input_gradient::<T>(device, shapes, (true, true), from)?;
     let arguments = [pointer(dx.at()), pointer(sum.at()), long(dx.len())];
     run::<T>(
         device,
@@ -329,21 +350,27 @@ pub(crate) fn weight_gradient<T: Maps>(
     device: &CudaDevice,
     shapes: &ConvShapes,
     (x_last, last): (bool, bool),
-    (x, dy): (u64, u64),
+    from: (u64, u64),
 ) -> Result<Output<T::Parameter>> {
     let native = Native::new::<T>(device, shapes, last, Pass::Filter)?;
-    let (x, _x) = native.turned::<T>(x, x_last, native.input_extent())?;
-    let (dy, _dy) = native.turned::<T>(dy, last, native.output_extent())?;
+    let (x, _x) = native.turned::<T>(from.0, x_last, native.input_extent())?;
+    let (dy, _dy) = native.turned::<T>(from.1, last, native.output_extent())?;
     let (count, inputs, taps) = native.filter();
     let dw = allocate::<T::Parameter>(OP, device, &[count])?;
-    if T::DTYPE == T::Parameter::DTYPE && inputs == 1 {
-        // SAFETY: all of it was made for these shapes.
-        unsafe { native.run::<T>(Pass::Filter, (x, dw.at(), dy))? };
-        return Ok(dw);
+    let packed = match T::DTYPE == T::Parameter::DTYPE && inputs == 1 {
+        true => None,
+        false => Some(allocate::<T>(OP, device, &[count])?),
+    };
+    let to = packed.as_ref().map_or(dw.at(), Output::at);
+    // SAFETY: all of it was made for these shapes.
+    let ran = unsafe { native.run::<T>(Pass::Filter, (x, to, dy)) };
+    if native.gives_way::<T>(Pass::Filter, &ran)? {
+        return weight_gradient::<T>(device, shapes, (x_last, last), from);
     }
-    let packed = allocate::<T>(OP, device, &[count])?;
-    // SAFETY: as above.
-    unsafe { native.run::<T>(Pass::Filter, (x, packed.at(), dy))? };
+    ran?;
+    let Some(packed) = packed else {
+        return Ok(dw);
+    };
     let arguments = [
         pointer(packed.at()),
         pointer(dw.at()),

@@ -252,8 +252,9 @@ export! {
             return INVALID_ARGUMENT;
         }
         // Not freed: the thread that it rescues still uses it.
-        (*c).clique.lock().aborted = true;
-        (*c).clique.changed.notify_all();
+        let clique = &(&*c).clique;
+        clique.lock().aborted = true;
+        clique.changed.notify_all();
         SUCCESS
     }
 
