@@ -23,6 +23,7 @@ mod config;
 mod count;
 pub mod eig;
 mod error;
+pub mod golden;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod kernel;

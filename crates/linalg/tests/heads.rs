@@ -8,10 +8,9 @@ use isqrt_linalg::bilinear::{
     Bilinear, CompactBilinear, ImprovedBilinear, NewtonOrSvd, Projection, normalize,
 };
 use isqrt_linalg::eig::{DeepO2P, GaussianEmbedding, MpnCov, SvdPade};
+use isqrt_linalg::golden::{self, Layer};
 use isqrt_linalg::{Error, Output, Result};
 use isqrt_testkit::{Golden, Gradcheck, assert_close, gradcheck, randn, uniform};
-
-type Layer = Box<dyn Fn(&Tensor) -> Result<Tensor>>;
 
 fn layer(f: impl Fn(&Tensor) -> Result<Tensor> + 'static) -> Layer {
     Box::new(f)
@@ -29,55 +28,6 @@ fn gaussian(beta: f64, epsilon: f64) -> GaussianEmbedding {
         beta,
         epsilon,
         ..GaussianEmbedding::default()
-    }
-}
-
-/// What a golden case `shape.head-option-...` stands for.
-fn golden_layer(name: &str, tensor: impl Fn(&str) -> Tensor) -> Layer {
-    let mut words = name.split_once('.').unwrap().1.split('-');
-    let head = words.next().unwrap();
-    let options: Vec<&str> = words.collect();
-    let number = |at: usize| options[at].parse::<f64>().unwrap();
-    let pair = |a: &str, b: &str| [tensor(a), tensor(b)];
-    match head {
-        "deepo2p" => layer(|x| DeepO2P::default().forward(x)),
-        "g2denet" => {
-            let pool = gaussian(number(0), number(1));
-            layer(move |x| pool.forward(x))
-        }
-        "bcnn" => layer(|x| Bilinear.forward(x)),
-        "impbcnn" => {
-            let root = match options[0] {
-                "svd" => NewtonOrSvd::Svd,
-                n => NewtonOrSvd::Newton {
-                    iterations: n.parse().unwrap(),
-                },
-            };
-            layer(move |x| improved(root).forward(x))
-        }
-        "mtp" | "mpa" => {
-            let degree = options[0].parse().unwrap();
-            let pool = match head {
-                "mtp" => Approximant::taylor(),
-                _ => Approximant::pade(),
-            };
-            layer(move |x| Approximant { degree, ..pool }.forward(x))
-        }
-        "svd_pade" => layer(|x| SvdPade::default().forward(x)),
-        "cbp" => {
-            let signs = pair("s1", "s2");
-            let projection = match options[0] {
-                "sketch" => Projection::TensorSketch {
-                    hashes: pair("h1", "h2"),
-                    signs,
-                    dim: 32,
-                },
-                _ => Projection::RandomMaclaurin { signs },
-            };
-            let pool = CompactBilinear { projection };
-            layer(move |x| pool.forward(x))
-        }
-        other => panic!("{other}"),
     }
 }
 
@@ -111,7 +61,7 @@ fn agrees_with_pytorch_in_both_precisions() {
     assert_eq!(names.len(), 29);
     for name in names {
         let tensor = |key: &str| golden[format!("{name}.{key}").as_str()].clone();
-        let layer = golden_layer(name, tensor);
+        let layer = golden::head(name, |key| Some(tensor(key))).unwrap();
         let (y, dx) = run(&layer, &tensor("x"), &tensor("g"));
         assert_eq!(y.dims(), tensor("y").dims(), "{name}");
         let errors = (distance(&y, &tensor("y")), distance(&dx, &tensor("dx")));

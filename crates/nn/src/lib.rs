@@ -13,6 +13,7 @@ mod checkpoint;
 mod cuda;
 mod element;
 mod error;
+pub mod golden;
 mod init;
 pub mod layers;
 mod ledger;

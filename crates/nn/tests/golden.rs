@@ -2,23 +2,21 @@
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{DType, Device, Tensor, Var};
-use isqrt_nn::ops::{
-    Conv, LocalResponseNorm, Pool, adaptive_avg_pool2d, avg_pool2d, block, can_block,
-    channel_shuffle, conv2d, cross_entropy, local_response_norm, max_pool2d, relu6, unblock,
-};
+use isqrt_nn::golden;
+use isqrt_nn::ops::{block, can_block, conv2d, unblock};
 use isqrt_nn::{
-    AdamW, AdamWConfig, Decay, Ema, Init, Optimizer, ParamGroup, Result, Schedule, Sgd, SgdConfig,
-    Vars, clip_grad_norm, clip_grad_value,
+    AdamW, AdamWConfig, Decay, Ema, Init, Optimizer, ParamGroup, Schedule, Sgd, SgdConfig, Vars,
+    clip_grad_norm, clip_grad_value,
 };
 use isqrt_testkit::{Golden, assert_close};
 
-fn golden() -> Golden {
+fn file() -> Golden {
     Golden::load("tests/golden/nn").unwrap()
 }
 
-/// Compares every case of this op, whose options are the numbers in its name.
-fn agrees(op: &str, cases: usize, layer: impl Fn(&Tensor, &[f64]) -> Result<Tensor>) {
-    let golden = golden();
+/// Compares every case of this op.
+fn agrees(op: &str, cases: usize) {
+    let golden = file();
     let prefix = format!("{op}.");
     let names: Vec<&str> = golden
         .names()
@@ -26,13 +24,12 @@ fn agrees(op: &str, cases: usize, layer: impl Fn(&Tensor, &[f64]) -> Result<Tens
         .collect();
     assert_eq!(names.len(), cases, "{op}");
     for name in names {
-        let options = name[prefix.len()..].split('-');
-        let options: Vec<f64> = options.map(|v| v.parse().unwrap()).collect();
+        let layer = golden::op(name).unwrap();
         let tensor = |key: &str| &golden[format!("{name}.{key}").as_str()];
         let x = &golden[format!("input.{op}").as_str()];
         for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 3e-6)] {
             let x = Var::from_tensor(&x.to_dtype(dtype).unwrap()).unwrap();
-            let y = layer(&x, &options).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let y = layer(&x).unwrap_or_else(|e| panic!("{name}: {e}"));
             assert_eq!(y.dims(), tensor("y").dims(), "{name}");
             assert_close!(y, *tensor("y"), rtol = tolerance, atol = tolerance);
             let g = tensor("g").to_dtype(dtype).unwrap();
@@ -44,31 +41,25 @@ fn agrees(op: &str, cases: usize, layer: impl Fn(&Tensor, &[f64]) -> Result<Tens
 }
 
 #[test]
-fn relu6_and_channel_shuffle_agree_with_pytorch() {
-    agrees("relu6", 1, |x, _| relu6(x));
-    agrees("channel_shuffle", 1, |x, _| {
-        let halves = x.chunk(2, 1)?;
-        channel_shuffle(&halves[0], &halves[1])
-    });
+fn ops_agree_with_pytorch() {
+    agrees("relu6", 1);
+    agrees("channel_shuffle", 1);
+    agrees("max_pool2d", 9);
+    agrees("avg_pool2d", 18);
+    agrees("adaptive_avg_pool2d", 5);
+    agrees("local_response_norm", 5);
+    agrees("cross_entropy", 3);
 }
 
 #[test]
 fn conv2d_agrees_with_pytorch() {
-    let golden = golden();
+    let golden = file();
     let names = golden.names().filter_map(|n| n.strip_suffix(".y"));
     let names: Vec<&str> = names.filter(|n| n.starts_with("conv2d.")).collect();
     assert_eq!(names.len(), 12);
     let (f64s, f32s) = ((DType::F64, 1e-12), (DType::F32, 1e-5));
     for (name, (dtype, tolerance)) in names.iter().flat_map(|&n| [(n, f64s), (n, f32s)]) {
-        let options = name["conv2d.".len()..].split('-');
-        let o: Vec<usize> = options.map(|v| v.parse().unwrap()).collect();
-        let options = Conv {
-            stride: (o[8], o[9]),
-            padding: (o[10], o[11]),
-            dilation: (o[12], o[13]),
-            groups: o[14],
-            relu: false,
-        };
+        let options = golden::convolution(name).unwrap();
         let tensor = |key: &str| {
             let name = format!("{name}.{key}");
             golden
@@ -79,7 +70,8 @@ fn conv2d_agrees_with_pytorch() {
         let var = |key| tensor(key).map(|t| Var::from_tensor(&t).unwrap());
         let (x, w, b) = (var("x").unwrap(), var("w").unwrap(), var("b"));
         for blocked in [false, true] {
-            if blocked && !(can_block(o[1], &x) && can_block(o[4], &x)) {
+            let channels = (x.dims()[1], w.dims()[0]);
+            if blocked && !(can_block(channels.0, &x) && can_block(channels.1, &x)) {
                 continue;
             }
             let maps = if blocked {
@@ -111,54 +103,6 @@ fn conv2d_agrees_with_pytorch() {
             }
         }
     }
-}
-
-fn pool(options: &[f64]) -> Pool {
-    let o: Vec<usize> = options.iter().map(|&v| v as usize).collect();
-    Pool {
-        kernel: (o[0], o[1]),
-        stride: (o[2], o[3]),
-        padding: (o[4], o[5]),
-        ceil_mode: o[6] == 1,
-        count_include_pad: o.get(7) != Some(&0),
-    }
-}
-
-#[test]
-fn max_pool2d_agrees_with_pytorch() {
-    agrees("max_pool2d", 9, |x, options| max_pool2d(x, pool(options)));
-}
-
-#[test]
-fn avg_pool2d_agrees_with_pytorch() {
-    agrees("avg_pool2d", 18, |x, options| avg_pool2d(x, pool(options)));
-}
-
-#[test]
-fn adaptive_avg_pool2d_agrees_with_pytorch() {
-    agrees("adaptive_avg_pool2d", 5, |x, size| {
-        adaptive_avg_pool2d(x, (size[0] as usize, size[1] as usize))
-    });
-}
-
-#[test]
-fn local_response_norm_agrees_with_pytorch() {
-    agrees("local_response_norm", 5, |x, options| {
-        let norm = LocalResponseNorm {
-            size: options[0] as usize,
-            alpha: options[1],
-            beta: options[2],
-            k: options[3],
-        };
-        local_response_norm(x, norm)
-    });
-}
-
-#[test]
-fn cross_entropy_agrees_with_pytorch() {
-    agrees("cross_entropy", 3, |x, options| {
-        cross_entropy(x, &[0, 4, 2, 2, 1, 3], options[0])
-    });
 }
 
 /// A network of a weight, a bias and a buffer, with the golden file's start.
@@ -202,7 +146,7 @@ impl Toy {
 /// Groups, clipping, averages and state of each optimiser over five steps.
 #[test]
 fn optimisers_agree_with_pytorch() {
-    let golden = golden();
+    let golden = file();
     let groups = [ParamGroup {
         lr_factor: 10.0,
         decay_factor: 0.5,
@@ -281,7 +225,7 @@ fn optimisers_agree_with_pytorch() {
 
 #[test]
 fn schedules_agree_with_pytorch() {
-    let golden = golden();
+    let golden = file();
     let shape = golden["schedule.shape"].to_vec1::<f64>().unwrap();
     let (steps, per_epoch) = (shape[0] as usize, shape[1] as usize);
     let check = |name: &str, schedule: Schedule| {
@@ -335,7 +279,7 @@ fn schedules_agree_with_pytorch() {
 /// The largest value of the uniform and the deviation of the normal ones, over 147456 draws.
 #[test]
 fn initialisers_agree_with_pytorch() {
-    let golden = golden();
+    let golden = file();
     let mut vars = Vars::new(7, DType::F64, &Device::Cpu);
     for (name, init) in [
         ("kaiming_fan_out", Init::KaimingFanOut),
