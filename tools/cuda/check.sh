@@ -23,9 +23,14 @@ echo "== the program starts without CUDA's libraries"
 (LD_LIBRARY_PATH='' "$isqrt" doctor --device cuda:0 2>&1 || true) | tail -n 1
 echo "== tests, on the stand-in"
 export LD_LIBRARY_PATH=$folder/stand-in
-cargo test --release --target "$target" --features isqrt-train/cuda --package isqrt-linalg --package isqrt-nn \
-    --package isqrt-train --test cuda \
-    --config "target.$target.rustflags = [\"--cfg\", \"feature=\\\"dynamic-loading\\\"\"]"
+tests() {
+    cargo test --release --target "$target" --features isqrt-train/cuda --package isqrt-linalg --package isqrt-nn \
+        --package isqrt-train --test cuda \
+        --config "target.$target.rustflags = [\"--cfg\", \"feature=\\\"dynamic-loading\\\"\"]" -- "$@"
+}
+STAND_IN_DEVICES=2 tests
+echo "== networks whose maps cuDNN refuses when it runs, on the stand-in"
+STAND_IN_REFUSES=channels-last tests network block conv
 echo "== a training, on the stand-in"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -33,6 +38,8 @@ for precision in f32 bf16; do
     "$isqrt" train experiments/smoke/e10-isqrt.toml --device cuda:0 --smoke 3 --set precision="$precision" --out "$scratch/$precision"
     "$isqrt" eval "$scratch/$precision" --device cuda:0
 done
+echo "== a training on two GPUs, on the stand-in"
+STAND_IN_DEVICES=2 "$isqrt" train experiments/smoke/e10-isqrt.toml --device cuda:0,1 --smoke 3 --out "$scratch/two"
 echo "== memory that runs out, on the stand-in"
 if STAND_IN_MEMORY_MIB=48 "$isqrt" train experiments/smoke/e10-isqrt.toml --device cuda:0 --smoke 2 --set batch=256 \
     --out "$scratch/memory" 2>"$scratch/said"; then
@@ -42,4 +49,4 @@ fi
 tail -n 1 "$scratch/said"
 grep -q 'out of memory.*accumulate = ' "$scratch/said"
 echo "== isqrt doctor, on the stand-in"
-"$isqrt" doctor --device cuda:0
+STAND_IN_DEVICES=2 "$isqrt" doctor --device cuda:0

@@ -16,7 +16,10 @@ const MAP: [(&str, &[&str]); 9] = [
     ("train", &["device", "linalg", "nn", "models", "datasets"]),
     (
         "experiments",
-        &["device", "linalg", "nn", "models", "datasets", "train"],
+        // isqrt doctor checks as the tests do.
+        &[
+            "device", "linalg", "nn", "models", "datasets", "train", "testkit",
+        ],
     ),
     (
         "cli",

@@ -1,7 +1,7 @@
-//! What the tests of this workspace share: gradient checks, comparisons that say where two
+//! What the tests of this workspace and `isqrt doctor` share: gradient checks, comparisons that say where two
 //! tensors differ, golden files, and random tensors that are the same on every machine.
 //!
-//! A dev-dependency only. Start with [`gradcheck`] and [`assert_close!`].
+//! Start with [`gradcheck`] and [`assert_close!`].
 
 pub mod candle_ops;
 mod close;

@@ -1,22 +1,23 @@
 //! `isqrt doctor`: what this machine has, and whether a device computes what it should.
 
-use super::device::DeviceArg;
+use super::device::DevicesArg;
 use crate::output::{self, show};
 use anyhow::bail;
 use clap::Args;
-use isqrt_device::{Found, found};
-use isqrt_experiments::doctor::{self, Timing};
+use isqrt_device::{Found, Opened, found};
+use isqrt_experiments::doctor::{self, Timing, Verdict};
 use serde_json::json;
 
 /// Say what this machine has, and check that a device computes what it should
 ///
-/// One line a check: gradients, the reference, extremes, a training step of every backbone beside the
-/// CPU's, weights through a file. Exit code 1 where one fails.
+/// One line a check: what PyTorch computed, gradients beside differences, each op beside the CPU's, properties
+/// and extremes of the layer, a training step of every backbone beside the CPU's, weights through a file, and
+/// with several GPUs their sums. Exit code 1 where one fails.
 #[derive(Args)]
 #[command(after_help = "Example:\n  isqrt doctor --device cuda:0 --bench")]
 pub struct Doctor {
     #[command(flatten)]
-    device: DeviceArg,
+    device: DevicesArg,
     /// Time the layer, decompositions and training steps of ResNet-50 as well
     #[arg(long)]
     bench: bool,
@@ -31,58 +32,78 @@ impl Doctor {
         if !json {
             describe(&found)?;
         }
-        let opened = self.device.device.open()?;
-        let name = isqrt_device::name(&opened.device);
-        let why = opened.fallback.map(|why| why.to_string());
-        if json {
-            output::json(&json!({
-                "kind": "machine",
-                "cuda_built": found.built,
-                "cuda_driver": found.driver.map(|(major, minor)| format!("{major}.{minor}")),
-                "libraries": found.libraries.iter().map(|l| (l.name, l.present)).collect::<std::collections::BTreeMap<_, _>>(),
-                "gpus": found.gpus.iter().map(|gpu| &gpu.name).collect::<Vec<_>>(),
-                "device": name,
-                "fallback": why,
-            }))?;
-        } else {
-            match why {
-                Some(why) => output::line(&format!("device     {name}, since {why}"))?,
-                None => output::line(&format!("device     {name}"))?,
-            }
+        let mut devices = vec![];
+        for opened in self.device.device.open()? {
+            machine(&found, &opened, json)?;
+            devices.push(opened.device);
         }
         let (mut failed, mut closed) = (0, None);
-        doctor::check(&opened.device, |verdict| {
-            failed += usize::from(!verdict.ok);
-            let said = match json {
-                true => output::json(&json!({
-                    "kind": "check", "device": name, "check": verdict.check, "ok": verdict.ok, "detail": verdict.detail,
-                })),
-                false => output::line(&format!(
-                    "{}  {}: {}",
-                    if verdict.ok { "ok    " } else { "FAILED" },
-                    verdict.check,
-                    verdict.detail
-                )),
-            };
-            if let Err(error) = said {
-                closed.get_or_insert(error);
-            }
-        });
+        for device in &devices {
+            let name = isqrt_device::name(device);
+            doctor::check(device, |verdict| {
+                failed += usize::from(!verdict.ok);
+                closed = closed.take().or(say(verdict, &name, json).err());
+            });
+        }
+        if devices.len() > 1 {
+            let name = self.device.device.to_string();
+            doctor::check_together(&devices, |verdict| {
+                failed += usize::from(!verdict.ok);
+                closed = closed.take().or(say(verdict, &name, json).err());
+            });
+        }
         if let Some(error) = closed {
             return Err(error);
         }
         if self.bench {
-            let batch = match (self.batch, opened.device.is_cpu()) {
-                (Some(batch), _) => usize::from(batch),
-                (None, true) => 8,
-                (None, false) => 256,
-            };
-            failed += times(&opened.device, batch, json)?;
+            for device in &devices {
+                let batch = match (self.batch, device.is_cpu()) {
+                    (Some(batch), _) => usize::from(batch),
+                    (None, true) => 8,
+                    (None, false) => 256,
+                };
+                failed += times(device, batch, json)?;
+            }
         }
         if failed > 0 {
-            bail!("{failed} check(s) failed on {name}");
+            bail!("{failed} check(s) failed on {}", self.device.device);
         }
         Ok(())
+    }
+}
+
+/// Says which device was opened.
+fn machine(found: &Found, opened: &Opened, json: bool) -> anyhow::Result<()> {
+    let name = isqrt_device::name(&opened.device);
+    let why = opened.fallback.as_ref().map(ToString::to_string);
+    if json {
+        return output::json(&json!({
+            "kind": "machine",
+            "cuda_built": found.built,
+            "cuda_driver": found.driver.map(|(major, minor)| format!("{major}.{minor}")),
+            "libraries": found.libraries.iter().map(|l| (l.name, l.present)).collect::<std::collections::BTreeMap<_, _>>(),
+            "gpus": found.gpus.iter().map(|gpu| &gpu.name).collect::<Vec<_>>(),
+            "device": name,
+            "fallback": why,
+        }));
+    }
+    match why {
+        Some(why) => output::line(&format!("device     {name}, since {why}")),
+        None => output::line(&format!("device     {name}")),
+    }
+}
+
+fn say(verdict: &Verdict, device: &str, json: bool) -> anyhow::Result<()> {
+    match json {
+        true => output::json(&json!({
+            "kind": "check", "device": device, "check": verdict.check, "ok": verdict.ok, "detail": verdict.detail,
+        })),
+        false => output::line(&format!(
+            "{}  {}: {}",
+            if verdict.ok { "ok    " } else { "FAILED" },
+            verdict.check,
+            verdict.detail
+        )),
     }
 }
 
