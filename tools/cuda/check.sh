@@ -49,4 +49,4 @@ fi
 tail -n 1 "$scratch/said"
 grep -q 'out of memory.*accumulate = ' "$scratch/said"
 echo "== isqrt doctor, on the stand-in"
-STAND_IN_DEVICES=2 "$isqrt" doctor --device cuda:0
+"$isqrt" doctor --device cuda:0
