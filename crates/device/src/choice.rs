@@ -71,10 +71,12 @@ impl FromStr for Choices {
     fn from_str(names: &str) -> Result<Self> {
         let mut choices: Vec<Choice> = Vec::new();
         for name in names.split(',') {
-            let choice = match choices.is_empty() || name.contains(':') {
-                true => name.parse()?,
+            let choice = match (name.parse(), name.parse::<usize>()) {
+                (Ok(choice), _) => choice,
                 // `cuda:0,1` is short for `cuda:0,cuda:1`.
-                false => format!("cuda:{name}").parse()?,
+                (Err(_), Ok(ordinal)) if !choices.is_empty() => Choice::Cuda(ordinal),
+                (Err(error), _) if !names.contains(',') => return Err(error),
+                _ => return Err(Error::Mixed(names.to_owned())),
             };
             if choices.contains(&choice) {
                 return Err(Error::Twice(choice.to_string()));

@@ -350,7 +350,7 @@ pub fn residual(
         && ops::is_blocked(x)
         && x.track_op()
         && mode != Mode::Eval
-        && !convs.is_empty()
+        && convs.last().is_some_and(|last| !last.norm.norm.relu)
         && !crate::record::is_recorded()
     {
         let layers: Vec<_> = convs.iter().map(ConvNorm::layer).collect();

@@ -381,7 +381,6 @@ fn dropout_has_the_masks_of_the_cpu() {
     }
 }
 
-/// A network with everything that training needs, after some steps: parameters, buffers and losses.
 /// A residual block with these convolutions (channels, kernel, stride): its output, the gradients of
 /// its input and of all its parameters, and its running statistics.
 fn block_of(
@@ -487,6 +486,28 @@ fn residual_blocks_in_bf16() {
     }
 }
 
+/// A sum of two rectified ways is the CPU's too.
+#[test]
+fn a_branch_that_ends_in_a_rectifier_stays_rectified() {
+    let Some(gpu) = gpu() else { return };
+    let of = |device: &Device| {
+        let mut vars = Vars::new(3, DType::F64, device);
+        let conv = ConvNorm::new(&mut vars.root(), ("conv", "bn"), (4, 4), 1, 1, true).unwrap();
+        let x = numbers(&[2, 4, 3, 3], 0.1).to_device(device).unwrap();
+        let x = Var::from_tensor(&x).unwrap();
+        let y = match device.is_cuda() {
+            true => ops::unblock(
+                &residual(&[conv], None, &ops::block(&x).unwrap(), Mode::Train).unwrap(),
+            ),
+            false => residual(&[conv], None, &x, Mode::Train),
+        };
+        home(&y.unwrap())
+    };
+    for (a, b) in of(&gpu).iter().zip(of(&Device::Cpu)) {
+        assert!((a - b).abs() < 1e-12, "{a} {b}");
+    }
+}
+
 #[test]
 fn a_block_whose_gradients_would_be_lost_says_so() {
     let Some(gpu) = gpu() else { return };
@@ -500,6 +521,7 @@ fn a_block_whose_gradients_would_be_lost_says_so() {
     assert!(told.contains("call Vars::backward"), "{told}");
 }
 
+/// A network with everything that training needs, after some steps: parameters, buffers and losses.
 fn train(device: &Device, dtype: DType, adamw: bool) -> Vec<Vec<f64>> {
     let mut vars = Vars::new(7, dtype, device);
     let mut root = vars.root();

@@ -1,5 +1,6 @@
 //! The training loop: the only one, for `isqrt train` and for the experiments alike.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -14,6 +15,7 @@ use isqrt_nn::{Ema, Ledger, Mode, Optimizer, clip_grad_norm};
 
 use crate::collective::{self, Collective, Single};
 use crate::diagnostics;
+use crate::error::ELSEWHERE;
 use crate::evaluate::evaluate;
 use crate::feeder::Feeder;
 use crate::machine::cpu_seconds;
@@ -419,9 +421,13 @@ impl<'a> Trainer<'a> {
                     norm = n;
                     let _span = tracing::info_span!("update").entered();
                     let stepped = self.optimiser.step(gradients, rate);
-                    let side = update.images.as_ref().map_or(0, |x| x.dims()[2]);
-                    stepped
-                        .map_err(|error| place(self.with_a_batch_that_fits(error.into(), side)))?;
+                    let side = update.images.as_ref().map(|images| images.dims()[2]);
+                    stepped.map_err(|error| {
+                        place(match side {
+                            Some(side) => self.with_a_batch_that_fits(error.into(), side),
+                            None => error.into(),
+                        })
+                    })?;
                     if let Some(ema) = &mut self.ema {
                         ema.update(self.network.vars())?;
                     }
@@ -601,10 +607,7 @@ impl<'a> Trainer<'a> {
         collective.all_reduce_sums(&mut shared)?;
         [sums.loss, sums.images, sums.correct, _] = shared;
         let outcome = match (shared[3] > 0.0, total) {
-            (true, _) => {
-                let elsewhere = "a value of another rank is not finite";
-                Outcome::Bad(problem.unwrap_or_else(|| elsewhere.to_owned()))
-            }
+            (true, _) => Outcome::Bad(problem.unwrap_or_else(|| ELSEWHERE.to_owned())),
             (false, _) if sums.images == 0.0 => Outcome::Nothing,
             (false, total) => self.combine(total, sums.images, last.as_ref())?,
         };
@@ -770,24 +773,24 @@ impl<'a> Trainer<'a> {
         };
         if collective.size() > 1 {
             let _span = tracing::info_span!("all_reduce").entered();
-            // Gradients of the last layers are there first.
+            // Gradients of the last layers are there first. One bucket at a time is there twice.
             let named: Vec<_> = vars.parameters().collect();
+            let store = RefCell::new(&mut total);
             let gradients = named.iter().rev().map(|(name, var)| {
-                let gradient = match total.get(var.as_tensor()) {
+                let gradient = match store.borrow_mut().remove(var.as_tensor()) {
                     Some(gradient) => gradient.contiguous()?,
                     None => collective::zeros_like(var.as_tensor(), vars.dtype())?,
                 };
                 Ok(((*name).to_owned(), gradient))
             });
-            let mut reduced = Vec::with_capacity(named.len());
+            let mut places = named.iter().rev();
             collective::in_buckets(gradients, |bucket| {
                 collective.all_reduce(bucket)?;
-                reduced.append(bucket);
+                for ((_, sum), (_, var)) in bucket.drain(..).zip(places.by_ref()) {
+                    store.borrow_mut().insert(var.as_tensor(), sum);
+                }
                 Ok(())
             })?;
-            for ((_, var), (_, gradient)) in named.iter().rev().zip(reduced) {
-                total.insert(var.as_tensor(), gradient);
-            }
         }
         // Images that could not be read are missing from the mean.
         let missing = config.batch as f64 / images;
@@ -870,6 +873,7 @@ impl<'a> Trainer<'a> {
     ) -> Result<()> {
         if let (Some(look), Some(images), Outcome::Gradients(gradients, _)) =
             (&self.job.diagnostics, &update.images, &update.outcome)
+            && self.job.collective.rank() == 0
             && info.step.is_multiple_of(look.every_steps)
         {
             match self.look(look.images, images, gradients) {

@@ -113,6 +113,9 @@ pub enum Error {
     Candle(#[from] candle_core::Error),
 }
 
+/// How the problem of an update begins that another rank has found.
+pub(crate) const ELSEWHERE: &str = "a value of another rank is not finite";
+
 /// `experiments/x.toml, line 3: `epoch` is not known; did you mean `epochs`?`
 fn spec_message(file: &str, line: Option<usize>, key: &str, message: &str) -> String {
     let line = line.map_or_else(String::new, |line| format!(", line {line}"));
@@ -136,13 +139,15 @@ impl Error {
     /// Whether the GPU had no memory left: an op's own error, or that of a call of candle's.
     pub(crate) fn is_out_of_memory(&self) -> bool {
         let text = self.to_string();
-        text.contains("out of memory") || text.contains("OUT_OF_MEMORY")
+        !self.is_of_the_ranks()
+            && (text.contains("out of memory") || text.contains("OUT_OF_MEMORY"))
     }
 
     /// Whether it is that the ranks do not go together, which another rank may be the cause of.
     pub(crate) fn is_of_the_ranks(&self) -> bool {
         match self {
             Self::Collective(_) => true,
+            Self::NonFinite { problem, .. } => problem.starts_with(ELSEWHERE),
             Self::Step { source, .. }
             | Self::Evaluation { source, .. }
             | Self::Rank { source, .. } => source.is_of_the_ranks(),

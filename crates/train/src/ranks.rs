@@ -8,7 +8,7 @@ use candle_core::{DType, Device};
 use crate::collective::{Collective, Named};
 use crate::{Error, Result};
 
-/// One of them. Where its thread ends early, by an error or a panic, the others hear of it at their next call.
+/// One of them. Where it is dropped early, for an error or a panic, the others hear of it at their next call.
 #[derive(Debug)]
 pub struct Rank {
     number: usize,
@@ -87,9 +87,48 @@ impl Rank {
             .get_or_insert_with(|| format!("rank {}: {problem}", self.number));
         self.meeting.changed.notify_all();
         #[cfg(feature = "cuda")]
-        for gpu in &self.meeting.gpus {
-            gpu.abort();
+        std::thread::scope(|scope| {
+            // At once: one may wait for another.
+            for gpu in &self.meeting.gpus {
+                scope.spawn(|| gpu.abort());
+            }
+        });
+    }
+
+    /// A rank for each device, with a thread of its own for `work`; what each of them came to.
+    ///
+    /// # Errors
+    /// As [`all`](Self::all).
+    pub fn on_each<T: Send>(
+        devices: &[Device],
+        work: impl Fn(&Self, &Device) -> Result<T> + Sync,
+    ) -> Result<Vec<Result<T>>> {
+        let ranks = Self::all(devices)?;
+        let work = &work;
+        Ok(std::thread::scope(|scope| {
+            let threads: Vec<_> = ranks
+                .into_iter()
+                .zip(devices)
+                .map(|(rank, device)| scope.spawn(move || rank.at_work(device, work)))
+                .collect();
+            let joined = threads.into_iter().map(|thread| thread.join());
+            joined
+                .map(|came| came.unwrap_or_else(|_| Err(gone())))
+                .collect()
+        }))
+    }
+
+    /// Does its work, and tells the others where that fails.
+    pub(crate) fn at_work<T>(
+        &self,
+        device: &Device,
+        work: impl Fn(&Self, &Device) -> Result<T>,
+    ) -> Result<T> {
+        let came = work(self, device);
+        if let Err(error) = &came {
+            self.fail(&error.to_string());
         }
+        came
     }
 
     /// Waits for all ranks; what each of them brought.
@@ -127,8 +166,8 @@ impl Rank {
         all.iter().map(of).collect()
     }
 
-    /// Replaces tensors on a GPU by what NCCL makes of those of all ranks, once all are there: none waits on
-    /// its GPU for one that never comes.
+    /// Replaces tensors on a GPU by what NCCL makes of those of all ranks, once all are there and nothing of ours
+    /// can fail any more: none waits on its GPU for one that never comes.
     #[cfg(feature = "cuda")]
     fn on_gpu(
         &self,
@@ -141,14 +180,6 @@ impl Rank {
         let Some(gpu) = self.meeting.gpus.get(self.number) else {
             return Ok(false);
         };
-        let shape = |(name, tensor): &Named| (name.clone(), tensor.dims().to_vec(), tensor.dtype());
-        let own: Vec<_> = bucket.iter().map(shape).collect();
-        for (number, item) in self.meet(Item::Shapes(own.clone()))?.iter() {
-            match item {
-                Item::Shapes(theirs) if *theirs == own => {}
-                _ => return Err(others(*number)),
-            }
-        }
         let mut moves = Vec::with_capacity(bucket.len());
         let mut results = Vec::with_capacity(bucket.len());
         for (name, tensor) in bucket.iter_mut() {
@@ -164,6 +195,14 @@ impl Rank {
             };
             moves.push(exchange);
             results.push(result);
+        }
+        let shape = |(name, tensor): &Named| (name.clone(), tensor.dims().to_vec(), tensor.dtype());
+        let own: Vec<_> = bucket.iter().map(shape).collect();
+        for (number, item) in self.meet(Item::Shapes(own.clone()))?.iter() {
+            match item {
+                Item::Shapes(theirs) if *theirs == own => {}
+                _ => return Err(others(*number)),
+            }
         }
         call(gpu, &moves).map_err(|error| Error::Collective(error.to_string()))?;
         for ((_, tensor), result) in bucket.iter_mut().zip(results) {
@@ -199,6 +238,11 @@ fn alike(a: &[Named], b: &[Named]) -> bool {
         })
 }
 
+/// A thread that did not come back.
+pub(crate) fn gone() -> Error {
+    Error::Collective("a thread panicked".to_owned())
+}
+
 fn others(number: usize) -> Error {
     Error::Collective(format!("rank {number} has other tensors"))
 }
@@ -212,8 +256,24 @@ impl Meeting {
 impl Drop for Rank {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.fail("it panicked");
+            return self.fail("it panicked");
         }
+        // After its last meeting this is heard by nobody.
+        let ended = || format!("rank {} has ended", self.number);
+        self.meeting.state().failed.get_or_insert_with(ended);
+        self.meeting.changed.notify_all();
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Drop for Meeting {
+    fn drop(&mut self) {
+        std::thread::scope(|scope| {
+            // At once: NCCL may let one wait for another.
+            for gpu in self.gpus.drain(..) {
+                scope.spawn(|| drop(gpu));
+            }
+        });
     }
 }
 

@@ -31,6 +31,7 @@ use crate::collective::{Collective, Single};
 use crate::data::{DataInfo, RunData};
 use crate::evaluate::evaluate;
 use crate::machine::{self, Machine};
+use crate::ranks::gone;
 use crate::spec::TriangleOrder;
 use crate::state::{Saved, Snapshot};
 use crate::{
@@ -242,8 +243,9 @@ impl Paths {
 /// different GPUs, share each batch; a device has a thread of its own then.
 ///
 /// # Errors
-/// Those of the data, the network and the loop; [`Error::Rank`] where another device than the first fails; [`Error::Run`] for a folder that is in use or has another
-/// run, [`Error::File`] for what cannot be written. What was kept before stays whole.
+/// Those of the data, the network and the loop; [`Error::Rank`] where another device than the first fails;
+/// [`Error::Run`] for a folder that is in use or has another run, [`Error::File`] for what cannot be written.
+/// What was kept before stays whole.
 pub fn run(
     file: &SpecFile,
     data: RunData,
@@ -282,6 +284,10 @@ pub fn run(
         0 | 1 => Vec::new(),
         _ => Rank::all(devices)?,
     };
+    // Passes of an evaluation are as large as those of a GPU's training, at the end too, where one evaluates.
+    let given = file;
+    let shared = with_passes_of(file, &config, &data, ranks.len().max(1));
+    let file = &shared;
     let others = ranks.split_off(ranks.len().min(1));
     let collective: &dyn Collective = ranks.first().map_or(&Single, |rank| rank);
     let first = job(file, &data, &config, (device, collective));
@@ -318,7 +324,7 @@ pub fn run(
         }
     };
     environment(&paths, &data.info, (saved.as_ref(), devices), &mut console)?;
-    write_whole(&paths.spec(), file.spec.to_toml()?.as_bytes())?;
+    write_whole(&paths.spec(), given.spec.to_toml()?.as_bytes())?;
     let lines = saved.as_ref().map_or(0, |saved| saved.progress().lines);
     let (metrics, there) = open_metrics(&paths.metrics(), lines)?;
     if there < lines {
@@ -336,7 +342,7 @@ pub fn run(
     };
     let record = Record {
         preprocessing: preprocessing(&data.eval),
-        training: serde_json::to_value(&file.spec).ok(),
+        training: serde_json::to_value(&given.spec).ok(),
     };
     let mut recorder = Recorder {
         file,
@@ -418,6 +424,16 @@ pub fn run(
     Ok(outcome)
 }
 
+/// A spec whose evaluations have passes for one of several devices, where it does not say how large they are.
+fn with_passes_of(file: &SpecFile, config: &TrainConfig, data: &RunData, ranks: usize) -> SpecFile {
+    let mut file = file.clone();
+    if ranks > 1 && file.spec.evaluation.batch.is_none() {
+        let pass = config.batch / config.accumulate / ranks / data.eval.pipeline.views().max(1);
+        file.spec.evaluation.batch = Some(pass.max(1));
+    }
+    file
+}
+
 /// Trains on the first device here and on the others in threads of their own; what both came to, or the
 /// error that ended the run.
 fn with_others<'a, T, S: Send>(
@@ -426,16 +442,20 @@ fn with_others<'a, T, S: Send>(
     follow: &(impl Fn(&Rank, &Device) -> Result<Vec<S>> + Sync),
     lead: impl FnOnce() -> Result<T>,
 ) -> Result<(T, Vec<S>)> {
+    /// The scope waits for the others, who wait for this rank.
+    struct Panic<'a>(Option<&'a Rank>);
+    impl Drop for Panic<'_> {
+        fn drop(&mut self) {
+            if let (Some(rank), true) = (self.0, std::thread::panicking()) {
+                rank.fail("it panicked");
+            }
+        }
+    }
     std::thread::scope(|scope| {
+        let _tell = Panic(first);
         let others: Vec<_> = others
             .map(|(rank, device)| {
-                let work = move || {
-                    let followed = follow(&rank, device);
-                    if let Err(error) = &followed {
-                        rank.fail(&error.to_string());
-                    }
-                    followed
-                };
+                let work = move || rank.at_work(device, follow);
                 (device, scope.spawn(work))
             })
             .collect();
@@ -452,8 +472,7 @@ fn with_others<'a, T, S: Send>(
         };
         let mut all = Vec::new();
         for (device, thread) in others {
-            let gone = || Err(Error::Collective("its thread panicked".to_owned()));
-            match thread.join().unwrap_or_else(|_| gone()) {
+            match thread.join().unwrap_or_else(|_| Err(gone())) {
                 Ok(followed) => all.extend(followed),
                 Err(source) => problems.push(Error::Rank {
                     device: isqrt_device::name(device),
@@ -579,9 +598,7 @@ pub(crate) fn job<'a>(
         broken: data.broken,
         eval_every: spec.evaluation.every,
         eval_batch: spec.evaluation.batch.unwrap_or_else(|| {
-            let pass = config.batch / config.accumulate / collective.size();
-            // A batch that several GPUs share may be too much for the one that evaluates at the end.
-            (pass / data.eval.pipeline.views().max(1)).clamp(1, 256)
+            (config.batch / config.accumulate / data.eval.pipeline.views().max(1)).max(1)
         }),
         log_every: spec.log.every_steps,
         diagnostics: spec.diagnostics.clone(),
@@ -1106,5 +1123,63 @@ fn failed(path: &Path, error: &dyn std::fmt::Display) -> Error {
     Error::File {
         path: path.to_owned(),
         message: error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// Ranks that meet once more each time, until `last`.
+    fn meet(rank: &Rank, last: usize) -> Result<()> {
+        (0..last).try_for_each(|_| rank.barrier())
+    }
+
+    fn together(
+        follow: impl Fn(&Rank, &Device) -> Result<Vec<u8>> + Sync,
+        lead: impl FnOnce(&Rank) -> Result<u8>,
+    ) -> Result<(u8, Vec<u8>)> {
+        let devices = [Device::Cpu, Device::Cpu, Device::Cpu];
+        let mut ranks = Rank::all(&devices).unwrap();
+        let others = ranks.split_off(1);
+        let first = ranks.first();
+        let others = others.into_iter().zip(&devices[1..]);
+        with_others(first, others, &follow, || lead(first.unwrap()))
+    }
+
+    #[test]
+    fn all_ranks_come_to_something_or_the_run_ends_with_what_ended_it() {
+        let follow = |rank: &Rank, _: &Device| {
+            meet(rank, 5)?;
+            Ok(vec![rank.rank() as u8])
+        };
+        let all = together(follow, |rank| meet(rank, 5).map(|()| 7)).unwrap();
+        assert_eq!(all, (7, vec![1, 2]));
+
+        let fails = |rank: &Rank, _: &Device| match rank.rank() {
+            2 => Err(Error::Loss(f64::NAN)),
+            _ => meet(rank, 5).map(|()| vec![]),
+        };
+        let told = together(fails, |rank| meet(rank, 5).map(|()| 7)).unwrap_err();
+        assert_eq!(told.to_string(), "cpu: the loss is NaN");
+        assert!(told.is_divergence());
+
+        let told = together(follow, |_| Err(Error::Output)).unwrap_err();
+        assert!(matches!(told, Error::Output), "{told}");
+    }
+
+    #[test]
+    fn a_rank_that_panics_leaves_nobody_waiting() {
+        let follow = |rank: &Rank, _: &Device| meet(rank, 5).map(|()| vec![]);
+        let panics = || together(follow, |_| panic!("on purpose"));
+        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(panics));
+        assert!(caught.is_err());
+        let panics = |rank: &Rank, _: &Device| match rank.rank() {
+            1 => panic!("on purpose"),
+            _ => meet(rank, 5).map(|()| vec![]),
+        };
+        let told = together(panics, |rank| meet(rank, 5).map(|()| 7)).unwrap_err();
+        assert!(told.to_string().contains("panicked"), "{told}");
     }
 }

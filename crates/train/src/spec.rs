@@ -582,6 +582,7 @@ impl Spec {
         plain.log = LogSpec::default();
         plain.diagnostics = None;
         plain.evaluation.svm = None;
+        plain.evaluation.batch = None;
         plain
     }
 }

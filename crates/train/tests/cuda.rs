@@ -8,7 +8,9 @@ use std::sync::Arc;
 use candle_core::Device;
 use isqrt_datasets::{ImageSet, Step};
 use isqrt_device::Choice;
-use isqrt_train::{Collective, Error, Job, Rank, Silent, TrainConfig, TrainResult, train};
+use isqrt_train::{
+    Collective, Error, Job, Line, Observer, Rank, Silent, TrainConfig, TrainResult, train,
+};
 
 fn gpu() -> Option<Device> {
     match Choice::Cuda(0).open() {
@@ -93,26 +95,25 @@ fn a_run_is_that_of_the_cpu() {
 
 /// A rank each on these devices; what they came to.
 fn run_on(config: &TrainConfig, devices: &[Device]) -> Vec<isqrt_train::Result<TrainResult>> {
-    let ranks = Rank::all(devices).unwrap();
-    std::thread::scope(|scope| {
-        let ranks = ranks.into_iter().zip(devices);
-        let work = |(rank, device): (Rank, &Device)| {
-            let job = Job::in_memory(config, &[], stripes(48), stripes(20)).unwrap();
-            let device = device.clone();
-            let job = Job {
-                device,
-                collective: &rank,
-                ..job
-            };
-            let result = train(job, &mut Silent);
-            if let Err(error) = &result {
-                rank.fail(&error.to_string());
-            }
-            result
+    observed(config, devices, |_| Box::new(Silent))
+}
+
+fn observed(
+    config: &TrainConfig,
+    devices: &[Device],
+    observer: impl Fn(usize) -> Box<dyn Observer> + Sync,
+) -> Vec<isqrt_train::Result<TrainResult>> {
+    let work = |rank: &Rank, device: &Device| {
+        let job = Job::in_memory(config, &[], stripes(48), stripes(20))?;
+        let device = device.clone();
+        let job = Job {
+            device,
+            collective: rank,
+            ..job
         };
-        let threads: Vec<_> = ranks.map(|rank| scope.spawn(move || work(rank))).collect();
-        threads.into_iter().map(|t| t.join().unwrap()).collect()
-    })
+        train(job, observer(rank.rank()).as_mut())
+    };
+    Rank::on_each(devices, work).unwrap()
 }
 
 fn two_gpus() -> Option<[Device; 2]> {
@@ -157,7 +158,7 @@ fn several_gpus_are_several_ranks_of_the_cpu() {
 fn sums_over_gpus_keep_their_types() {
     let Some(gpus) = two_gpus() else { return };
     use candle_core::{DType, Tensor};
-    let sums = |(rank, gpu): (Rank, &Device)| {
+    let sums = |rank: &Rank, gpu: &Device| {
         let own = |dtype| {
             let values = Tensor::arange(0u32, 6, &Device::Cpu).unwrap();
             let values = (values.to_dtype(dtype).unwrap() + rank.rank() as f64).unwrap();
@@ -166,35 +167,61 @@ fn sums_over_gpus_keep_their_types() {
         let mut bucket = [DType::F32, DType::F64].map(|t| (t.as_str().to_owned(), own(t)));
         // Not contiguous.
         bucket[0].1 = bucket[0].1.t().unwrap();
-        rank.all_reduce(&mut bucket).unwrap();
+        rank.all_reduce(&mut bucket)?;
         let mut copied = [("copied".to_owned(), own(DType::F32))];
-        rank.broadcast(1, &mut copied).unwrap();
-        rank.barrier().unwrap();
+        rank.broadcast(1, &mut copied)?;
+        rank.barrier()?;
         let flat = |t: &Tensor| {
             let t = t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64);
             t.unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap()
         };
         let last = bucket.iter().chain(&copied).map(|(_, t)| flat(t));
-        last.collect::<Vec<_>>()
+        Ok(last.collect::<Vec<_>>())
     };
-    let ranks = Rank::all(&gpus).unwrap();
-    let all: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> = ranks
-            .into_iter()
-            .zip(&gpus)
-            .map(|rank| scope.spawn(move || sums(rank)))
-            .collect();
-        threads.into_iter().map(|t| t.join().unwrap()).collect()
-    });
+    let all = Rank::on_each(&gpus, sums).unwrap();
     for found in all {
+        let found = found.unwrap();
         assert_eq!(found[0], [1.0, 7.0, 3.0, 9.0, 5.0, 11.0]);
         assert_eq!(found[1], [1.0, 3.0, 5.0, 7.0, 9.0, 11.0]);
         assert_eq!(found[2], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
     }
 }
 
+/// An observer that fails after the second update.
+struct Fails;
+
+impl Observer for Fails {
+    fn line(&mut self, _: &Line) -> isqrt_train::Result<()> {
+        Err(Error::Collective("on purpose".to_owned()))
+    }
+}
+
+/// One that fails while the other goes on, which has work for NCCL under way.
 #[test]
 fn a_gpu_that_fails_ends_the_run_of_all() {
+    let Some(gpus) = two_gpus() else { return };
+    let config = config("");
+    let came = observed(&config, &gpus, |rank| match rank {
+        1 => Box::new(Fails),
+        _ => Box::new(Silent),
+    });
+    let told: Vec<String> = came
+        .into_iter()
+        .map(|r| r.unwrap_err().to_string())
+        .collect();
+    assert!(told[1].ends_with("on purpose"), "{told:?}");
+    assert!(
+        told[0].contains("rank 1") && told[0].contains("on purpose"),
+        "{told:?}"
+    );
+    // Others can begin where this one ended.
+    for result in run_on(&config, &gpus) {
+        result.unwrap();
+    }
+}
+
+#[test]
+fn gpus_that_diverge_do_so_together() {
     let Some(gpus) = two_gpus() else { return };
     let mut config = config("");
     config.optimiser = toml::from_str("kind = \"sgd\"\nlr = 1e30").unwrap();

@@ -287,10 +287,10 @@ fn ranks_share_a_batch_and_an_evaluation() {
     assert!((losses.0 - losses.1).abs() < 1e-3, "{losses:?}");
 }
 
-/// An observer that has enough after some updates.
-struct Fails(u64);
+/// An observer that panics after some updates.
+struct Panics(u64);
 
-impl Observer for Fails {
+impl Observer for Panics {
     fn step(&mut self, info: &StepInfo) -> ControlFlow<()> {
         assert!(info.step < self.0, "on purpose");
         ControlFlow::Continue(())
@@ -304,7 +304,7 @@ fn no_rank_waits_for_one_that_is_gone() {
         let mut job = job(&config);
         job.collective = &rank;
         let mut trainer = Trainer::new(job).unwrap();
-        trainer.run(&mut Fails(last)).map(|_| ())
+        trainer.run(&mut Panics(last)).map(|_| ())
     };
     let mut ranks = Rank::all(&[Device::Cpu, Device::Cpu]).unwrap();
     let (second, first) = (ranks.pop().unwrap(), ranks.pop().unwrap());

@@ -15,3 +15,5 @@ mv "$folder/.libcuda_stand_in.so.new" "$folder/libcuda_stand_in.so"
 for name in cuda cublas cublasLt curand cudnn cusolver nccl nvrtc; do
     [ -L "$folder/lib$name.so" ] || ln -s libcuda_stand_in.so "$folder/lib$name.so"
 done
+# By this name programs look for NCCL first.
+[ -L "$folder/libnccl.so.2" ] || ln -s libcuda_stand_in.so "$folder/libnccl.so.2"

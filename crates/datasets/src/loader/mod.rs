@@ -365,8 +365,8 @@ impl Loader {
         let (was, is) = (position, &here);
         let settings = [
             ("images", was.images, is.images),
+            ("ranks (devices)", was.ranks, is.ranks),
             ("batch size", was.batch_size, is.batch_size),
-            ("ranks", was.ranks, is.ranks),
         ];
         let settings = settings.map(|(what, was, is)| (what, was.to_string(), is.to_string()));
         let others = [

@@ -97,22 +97,6 @@ pub unsafe fn convolve<T: Real>(
     (x, w, y): (u64, u64, u64),
     adds: bool,
 ) -> candle_core::Result<()> {
-    let values = |channels: usize, rows: usize, columns: usize| {
-        [convolution.batch, channels, rows, columns]
-            .iter()
-            .product()
-    };
-    let (rows, columns) = (convolution.rows, convolution.columns);
-    let input: usize = values(convolution.channels.0, rows.input, columns.input);
-    let output: usize = values(convolution.channels.1, rows.output, columns.output);
-    if input.max(output) > c_int::MAX as usize {
-        let problem = format!(
-            "maps of {} values are more than cuDNN takes (2³¹ - 1): a smaller batch is needed, or more parts \
-             of it (accumulate)",
-            input.max(output)
-        );
-        return Err(Error::Call { op: OP, problem }.into());
-    }
     with_plan::<T, _>(device, convolution, pass, |handle, plan| {
         while let Some(&choice) = plan.choices.first() {
             plan.round_as(choice)?;
@@ -157,6 +141,22 @@ fn with_plan<T: Real, R>(
     if !*PRESENT.get_or_init(|| unsafe { sys::is_culib_present() }) {
         let (asked, library) = (OP.to_owned(), "cudnn");
         return Err(Error::Library { asked, library }.into());
+    }
+    let values = |channels: usize, rows: usize, columns: usize| {
+        [convolution.batch, channels, rows, columns]
+            .iter()
+            .product()
+    };
+    let (rows, columns) = (convolution.rows, convolution.columns);
+    let input: usize = values(convolution.channels.0, rows.input, columns.input);
+    let output: usize = values(convolution.channels.1, rows.output, columns.output);
+    if input.max(output) > c_int::MAX as usize {
+        let problem = format!(
+            "maps of {} values are more than cuDNN takes (2³¹ - 1): a smaller batch is needed, or more parts \
+             of it (accumulate)",
+            input.max(output)
+        );
+        return Err(Error::Call { op: OP, problem }.into());
     }
     LIBRARY.with_borrow_mut(|libraries| {
         let library = match libraries.entry(device.id()) {

@@ -5,10 +5,12 @@
 use crate::{Error, Result};
 use candle_core::cuda::CudaDType;
 use candle_core::{CudaDevice, DeviceLocation, backend::BackendDevice};
+use cudarc::driver::{result, sys};
 use libloading::Library;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 const OP: &str = "several GPUs";
 
@@ -110,8 +112,10 @@ pub struct Exchange {
 /// Work is put on the device's stream; nothing waits.
 #[derive(Debug)]
 pub struct Communicator {
-    /// Null when it is ended. No lock: a call may wait for the other GPUs, until another thread aborts it.
+    /// Null when it is ended.
     raw: AtomicPtr<c_void>,
+    /// Threads that are in a call.
+    inside: AtomicUsize,
     device: CudaDevice,
 }
 
@@ -130,6 +134,7 @@ impl Communicator {
             _ => -1,
         };
         let ordinals: Vec<c_int> = devices.iter().map(ordinal).collect();
+        super::call(OP, open_to_each_other(&ordinals))?;
         let mut raw = vec![std::ptr::null_mut(); devices.len()];
         // SAFETY: there is room for as many communicators as devices.
         nccl.call(unsafe {
@@ -137,6 +142,7 @@ impl Communicator {
         })?;
         let made = raw.into_iter().zip(devices).map(|(raw, device)| Self {
             raw: AtomicPtr::new(raw),
+            inside: AtomicUsize::new(0),
             device: device.clone(),
         });
         Ok(made.collect())
@@ -184,7 +190,15 @@ impl Communicator {
 
     /// Submits work as one launch.
     fn group(&self, submit: impl FnOnce(&Nccl, Raw, Raw) -> Result<()>) -> Result<()> {
-        let raw = self.raw.load(Ordering::Acquire);
+        struct Leave<'a>(&'a AtomicUsize);
+        impl Drop for Leave<'_> {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+        self.inside.fetch_add(1, Ordering::SeqCst);
+        let _leave = Leave(&self.inside);
+        let raw = self.raw.load(Ordering::SeqCst);
         let nccl = nccl().filter(|_| !raw.is_null());
         let nccl = nccl.ok_or_else(|| Error::Call {
             op: OP,
@@ -200,24 +214,62 @@ impl Communicator {
         submitted.and(ended)
     }
 
-    /// Ends work that waits for a GPU which will never do its part.
+    /// Ends work that waits for a GPU which will never do its part. A call of another thread is let finish, unless
+    /// it waits as well, for connections: then it is what has to be ended.
     pub fn abort(&self) {
-        self.end(|nccl| nccl.abort);
-    }
-
-    fn end(&self, how: impl FnOnce(&Nccl) -> unsafe extern "C" fn(Raw) -> Status) {
-        let raw = self.raw.swap(std::ptr::null_mut(), Ordering::AcqRel);
-        if let Some(nccl) = nccl().filter(|_| !raw.is_null()) {
-            // SAFETY: it is ended once, since it was taken.
-            let _ = unsafe { how(nccl)(raw) };
+        const PATIENCE: Duration = Duration::from_secs(5);
+        let raw = self.raw.swap(std::ptr::null_mut(), Ordering::SeqCst);
+        let Some(nccl) = nccl().filter(|_| !raw.is_null()) else {
+            return;
+        };
+        let began = Instant::now();
+        while self.inside.load(Ordering::SeqCst) > 0 && began.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_millis(5));
         }
+        // SAFETY: it is ended once, since it was taken.
+        let _ = unsafe { (nccl.abort)(raw) };
     }
 }
 
 impl Drop for Communicator {
     fn drop(&mut self) {
-        // Waits for the work that there is.
-        let _ = self.device.synchronize();
-        self.end(|nccl| nccl.destroy);
+        let raw = self.raw.swap(std::ptr::null_mut(), Ordering::SeqCst);
+        if let Some(nccl) = nccl().filter(|_| !raw.is_null()) {
+            // Waits for the work that there is.
+            let _ = self.device.synchronize();
+            // SAFETY: it is ended once, since it was taken, and nobody else has it.
+            let _ = unsafe { (nccl.destroy)(raw) };
+        }
     }
+}
+
+/// Lets each of these GPUs at the memory of the others where it can reach that: NCCL reads tensors of the same
+/// process where they are, and memory of pools is closed to others at first.
+fn open_to_each_other(ordinals: &[c_int]) -> std::result::Result<(), result::DriverError> {
+    for &owner in ordinals {
+        let owner_device = result::device::get(owner)?;
+        let mut open = vec![];
+        for &other in ordinals.iter().filter(|&&other| other != owner) {
+            let device = result::device::get(other)?;
+            let mut can = 0;
+            // SAFETY: the driver writes one integer.
+            unsafe { sys::cuDeviceCanAccessPeer(&raw mut can, device, owner_device) }.result()?;
+            if can != 0 {
+                // SAFETY: a structure of numbers, of which 0 is one of each enumeration.
+                let mut access: sys::CUmemAccessDesc = unsafe { std::mem::zeroed() };
+                access.location.type_ = sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE;
+                access.location.id = other;
+                access.flags = sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+                open.push(access);
+            }
+        }
+        if !open.is_empty() {
+            // SAFETY: the devices are open, and the list is as long as told.
+            unsafe {
+                let pool = result::device::get_default_mem_pool(owner_device)?;
+                sys::cuMemPoolSetAccess(pool, open.as_ptr(), open.len()).result()?;
+            }
+        }
+    }
+    Ok(())
 }

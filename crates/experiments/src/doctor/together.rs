@@ -3,13 +3,13 @@
 use candle_core::{DType, Device};
 use isqrt_train::{Collective, Rank};
 
-use super::{Error, Outcome, distance, home, noise, place, within};
+use super::{Outcome, distance, home, noise, place, within};
 
 /// Sums of a large and of a small tensor over ranks on these devices, a thread each: right within rounding, and
 /// the same bits on all.
 pub(super) fn sums(devices: &[Device]) -> Outcome {
     const SHAPES: [&[usize]; 2] = [&[300, 257], &[3]];
-    let of = |rank: &Rank, device: &Device| -> Result<Vec<Vec<f64>>, Error> {
+    let of = |rank: &Rank, device: &Device| -> isqrt_train::Result<Vec<Vec<f64>>> {
         let mut bucket = vec![];
         for shape in SHAPES {
             let own = (noise(shape, 0.1)? * (rank.rank() + 1) as f64)?;
@@ -17,28 +17,10 @@ pub(super) fn sums(devices: &[Device]) -> Outcome {
         }
         rank.all_reduce(&mut bucket)?;
         let sums = bucket.iter().map(|(_, sum)| home(sum));
-        Ok(sums.collect::<Result<_, _>>()?)
+        Ok(sums.collect::<candle_core::Result<_>>()?)
     };
-    let ranks = Rank::all(devices)?;
-    let found = std::thread::scope(|scope| {
-        let threads: Vec<_> = ranks
-            .into_iter()
-            .zip(devices)
-            .map(|(rank, device)| {
-                scope.spawn(move || {
-                    of(&rank, device).map_err(|error| {
-                        rank.fail(&error.to_string());
-                        error.to_string()
-                    })
-                })
-            })
-            .collect();
-        let joined = threads.into_iter().map(|thread| match thread.join() {
-            Ok(sums) => sums,
-            Err(_) => Err("a thread panicked".to_owned()),
-        });
-        joined.collect::<Result<Vec<_>, String>>()
-    })?;
+    let found = Rank::on_each(devices, of)?;
+    let found = found.into_iter().collect::<Result<Vec<_>, _>>()?;
     let times = (devices.len() * (devices.len() + 1) / 2) as f64;
     let mut worst = 0.0_f64;
     for sums in &found {

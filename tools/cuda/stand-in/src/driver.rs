@@ -122,7 +122,9 @@ export! {
         give(minor, b)
     }
 
-    fn cuDeviceCanAccessPeer(can: *mut c_int, _device: c_int, _peer: c_int) { give(can, 0) }
+    fn cuDeviceCanAccessPeer(can: *mut c_int, device: c_int, peer: c_int) {
+        give(can, (device != peer) as c_int)
+    }
 
     fn cuDevicePrimaryCtxRetain(context: *mut usize, device: c_int) {
         RETAINED.fetch_add(1, Ordering::Relaxed);
