@@ -21,6 +21,9 @@ impl FromStr for Choice {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
+        if name.contains(',') {
+            return Err(Error::One(name.to_owned()));
+        }
         let number = |digits: &str| digits.parse().ok();
         match name {
             "cpu" => Some(Self::Cpu),

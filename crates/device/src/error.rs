@@ -7,6 +7,9 @@ pub enum Error {
     /// Not the name of a device.
     #[error("{0:?} is no device: cpu, cuda:0 (or another number) or auto")]
     Name(String),
+    /// Several devices for what takes one.
+    #[error("{0:?}: one device is wanted here; `isqrt train` and `isqrt doctor` take several")]
+    One(String),
     /// Several devices that are not all GPUs by number.
     #[error("{0:?}: only GPUs share work, as cuda:0,1")]
     Mixed(String),
@@ -36,7 +39,7 @@ pub enum Error {
         problem: String,
     },
     /// There are not so many GPUs.
-    #[error("cuda:{ordinal}: this machine has {count} CUDA device(s); they count from 0")]
+    #[error("cuda:{ordinal}: this machine has {count} CUDA device(s), and the first is cuda:0")]
     NoDevice {
         /// The number asked for.
         ordinal: usize,

@@ -129,7 +129,8 @@ impl Precision {
             return Err(Error::Config {
                 what: "precision",
                 value: self.to_string(),
-                expected: "f32 or f64 on the CPU; with a GPU, --device cuda:0".to_owned(),
+                expected: "only a GPU has it; on the CPU take f32 (--set precision=f32) or f64"
+                    .to_owned(),
             });
         }
         isqrt_device::set_precision(match self {

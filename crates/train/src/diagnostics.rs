@@ -62,7 +62,8 @@ pub fn root_distance(network: &Network, features: &Tensor) -> Result<Option<f64>
     let found = network.pool(&plain, Mode::Eval)?.detach();
     let found = found.to_dtype(DType::F64)?.to_vec2::<f64>()?;
     let exact = MpnCov::default()
-        .forward(&plain.to_dtype(DType::F64)?)
+        // On the CPU: a GPU would need cuSOLVER for this alone.
+        .forward(&plain.to_device(&Device::Cpu)?.to_dtype(DType::F64)?)
         .map_err(isqrt_models::Error::from)?;
     let exact = exact.to_vec2::<f64>()?;
     let is_triangle = network.triangle().is_some();

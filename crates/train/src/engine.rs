@@ -218,7 +218,7 @@ impl<'a> Trainer<'a> {
                 what: "batch",
                 value: config.batch.to_string(),
                 expected: format!(
-                    "a multiple of {passes}, the ranks ({ranks}) times the parts (accumulate = {})",
+                    "must be a multiple of {passes}, the devices ({ranks}) times the parts (accumulate = {})",
                     config.accumulate
                 ),
             });
@@ -526,7 +526,7 @@ impl<'a> Trainer<'a> {
                 problem: format!(
                     "the loss or a gradient of this update, or of one of the {} before it, is not \
                      finite; with --set non_finite.skip=0 each update is looked at, and the layer told",
-                    READ_EVERY - 1
+                    (READ_EVERY - 1).min(self.progress.step.saturating_sub(1))
                 ),
             });
         }

@@ -293,6 +293,18 @@ pub fn run(
     let first = job(file, &data, &config, (device, collective));
     let mut trainer = Trainer::new(first).map_err(|error| file.place(error))?;
     let saved = open_saved(&paths, resume, &identity, &mut console)?;
+    if let Some(began) = saved.as_ref().map(Saved::ranks)
+        && began != devices.len().max(1)
+    {
+        return Err(Error::Run {
+            path: paths.root.clone(),
+            message: format!(
+                "this run was begun on {began} device(s) and goes on on as many, not on {}: name them with \
+                 --device, or choose another folder with --out",
+                devices.len().max(1)
+            ),
+        });
+    }
     let resumed_at = match &saved {
         Some(saved) => {
             trainer.resume(saved)?;
@@ -323,7 +335,8 @@ pub fn run(
             0
         }
     };
-    environment(&paths, &data.info, (saved.as_ref(), devices), &mut console)?;
+    let context = (saved.as_ref(), devices);
+    environment(&paths, &data.info, given, context, &mut console)?;
     write_whole(&paths.spec(), given.spec.to_toml()?.as_bytes())?;
     let lines = saved.as_ref().map_or(0, |saved| saved.progress().lines);
     let (metrics, there) = open_metrics(&paths.metrics(), lines)?;
@@ -638,6 +651,11 @@ fn finished(
         Ok(old) => old.hash()? == spec_hash,
         Err(_) => false,
     };
+    // A run that ended before its first checkpoint has nothing to lose.
+    let kept = ["last", "previous", "best"].map(|name| paths.checkpoint(name).exists());
+    if !same && !kept.contains(&true) && !paths.result().exists() {
+        return Ok(None);
+    }
     if !same {
         let what = old.map_or_else(
             |_| "its spec.toml cannot be read".to_owned(),
@@ -759,12 +777,25 @@ fn open_saved(
 fn environment(
     paths: &Paths,
     data: &DataInfo,
+    file: &SpecFile,
     (saved, devices): (Option<&Saved>, &[Device]),
     console: &mut Log<'_>,
 ) -> Result<()> {
     let path = paths.environment();
     let commit = machine::commit();
     let here = Machine::on(devices);
+    if let Some(gpu) = devices.iter().find(|device| !device.is_cpu()) {
+        let precision = file.spec.precision;
+        let share = file.spec.batch / file.spec.accumulate / devices.len();
+        // The driver's name of the GPU, once where all are alike.
+        let each = isqrt_device::gpu_of(gpu).map_or_else(String::new, |gpu| gpu.name);
+        let names: Vec<_> = devices.iter().map(isqrt_device::name).collect();
+        console.say(&format!(
+            "on {} ({each}), {precision}, in passes of {share} images{}",
+            names.join(" and "),
+            if devices.len() > 1 { " on each" } else { "" }
+        ));
+    }
     let old = saved.and_then(|_| std::fs::read(&path).ok());
     let old: Option<Environment> = old.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let environment = match (old, saved) {
@@ -773,6 +804,12 @@ fn environment(
                 console.say(&format!(
                     "the run was begun on {} and goes on on {}: results may differ in the last bits",
                     old.machine.cpu, here.cpu
+                ));
+            }
+            if old.machine.device != here.device {
+                console.say(&format!(
+                    "the run was begun on {} and goes on on {}: results differ in the last bits",
+                    old.machine.device, here.device
                 ));
             }
             if old.machine.threads != here.threads {

@@ -213,6 +213,12 @@ impl Saved {
         &self.told.progress
     }
 
+    /// Devices that shared its batches.
+    #[must_use]
+    pub fn ranks(&self) -> usize {
+        self.told.position.ranks
+    }
+
     pub(crate) fn restore(
         &self,
         network: &mut Network,

@@ -37,10 +37,11 @@ impl Doctor {
             machine(&found, &opened, json)?;
             devices.push(opened.device);
         }
-        let (mut failed, mut closed) = (0, None);
+        let (mut count, mut failed, mut closed) = (0, 0, None);
         for device in &devices {
             let name = isqrt_device::name(device);
             doctor::check(device, |verdict| {
+                count += 1;
                 failed += usize::from(!verdict.ok);
                 closed = closed.take().or(say(verdict, &name, json).err());
             });
@@ -48,12 +49,16 @@ impl Doctor {
         if devices.len() > 1 {
             let name = self.device.device.to_string();
             doctor::check_together(&devices, |verdict| {
+                count += 1;
                 failed += usize::from(!verdict.ok);
                 closed = closed.take().or(say(verdict, &name, json).err());
             });
         }
         if let Some(error) = closed {
             return Err(error);
+        }
+        if !json {
+            output::line(&format!("{count} checks, {failed} of them failed"))?;
         }
         if self.bench {
             for device in &devices {

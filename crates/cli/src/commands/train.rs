@@ -89,7 +89,22 @@ impl Train {
         }
         let data = RunData::open(&file, few)?;
         if self.dry_run {
-            return plan(&file, &data, json).map(|()| false);
+            let devices = self.device.open()?.len();
+            let parts = devices * file.spec.accumulate.max(1);
+            anyhow::ensure!(
+                file.spec.batch.is_multiple_of(parts),
+                "`batch` is {}: must be a multiple of {parts}, the devices ({devices}) times the parts (accumulate = {})",
+                file.spec.batch,
+                file.spec.accumulate
+            );
+            plan(&file, &data, json)?;
+            if devices > 1 && !json {
+                output::line(&format!(
+                    "on {devices} GPUs: {} images of each pass on each, with activations for as many",
+                    file.spec.batch / parts
+                ))?;
+            }
+            return Ok(false);
         }
         let scratch = match (self.smoke, &self.out) {
             (Some(_), None) => Some(tempfile::tempdir().context("cannot make a folder")?),
@@ -179,9 +194,9 @@ fn summary(result: &RunResult) -> Vec<String> {
         isqrt_experiments::stats::duration(result.wall_seconds),
         isqrt_experiments::stats::duration(result.cpu_seconds),
         show(result.images_per_second),
-        result
-            .peak_memory_mb
-            .map_or_else(String::new, |mb| format!(", peak memory {mb:.0} MB"))
+        result.peak_memory_mb.map_or_else(String::new, |mb| format!(
+            ", peak memory of the process {mb:.0} MB"
+        ))
     ));
     lines
 }

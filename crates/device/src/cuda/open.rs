@@ -26,7 +26,7 @@ fn libraries() -> [(Library, bool); 6] {
     [
         (library("cublas", "products of matrices", blas), true),
         (library("curand", "random numbers of candle", random), true),
-        (library("cudnn", "convolutions", dnn), false),
+        (library("cudnn", "convolutions", dnn), true),
         (library("cusolver", "EIG and SVD", solver), false),
         (
             library("nccl", "several GPUs", super::nccl::is_present()),

@@ -16,7 +16,17 @@ use super::{Checks, Error, Outcome, both_within, distance, home, noise, place};
 
 type Op = Box<dyn Fn(&[Tensor]) -> isqrt_nn::Result<Tensor>>;
 
-/// An op and what it is tried on; the first operand are feature maps where it has four axes.
+/// Ops that take maps with the channels of a pixel beside each other too, as their first operand.
+const BLOCKED: [&str; 6] = [
+    "conv2d",
+    "batch_norm",
+    "conv_norm",
+    "max_pool2d",
+    "relu",
+    "relu6",
+];
+
+/// An op and what it is tried on.
 struct Case {
     name: &'static str,
     operands: Vec<Tensor>,
@@ -268,33 +278,19 @@ fn run(case: &Case, dtype: DType, device: &Device, last: bool) -> Result<Vec<Vec
 fn apply(case: &Case, tensors: &[Tensor], last: bool) -> isqrt_nn::Result<Tensor> {
     let mut tensors = tensors.to_vec();
     if last {
-        for t in tensors
-            .iter_mut()
-            .filter(|t| t.rank() == 4)
-            .take(maps_of(case))
-        {
-            *t = block(t)?;
-        }
+        tensors[0] = block(&tensors[0])?;
     }
     let y = (case.op)(&tensors)?;
     if is_blocked(&y) { unblock(&y) } else { Ok(y) }
 }
 
-/// Operands that are maps: of convolutions the second is a filter.
-fn maps_of(case: &Case) -> usize {
-    match case.name {
-        "channel_shuffle" => 2,
-        _ => 1,
-    }
-}
-
 fn tried<'a>(cases: impl Iterator<Item = &'a Case>, device: &Device) -> Outcome {
     let (mut worst, mut gradients) = ([0.0_f64; 2], 0);
     for case in cases {
-        let is_maps = case.operands[0].rank() == 4;
+        let blocks = BLOCKED.contains(&case.name);
         for last in [false, true] {
             // On the CPU blocks are of 8 or 16 channels, and the tests have those.
-            if last && !(is_maps && device.is_cuda()) {
+            if last && !(blocks && device.is_cuda()) {
                 continue;
             }
             if case.smooth {
