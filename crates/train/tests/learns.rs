@@ -319,7 +319,7 @@ fn precisions_of_a_gpu_need_one() {
             .unwrap_err()
             .to_string();
         assert!(
-            error.contains(precision) && error.contains("--device cuda:0"),
+            error.contains(precision) && error.contains("--set precision=f32"),
             "{error}"
         );
     }
