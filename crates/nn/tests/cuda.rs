@@ -1,7 +1,7 @@
 //! Ops on a GPU beside the CPU, forward and backward. Passed over where there is no GPU;
 //! tools/cuda/check.sh runs it without one.
 #![cfg(feature = "cuda")]
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stderr)]
 
 use candle_core::{DType, Device, Tensor, Var};
 use isqrt_device::{Choice, Error};

@@ -1,7 +1,7 @@
 //! The engine on a GPU beside the CPU. Passed over where there is no GPU; tools/cuda/check.sh runs it without
 //! one.
 #![cfg(feature = "cuda")]
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stderr)]
 
 use std::sync::Arc;
 
