@@ -109,16 +109,9 @@ fn covariance(device: &Device) -> Outcome {
     for name in golden.cases("dx") {
         let layers = isqrt_linalg::golden::layers(name);
         for layer in layers.ok_or_else(|| format!("no layer for {name}"))? {
-            let mut tensors = Vec::new();
-            for key in ["x", "y", "g", "dx"] {
-                tensors.push(golden.get(name, key)?);
-            }
-            compare(
-                &mut worst,
-                device,
-                layer,
-                [tensors[0], tensors[1], tensors[2], tensors[3]],
-            )?;
+            let get = |key| golden.get(name, key);
+            let tensors = [get("x")?, get("y")?, get("g")?, get("dx")?];
+            compare(&mut worst, device, layer, tensors)?;
         }
     }
     Ok(worst.verdict((1e-9, 1e-3)))

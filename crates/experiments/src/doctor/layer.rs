@@ -75,6 +75,24 @@ fn run(
     Ok((home(&y)?, home(dx)?))
 }
 
+fn pool_of(
+    iterations: usize,
+    pre_normalization: PreNormalization,
+    side: Side,
+    (output, memory): (Output, Memory),
+) -> CovPool {
+    CovPool {
+        output,
+        ..CovPool::with_root(Root {
+            schedule: Schedule::NewtonSchulz { iterations },
+            pre_normalization,
+            side,
+            memory,
+            ..Root::default()
+        })
+    }
+}
+
 fn beside_the_cpu(device: &Device, dtype: DType, side: Side, limit: f64) -> Outcome {
     let mut worst = 0.0_f64;
     for shape in [(3, 24, 10), (1, 70, 67)] {
@@ -89,16 +107,7 @@ fn beside_the_cpu(device: &Device, dtype: DType, side: Side, limit: f64) -> Outc
                     (Output::Triangle, Memory::Keep),
                     (Output::Full, Memory::Lean),
                 ] {
-                    let pool = CovPool {
-                        output,
-                        ..CovPool::with_root(Root {
-                            schedule: Schedule::NewtonSchulz { iterations },
-                            pre_normalization,
-                            side,
-                            memory,
-                            ..Root::default()
-                        })
-                    };
+                    let pool = pool_of(iterations, pre_normalization, side, (output, memory));
                     let (y, dx) = run(&pool, &x, DType::F64, &Device::Cpu)?;
                     let (ours, our_dx) = run(&pool, &x, dtype, device)?;
                     worst = worst.max(distance(&ours, &y)).max(distance(&our_dx, &dx));
@@ -119,16 +128,7 @@ fn differences(device: &Device, side: Side) -> Outcome {
             (PreNormalization::Frobenius, Output::Full, Memory::Lean),
             (PreNormalization::Spectral, Output::Triangle, Memory::Lean),
         ] {
-            let pool = CovPool {
-                output,
-                ..CovPool::with_root(Root {
-                    schedule: Schedule::NewtonSchulz { iterations },
-                    pre_normalization,
-                    side,
-                    memory,
-                    ..Root::default()
-                })
-            };
+            let pool = pool_of(iterations, pre_normalization, side, (output, memory));
             let of = |t: &[Tensor]| pool.forward(&t[0]).map_err(candle_core::Error::from);
             gradcheck(of, std::slice::from_ref(&x), Gradcheck::default())
                 .map_err(|said| format!("N = {iterations}, {pre_normalization:?}: {said}"))?;

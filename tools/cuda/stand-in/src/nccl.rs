@@ -3,6 +3,7 @@
 //! Work is done when all ranks have submitted it, by the last one; the others wait for it.
 
 use crate::device::report;
+use crate::driver::export;
 use crate::{device, driver, memory, stream};
 use half::bf16;
 use std::cell::RefCell;
@@ -197,16 +198,6 @@ unsafe fn submit(communicator: *const Communicator, on: usize, part: Part) -> c_
         return SUCCESS;
     }
     c.clique.wait(step)
-}
-
-macro_rules! export {
-    ($(fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $body:block)*) => {$(
-        #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $name($($arg: $ty),*) -> c_int {
-            #[allow(unused_unsafe)]
-            unsafe { $body }
-        }
-    )*};
 }
 
 export! {
