@@ -14,10 +14,15 @@ use serde_json::json;
 /// and extremes of the layer, a training step of every backbone beside the CPU's, weights through a file, and
 /// with several GPUs their sums. Exit code 1 where one fails.
 #[derive(Args)]
-#[command(after_help = "Example:\n  isqrt doctor --device cuda:0 --bench")]
+#[command(
+    after_help = "Example:\n  isqrt doctor --device cuda:0 --bench\n  isqrt doctor --only layer --only resnet50"
+)]
 pub struct Doctor {
     #[command(flatten)]
     device: DevicesArg,
+    /// Run the checks whose names contain TEXT alone; may be given more than once
+    #[arg(long, value_name = "TEXT")]
+    only: Vec<String>,
     /// Time the layer, decompositions and training steps of ResNet-50 as well
     #[arg(long)]
     bench: bool,
@@ -38,24 +43,27 @@ impl Doctor {
             devices.push(opened.device);
         }
         let (mut count, mut failed, mut closed) = (0, 0, None);
+        let mut hear = |verdict: &Verdict, device: &str| {
+            count += 1;
+            failed += usize::from(!verdict.ok);
+            closed = closed.take().or(say(verdict, device, json).err());
+        };
         for device in &devices {
             let name = isqrt_device::name(device);
-            doctor::check(device, |verdict| {
-                count += 1;
-                failed += usize::from(!verdict.ok);
-                closed = closed.take().or(say(verdict, &name, json).err());
-            });
+            doctor::check(device, &self.only, |verdict| hear(verdict, &name));
         }
         if devices.len() > 1 {
             let name = self.device.device.to_string();
-            doctor::check_together(&devices, |verdict| {
-                count += 1;
-                failed += usize::from(!verdict.ok);
-                closed = closed.take().or(say(verdict, &name, json).err());
-            });
+            doctor::check_together(&devices, &self.only, |verdict| hear(verdict, &name));
         }
         if let Some(error) = closed {
             return Err(error);
+        }
+        if count == 0 {
+            bail!(
+                "no check's name contains \"{}\"",
+                self.only.join("\" or \"")
+            );
         }
         if !json {
             output::line(&format!("{count} checks, {failed} of them failed"))?;
@@ -101,7 +109,8 @@ fn machine(found: &Found, opened: &Opened, json: bool) -> anyhow::Result<()> {
 fn say(verdict: &Verdict, device: &str, json: bool) -> anyhow::Result<()> {
     match json {
         true => output::json(&json!({
-            "kind": "check", "device": device, "check": verdict.check, "ok": verdict.ok, "detail": verdict.detail,
+            "kind": "check", "device": device, "check": verdict.check, "ok": verdict.ok,
+            "figures": verdict.figures, "detail": verdict.detail,
         })),
         false => output::line(&format!(
             "{}  {}: {}",

@@ -5,19 +5,18 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Tensor, Var};
 use isqrt_nn::ops::{block, can_block, conv2d, unblock};
 
-use super::{Checks, Error, Outcome, both_within, distance, home, place};
+use super::{Checks, Error, Findings, Outcome, distance, home, place};
 
 pub(super) fn check(checks: &mut Checks<'_>) {
     let device = checks.device;
-    checks.add(
-        "golden values, covariance layer and MPN-COV",
-        covariance(device),
-    );
+    checks.add("golden values, covariance layer and MPN-COV", || {
+        covariance(device)
+    });
     checks.add(
         "golden values, other methods that pool a second moment",
-        heads(device),
+        || heads(device),
     );
-    checks.add("golden values, convolutions", convolutions(device));
+    checks.add("golden values, convolutions", || convolutions(device));
     for op in [
         "max_pool2d",
         "avg_pool2d",
@@ -27,7 +26,7 @@ pub(super) fn check(checks: &mut Checks<'_>) {
         "channel_shuffle",
         "cross_entropy",
     ] {
-        checks.add(format!("golden values, {op}"), of_op(op, device));
+        checks.add(format!("golden values, {op}"), || of_op(op, device));
     }
 }
 
@@ -75,12 +74,12 @@ impl Worst {
         Ok(())
     }
 
-    fn verdict(self, limits: (f64, f64)) -> (bool, String) {
-        let (ok, said) = both_within(self.figures[0], self.figures[1], limits);
-        (
-            ok && self.cases > 0,
-            format!("{} cases: {said}", self.cases),
-        )
+    fn verdict(self, limits: (f64, f64)) -> Outcome {
+        if self.cases == 0 {
+            return Err("the golden file has no such case".into());
+        }
+        let findings = Findings::told(format!("{} cases", self.cases));
+        Ok(findings.both("", self.figures, limits))
     }
 }
 
@@ -114,7 +113,7 @@ fn covariance(device: &Device) -> Outcome {
             compare(&mut worst, device, layer, tensors)?;
         }
     }
-    Ok(worst.verdict((1e-9, 1e-3)))
+    worst.verdict((1e-9, 1e-3))
 }
 
 fn heads(device: &Device) -> Outcome {
@@ -127,7 +126,7 @@ fn heads(device: &Device) -> Outcome {
         let tensors = [get("x")?, get("y")?, get("g")?, get("dx")?];
         compare(&mut worst, device, layer, tensors)?;
     }
-    Ok(worst.verdict((1e-9, 1e-2)))
+    worst.verdict((1e-9, 1e-2))
 }
 
 fn of_op(op: &str, device: &Device) -> Outcome {
@@ -145,7 +144,7 @@ fn of_op(op: &str, device: &Device) -> Outcome {
             [x, get("y")?, get("g")?, get("dx")?],
         )?;
     }
-    Ok(worst.verdict((1e-12, 1e-5)))
+    worst.verdict((1e-12, 1e-5))
 }
 
 /// Convolutions of plain and of blocked maps, with the gradients of filter and bias.
@@ -186,5 +185,5 @@ fn convolutions(device: &Device) -> Outcome {
             }
         }
     }
-    Ok(worst.verdict((1e-12, 2e-5)))
+    worst.verdict((1e-12, 2e-5))
 }

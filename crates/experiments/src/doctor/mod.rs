@@ -21,57 +21,133 @@ pub struct Verdict {
     pub check: String,
     /// Whether it is as it should be.
     pub ok: bool,
-    /// The figure and its limit, or what went wrong.
+    /// What was compared, within which limit.
+    pub figures: Vec<Figure>,
+    /// All that in words, or what went wrong.
     pub detail: String,
 }
 
-type Error = Box<dyn std::error::Error>;
-type Outcome = Result<(bool, String), Error>;
+/// A figure, and the most that it may be.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Figure {
+    /// Of what it is; empty where there is one thing alone.
+    pub of: String,
+    /// Most often the largest difference, as a share of the largest value.
+    pub value: f64,
+    /// The most it may be.
+    pub limit: f64,
+}
 
-/// Runs all checks on this device, one after another, and says each verdict when it is known. Returns
-/// whether all are as they should be.
-pub fn check(device: &Device, mut say: impl FnMut(&Verdict)) -> bool {
+impl Figure {
+    fn within(&self) -> bool {
+        // Not a number is not within.
+        self.value <= self.limit
+    }
+}
+
+impl std::fmt::Display for Figure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if !self.of.is_empty() {
+            write!(f, "{} ", self.of)?;
+        }
+        match self.limit == 0.0 {
+            true => write!(f, "{}, 0 is expected", self.value),
+            false => write!(f, "{:.1e}, at most {:.0e}", self.value, self.limit),
+        }
+    }
+}
+
+/// What a check found out.
+#[derive(Default)]
+struct Findings {
+    note: Option<String>,
+    figures: Vec<Figure>,
+}
+
+impl Findings {
+    fn told(note: String) -> Self {
+        Self {
+            note: Some(note),
+            figures: vec![],
+        }
+    }
+
+    fn figure(mut self, of: impl Into<String>, value: f64, limit: f64) -> Self {
+        let of = of.into();
+        self.figures.push(Figure { of, value, limit });
+        self
+    }
+
+    /// A figure in f64 and in f32.
+    fn both(self, of: &str, [double, single]: [f64; 2], limits: (f64, f64)) -> Self {
+        let of = |dtype| format!("{of} {dtype}").trim_start().to_owned();
+        let with = self.figure(of("f64"), double, limits.0);
+        with.figure(of("f32"), single, limits.1)
+    }
+
+    fn verdict(self, check: String) -> Verdict {
+        let said = self.figures.iter().map(ToString::to_string);
+        let said: Vec<String> = self.note.into_iter().chain(said).collect();
+        Verdict {
+            check,
+            ok: self.figures.iter().all(Figure::within),
+            figures: self.figures,
+            detail: said.join("; "),
+        }
+    }
+}
+
+type Error = Box<dyn std::error::Error>;
+type Outcome = Result<Findings, Error>;
+
+/// Runs on this device, one after another, the checks whose names contain one of these texts (all where there
+/// is none), and says each verdict when it is known.
+pub fn check(device: &Device, only: &[String], mut say: impl FnMut(&Verdict)) {
     let mut checks = Checks {
         device,
+        only,
         say: &mut say,
-        all: true,
     };
     goldens::check(&mut checks);
     layer::check(&mut checks);
     ops::check(&mut checks);
     networks::check(&mut checks);
-    checks.all
 }
 
-/// Runs the checks of several GPUs that share work, all at once: sums over them. Returns whether all is as it
-/// should be.
-pub fn check_together(devices: &[Device], mut say: impl FnMut(&Verdict)) -> bool {
+/// Runs the checks of several GPUs that share work, all at once: sums over them.
+pub fn check_together(devices: &[Device], only: &[String], mut say: impl FnMut(&Verdict)) {
     let mut checks = Checks {
         device: devices.first().unwrap_or(&Device::Cpu),
+        only,
         say: &mut say,
-        all: true,
     };
-    checks.add(
-        format!("sums over {} devices", devices.len()),
-        together::sums(devices),
-    );
-    checks.all
+    let check = format!("sums over {} devices", devices.len());
+    checks.add(check, || together::sums(devices));
 }
 
 /// Checks of a device, and who hears of them.
 struct Checks<'a> {
     device: &'a Device,
+    only: &'a [String],
     say: &'a mut dyn FnMut(&Verdict),
-    all: bool,
 }
 
 impl Checks<'_> {
-    fn add(&mut self, check: impl Into<String>, outcome: Outcome) {
-        let told = |error: Error| (false, isqrt_train::without_backtrace(&error.to_string()));
-        let (ok, detail) = outcome.unwrap_or_else(told);
-        self.all &= ok;
+    fn add(&mut self, check: impl Into<String>, run: impl FnOnce() -> Outcome) {
         let check = check.into();
-        (self.say)(&Verdict { check, ok, detail });
+        if !self.only.is_empty() && !self.only.iter().any(|text| check.contains(text.as_str())) {
+            return;
+        }
+        let verdict = match run() {
+            Ok(findings) => findings.verdict(check),
+            Err(error) => Verdict {
+                check,
+                ok: false,
+                figures: vec![],
+                detail: isqrt_train::without_backtrace(&error.to_string()),
+            },
+        };
+        (self.say)(&verdict);
     }
 }
 
@@ -115,18 +191,8 @@ fn distance(a: &[f64], b: &[f64]) -> f64 {
     if most == 0.0 { apart } else { apart / most }
 }
 
-fn within(figure: f64, limit: f64) -> (bool, String) {
-    (
-        figure <= limit,
-        format!("{figure:.1e}, at most {limit:.0e}"),
-    )
-}
-
-/// Two figures, in f64 and in f32.
-fn both_within(double: f64, single: f64, limits: (f64, f64)) -> (bool, String) {
-    let (well, said) = within(double, limits.0);
-    let (too, also) = within(single, limits.1);
-    (well && too, format!("f64 {said}; f32 {also}"))
+fn within(value: f64, limit: f64) -> Findings {
+    Findings::default().figure("", value, limit)
 }
 
 #[cfg(test)]
@@ -140,8 +206,28 @@ mod tests {
         assert_eq!(distance(&[0.5], &[0.0]), 0.5);
         assert_eq!(distance(&[1.0], &[1.0, 2.0]), f64::INFINITY);
         for bad in [distance(&[f64::NAN], &[1.0]), f64::NAN] {
-            assert!(!within(bad, 1e9).0);
+            assert!(!within(bad, 1e9).verdict("bad".to_owned()).ok);
         }
+        let both = Findings::told("2 cases".to_owned()).both("loss", [0.0, 0.25], (0.0, 0.125));
+        let verdict = both.verdict("both".to_owned());
+        assert!(!verdict.ok);
+        let expected = "2 cases; loss f64 0, 0 is expected; loss f32 2.5e-1, at most 1e-1";
+        assert_eq!(verdict.detail, expected);
+    }
+
+    #[test]
+    fn checks_can_be_chosen_by_their_names() {
+        let mut names = vec![];
+        let only = ["relu6".to_owned(), "constant".to_owned()];
+        check(&Device::Cpu, &only, |verdict| {
+            names.push(verdict.check.clone())
+        });
+        let expected = [
+            "golden values, relu6",
+            "layer, constant features",
+            "relu6, gradient and beside the CPU",
+        ];
+        assert_eq!(names, expected);
     }
 
     #[test]
@@ -156,14 +242,13 @@ mod tests {
         };
         let mut checks = Checks {
             device: &Device::Cpu,
+            only: &[],
             say: &mut say,
-            all: true,
         };
         goldens::check(&mut checks);
         layer::check(&mut checks);
         ops::check(&mut checks);
-        let all = checks.all;
-        assert!(all && wrong.is_empty(), "{wrong:#?}");
+        assert!(wrong.is_empty(), "{wrong:#?}");
         assert!(count > 35, "{count}");
     }
 
@@ -171,7 +256,7 @@ mod tests {
     fn ranks_on_the_processor_sum_alike() {
         let mut verdicts = vec![];
         let devices = [Device::Cpu, Device::Cpu, Device::Cpu];
-        assert!(check_together(&devices, |verdict| verdicts.push(verdict.clone())));
-        assert_eq!(verdicts.len(), 1);
+        check_together(&devices, &[], |verdict| verdicts.push(verdict.clone()));
+        assert!(verdicts.len() == 1 && verdicts[0].ok, "{verdicts:?}");
     }
 }

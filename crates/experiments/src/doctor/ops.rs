@@ -12,7 +12,7 @@ use isqrt_nn::{
 };
 use isqrt_testkit::{Gradcheck, gradcheck};
 
-use super::{Checks, Error, Outcome, both_within, distance, home, noise, place};
+use super::{Checks, Error, Findings, Outcome, distance, home, noise, place, within};
 
 type Op = Box<dyn Fn(&[Tensor]) -> isqrt_nn::Result<Tensor>>;
 
@@ -39,22 +39,21 @@ pub(super) fn check(checks: &mut Checks<'_>) {
     let device = checks.device;
     let cases = match cases() {
         Ok(cases) => cases,
-        Err(error) => return checks.add("ops", Err(error)),
+        Err(error) => return checks.add("ops", || Err(error)),
     };
     let mut names: Vec<&str> = cases.iter().map(|case| case.name).collect();
     names.dedup();
     for name in names {
         let cases = cases.iter().filter(|case| case.name == name);
-        checks.add(
-            format!("{name}, gradient and beside the CPU"),
-            tried(cases, device),
-        );
+        checks.add(format!("{name}, gradient and beside the CPU"), || {
+            tried(cases, device)
+        });
     }
     for adamw in [false, true] {
         let name = if adamw { "AdamW" } else { "SGD" };
         checks.add(
             format!("{name}, averages and clipping, beside the CPU"),
-            optimiser(device, adamw),
+            || optimiser(device, adamw),
         );
     }
 }
@@ -311,12 +310,11 @@ fn tried<'a>(cases: impl Iterator<Item = &'a Case>, device: &Device) -> Outcome 
             }
         }
     }
-    let (ok, said) = both_within(worst[0], worst[1], (1e-11, 2e-5));
-    let differences = match gradients {
-        0 => String::new(),
-        n => format!("{n} gradients within 1e-7 of differences; "),
+    let findings = match gradients {
+        0 => Findings::default(),
+        n => Findings::told(format!("{n} gradients within 1e-7 of differences")),
     };
-    Ok((ok, format!("{differences}{said}")))
+    Ok(findings.both("", worst, (1e-11, 2e-5)))
 }
 
 /// Weights, averages and state after three steps in f64.
@@ -365,5 +363,5 @@ fn optimiser(device: &Device, adamw: bool) -> Outcome {
     };
     let (found, known) = (train(device)?, train(&Device::Cpu)?);
     let apart = found.iter().zip(&known).map(|(a, b)| distance(a, b));
-    Ok(super::within(apart.fold(0.0, f64::max), 1e-12))
+    Ok(within(apart.fold(0.0, f64::max), 1e-12))
 }
