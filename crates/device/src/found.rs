@@ -91,6 +91,19 @@ pub fn gpu_of(device: &candle_core::Device) -> Option<Gpu> {
     found().gpus.into_iter().find(|gpu| gpu.ordinal == gpu_id)
 }
 
+/// Bytes that tensors of this process took of a GPU at most; none for the CPU. What its libraries keep for
+/// themselves is not counted.
+#[must_use]
+pub fn peak_memory(device: &candle_core::Device) -> Option<u64> {
+    #[cfg(feature = "cuda")]
+    if let candle_core::DeviceLocation::Cuda { gpu_id } = device.location() {
+        return crate::cuda::peak_memory(gpu_id);
+    }
+    #[cfg(not(feature = "cuda"))]
+    let _ = device;
+    None
+}
+
 /// Looks for driver, libraries and GPUs. Never fails, and never starts a GPU.
 #[must_use]
 pub fn found() -> Found {

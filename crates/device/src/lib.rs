@@ -11,8 +11,10 @@ pub mod cuda;
 mod error;
 mod found;
 mod precision;
+mod search;
 
 pub use choice::{Choice, Choices, Opened, beside, name};
-pub use error::{Error, Result};
-pub use found::{Found, Gpu, Library, found, gpu_of};
+pub use error::{Error, Result, is_out_of_memory};
+pub use found::{Found, Gpu, Library, found, gpu_of, peak_memory};
 pub use precision::{Precision, precision, set_precision};
+pub use search::{Search, search, set_search};

@@ -196,43 +196,6 @@ impl Kernel {
     }
 }
 
-/// How operands of f32 come to tensor cores, which take 10 bits of their mantissas.
-#[cfg(feature = "cuda")]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tf32 {
-    /// Rounded.
-    Once,
-    /// In two parts, of which three products are added: as exact as f32 up to its last bits.
-    Thrice,
-}
-
-/// How a GPU computes the layer; for benchmarks and tests, as all of them give the same up to rounding.
-#[cfg(feature = "cuda")]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum GpuKernel {
-    /// What [`CovPool::forward`] takes.
-    #[default]
-    Auto,
-    /// Our products, a launch each: half of a symmetric result is computed, with its linear part in the same
-    /// launch.
-    Tiles,
-    /// The same in f32 on tensor cores, which round operands to TF32.
-    TensorCores(Tf32),
-    /// All products of the iteration in one launch, iterates in shared memory, a block an image: for sides up to
-    /// 64, fewer in f64 or for programs with many registers.
-    Fused,
-    /// The same by a cluster of eight blocks an image, each with its rows of all matrices: for sides up to
-    /// 256 in f32, on compute capability 9.0 and later. It computes whole products. Not measured yet, so
-    /// never chosen by [`GpuKernel::Auto`].
-    Cluster,
-    /// Our algebra with whole products by cuBLAS.
-    Cublas(isqrt_device::cuda::Precision),
-    /// The algorithm of the authors' code with whole products by cuBLAS: a coupled iteration on the
-    /// covariance that keeps `Y` and `Z` of every step, and reverse-mode differentiation. Newton–Schulz,
-    /// trace and compensation only.
-    Reference(isqrt_device::cuda::Precision),
-}
-
 impl Default for Root {
     fn default() -> Self {
         Self {

@@ -26,6 +26,7 @@ mod error;
 pub mod golden;
 #[cfg(feature = "cuda")]
 mod gpu;
+mod gpu_kernel;
 mod kernel;
 mod layer;
 mod lyapunov;
@@ -41,12 +42,10 @@ pub mod simd {
 }
 
 pub use config::{CovPool, Kernel, Memory, Output, PreNormalization, Root, Side};
-#[cfg(feature = "cuda")]
-pub use config::{GpuKernel, Tf32};
 pub use count::Factorisations;
 pub use error::{Error, Result};
-#[cfg(feature = "cuda")]
-pub use isqrt_device::cuda::Precision;
+pub use gpu_kernel::{GpuKernel, Tf32, gpu_kernel, set_gpu_kernel};
+pub use isqrt_device::Precision;
 pub use layer::Description;
 #[cfg(feature = "cuda")]
 pub use layer::Replayed;

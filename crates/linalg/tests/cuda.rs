@@ -751,3 +751,36 @@ fn what_the_cpu_pools_goes_there_and_back() {
     assert_eq!(distance(&y, &there), 0.0);
     assert_eq!(distance(&dx, &dx_there), 0.0);
 }
+
+/// Measured at the first pass of a shape, and the same from then on.
+#[test]
+fn the_fastest_kernel_is_found_once() {
+    let Some(gpu) = gpu() else { return };
+    let fastest = GpuKernel::Fastest;
+    for (dtype, limit) in [(DType::F64, 1e-11), (DType::F32, 1e-4)] {
+        let (pool, x) = (CovPool::isqrt(3), features((2, 11, 7), dtype));
+        let counted = |kernel| {
+            let before = isqrt_device::cuda::launches();
+            let found = run_as(&pool, &x, &gpu, kernel);
+            (found, isqrt_device::cuda::launches() - before)
+        };
+        let (first, measuring) = counted(fastest);
+        let (second, after) = counted(fastest);
+        assert!(
+            measuring > 5 * after && after > 0,
+            "{measuring} launches, then {after}"
+        );
+        let known = run(&pool, &x, &Device::Cpu);
+        for found in [&first, &second] {
+            assert!(distance(&found.0, &known.0) < limit);
+            assert!(distance(&found.1, &known.1) < limit);
+        }
+        // No gradient to come: another case.
+        let still = x.to_device(&gpu).unwrap();
+        let y = pool.forward_on_gpu(&still, fastest).unwrap();
+        let y = y.to_device(&Device::Cpu).unwrap();
+        assert!(distance(&y.to_dtype(DType::F64).unwrap(), &known.0) < limit);
+    }
+    let none = features((2, 0, 7), DType::F32).to_device(&gpu).unwrap();
+    assert!(CovPool::isqrt(3).forward_on_gpu(&none, fastest).is_err());
+}

@@ -442,6 +442,18 @@ const BLOCKS: [(Shapes, bool); 4] = [
 
 #[test]
 fn residual_blocks_are_one_node() {
+    residual_blocks();
+}
+
+/// What is measured before a pass leaves no trace in what the pass adds to.
+#[test]
+fn algorithms_that_are_timed_give_the_same() {
+    isqrt_device::set_search(isqrt_device::Search::Timed);
+    residual_blocks();
+    isqrt_device::set_search(isqrt_device::Search::Ranked);
+}
+
+fn residual_blocks() {
     let Some(gpu) = gpu() else { return };
     for (shapes, shortcut) in BLOCKS {
         for mode in [Mode::Train, Mode::Frozen, Mode::Eval] {

@@ -7,6 +7,8 @@ use isqrt_nn::{
 use serde::{Deserialize, Serialize};
 
 use candle_core::{DType, Device, Tensor};
+use isqrt_device::Search;
+use isqrt_linalg::GpuKernel;
 
 use crate::{Error, Result};
 
@@ -54,6 +56,9 @@ pub struct TrainConfig {
     /// Element type of weights and features.
     #[serde(default)]
     pub precision: Precision,
+    /// How a GPU computes.
+    #[serde(default)]
+    pub gpu: GpuSpec,
     /// What becomes of an update whose loss or gradient is not finite.
     #[serde(default)]
     pub non_finite: NonFinite,
@@ -149,6 +154,53 @@ impl std::fmt::Display for Precision {
             Self::Tf32 => "tf32",
             Self::Bf16 => "bf16",
         })
+    }
+}
+
+/// How a GPU computes, where there is more than one way; they differ in speed and in rounding. The CPU does not
+/// look at it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GpuSpec {
+    /// The covariance layer: `auto`, `fastest`, `tiles`, `tensor-cores`, ..., see [`GpuKernel`].
+    #[serde(with = "by_name")]
+    pub layer: GpuKernel,
+    /// Algorithms of convolutions: `ranked` by cuDNN, or `timed` at the first pass of a shape.
+    #[serde(with = "by_name")]
+    pub convolutions: Search,
+}
+
+impl GpuSpec {
+    /// Makes the whole program compute so from now on.
+    pub fn begin(self) {
+        isqrt_linalg::set_gpu_kernel(self.layer);
+        isqrt_device::set_search(self.convolutions);
+    }
+
+    /// Whether nothing was chosen.
+    #[must_use]
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Values as their names.
+mod by_name {
+    use std::fmt::Display;
+    use std::str::FromStr;
+
+    use serde::{Deserialize, Deserializer, Serializer, de};
+
+    pub fn serialize<T: Display, S: Serializer>(value: &T, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(value)
+    }
+
+    pub fn deserialize<'de, T: FromStr<Err = String>, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<T, D::Error> {
+        String::deserialize(from)?
+            .parse()
+            .map_err(de::Error::custom)
     }
 }
 
@@ -345,6 +397,34 @@ impl TrainConfig {
         Ok(self.schedule.check()?)
     }
 
+    /// Images of a pass on each of so many devices.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a batch that cannot be shared so.
+    pub fn pass(&self, devices: usize) -> Result<usize> {
+        let passes = devices.saturating_mul(self.accumulate);
+        match self.batch.is_multiple_of(passes) {
+            true => Ok(self.batch / passes),
+            false => Err(Error::Config {
+                what: "batch",
+                value: self.batch.to_string(),
+                expected: format!(
+                    "must be a multiple of {passes}, the devices ({devices}) times the parts (accumulate = {})",
+                    self.accumulate
+                ),
+            }),
+        }
+    }
+
+    /// Makes a network of this recipe compute as it says, on the device where it is.
+    ///
+    /// # Errors
+    /// As [`Precision::begin`].
+    pub fn begin(&self, network: &mut Network) -> Result<()> {
+        self.gpu.begin();
+        self.precision.apply(network)
+    }
+
     /// What the forward pass of a step is.
     pub(crate) fn mode(&self) -> Mode {
         match self.frozen_norm {
@@ -394,5 +474,43 @@ impl TrainConfig {
     fn freezes(&self, parameter: &str) -> bool {
         let mut patterns = self.frozen.iter().map(ParamGroup::new);
         patterns.any(|pattern| pattern.matches(parameter))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gpus_compute_as_their_names_say() {
+        let spec: GpuSpec = toml::from_str("layer = \"tensor-cores\"").unwrap();
+        assert_eq!(spec.layer.name(), "tensor-cores");
+        assert_eq!(spec.convolutions, Search::Ranked);
+        assert!(!spec.is_default());
+        let text = toml::to_string(&spec).unwrap();
+        assert_eq!(toml::from_str::<GpuSpec>(&text).unwrap(), spec);
+        let said = |text: &str| toml::from_str::<GpuSpec>(text).unwrap_err().to_string();
+        assert!(
+            said("layer = \"tensor\"").contains("there are auto, fastest, tiles, tensor-cores")
+        );
+        assert!(said("convolutions = \"fast\"").contains("`ranked` or `timed`, not `fast`"));
+        assert!(said("kernel = \"tiles\"").contains("unknown field"));
+    }
+
+    #[test]
+    fn a_batch_is_shared_in_equal_parts() {
+        let config: TrainConfig = toml::from_str(
+            "epochs = 1\nbatch = 24\naccumulate = 2\nseed = 1\n\
+             [optimiser]\nkind = \"sgd\"\nlr = 0.1\n\
+             [model]\nbackbone = \"e10net\"\nclasses = 2\nrepresentation = { name = \"gap\" }",
+        )
+        .unwrap();
+        assert_eq!(config.pass(3).unwrap(), 4);
+        let said = config.pass(5).unwrap_err().to_string();
+        assert!(
+            said.contains("a multiple of 10, the devices (5) times the parts"),
+            "{said}"
+        );
     }
 }

@@ -211,19 +211,8 @@ impl<'a> Trainer<'a> {
     pub fn new(job: Job<'a>) -> Result<Self> {
         let config = job.config;
         config.check()?;
-        let ranks = job.collective.size();
-        let passes = ranks.saturating_mul(config.accumulate);
-        if !config.batch.is_multiple_of(passes) {
-            return Err(Error::Config {
-                what: "batch",
-                value: config.batch.to_string(),
-                expected: format!(
-                    "must be a multiple of {passes}, the devices ({ranks}) times the parts (accumulate = {})",
-                    config.accumulate
-                ),
-            });
-        }
-        let loading = LoaderConfig::train(config.batch / passes, config.seed);
+        let pass = config.pass(job.collective.size())?;
+        let loading = LoaderConfig::train(pass, config.seed);
         let images = job.train.images.len();
         if images < config.batch {
             return Err(Error::Config {
@@ -236,7 +225,7 @@ impl<'a> Trainer<'a> {
         let eval_loader = job.eval_loader(&job.eval)?;
         let dtype = config.precision.dtype();
         let mut network = Network::new(&config.model, config.seed, dtype, &job.device)?;
-        config.precision.apply(&mut network)?;
+        config.begin(&mut network)?;
         let ledger = match config.non_finite {
             NonFinite::Stop => Ledger::new(&job.device)?,
             // Updates that are left out must be known before they are made.

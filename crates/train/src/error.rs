@@ -136,11 +136,9 @@ pub fn without_backtrace(text: &str) -> String {
 }
 
 impl Error {
-    /// Whether the GPU had no memory left: an op's own error, or that of a call of candle's.
+    /// Whether the GPU had no memory left.
     pub(crate) fn is_out_of_memory(&self) -> bool {
-        let text = self.to_string();
-        !self.is_of_the_ranks()
-            && (text.contains("out of memory") || text.contains("OUT_OF_MEMORY"))
+        !self.is_of_the_ranks() && isqrt_device::is_out_of_memory(&self.to_string())
     }
 
     /// Whether it is that the ranks do not go together, which another rank may be the cause of.

@@ -37,7 +37,7 @@ mod transforms;
 mod trouble;
 
 pub use collective::{Collective, Named, Single};
-pub use config::{NonFinite, OptimiserSpec, Precision, TrainConfig};
+pub use config::{GpuSpec, NonFinite, OptimiserSpec, Precision, TrainConfig};
 pub use diagnostics::{root_distance, spectrum, stage_norms};
 pub use engine::{Feed, Job, Trainer, train};
 pub use error::{Error, Result, without_backtrace};

@@ -94,6 +94,12 @@ pub fn peak_memory_mb() -> Option<f64> {
     Some(kilobytes / 1024.0)
 }
 
+/// Largest memory that tensors of this process took of one of these GPUs so far.
+pub fn peak_gpu_memory_mb(devices: &[candle_core::Device]) -> Option<f64> {
+    let most = devices.iter().filter_map(isqrt_device::peak_memory).max()?;
+    Some(most as f64 / (1 << 20) as f64)
+}
+
 /// Processor time of this process so far, all threads, in seconds; 0 where the system does not tell.
 pub fn cpu_seconds() -> f64 {
     // Linux counts in hundredths here whatever its own clock (proc(5), `utime` and `stime`).

@@ -131,6 +131,9 @@ pub struct RunResult {
     pub images_per_second: f64,
     /// Largest memory of the process that finished the run.
     pub peak_memory_mb: Option<f64>,
+    /// Largest memory that tensors of that process took of a GPU; none on the CPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_gpu_memory_mb: Option<f64>,
     /// Of the images, see [`DataInfo`].
     #[serde(default)]
     pub data_fingerprint: String,
@@ -271,7 +274,7 @@ pub fn run(
         if file.spec.evaluation.svm.is_some() && known != file.spec.evaluation.svm {
             let mut network =
                 Network::new(&config.model, config.seed, config.precision.dtype(), device)?;
-            config.precision.apply(&mut network)?;
+            config.begin(&mut network)?;
             add_svm(&mut network, file, &data, &paths, &mut result, &mut console)?;
         }
         return Ok(result);
@@ -410,6 +413,7 @@ pub fn run(
         cpu_seconds: result.cpu_seconds,
         images_per_second: mean(result.epochs.iter().map(|e| e.images_per_second)),
         peak_memory_mb: None,
+        peak_gpu_memory_mb: machine::peak_gpu_memory_mb(devices),
         spec_hash,
         data_fingerprint: data.info.fingerprint.clone(),
         skipped_images,
@@ -790,10 +794,15 @@ fn environment(
         // The driver's name of the GPU, once where all are alike.
         let each = isqrt_device::gpu_of(gpu).map_or_else(String::new, |gpu| gpu.name);
         let names: Vec<_> = devices.iter().map(isqrt_device::name).collect();
+        let gpu = file.spec.gpu;
         console.say(&format!(
-            "on {} ({each}), {precision}, in passes of {share} images{}",
+            "on {} ({each}), {precision}, in passes of {share} images{}{}",
             names.join(" and "),
-            if devices.len() > 1 { " on each" } else { "" }
+            if devices.len() > 1 { " on each" } else { "" },
+            match gpu.is_default() {
+                true => String::new(),
+                false => format!("; layer {}, convolutions {}", gpu.layer, gpu.convolutions),
+            }
         ));
     }
     let old = saved.and_then(|_| std::fs::read(&path).ok());

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::layers::Layers;
-use crate::{Error, NonFinite, OptimiserSpec, Precision, Result, TrainConfig, Transforms};
+use crate::{Error, GpuSpec, NonFinite, OptimiserSpec, Precision, Result, TrainConfig, Transforms};
 
 /// A training run. Unknown keys are errors; keys with a default may be left out.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -40,6 +40,9 @@ pub struct Spec {
     /// `f32` by default.
     #[serde(default)]
     pub precision: Precision,
+    /// How a GPU computes, see [`GpuSpec`].
+    #[serde(default, skip_serializing_if = "GpuSpec::is_default")]
+    pub gpu: GpuSpec,
     /// Label smoothing, a share; 0 by default.
     #[serde(default)]
     pub label_smoothing: f64,
@@ -532,6 +535,7 @@ impl Spec {
             clip_norm: self.clip_norm,
             ema: self.ema,
             precision: self.precision,
+            gpu: self.gpu,
             non_finite: self.non_finite,
             seed: self.seed,
         }

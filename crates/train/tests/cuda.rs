@@ -70,6 +70,7 @@ fn a_run_is_that_of_the_cpu() {
         "clip_norm = 0.5\nema = 0.9",
         "non_finite = { skip = 1 }\nlabel_smoothing = 0.1",
         "accumulate = 2\nclip_norm = 1.0",
+        "gpu = { layer = \"fastest\", convolutions = \"timed\" }",
     ] {
         let config = config(&format!("precision = \"f64\"\n{more}"));
         let (ours, theirs) = (
@@ -238,13 +239,22 @@ fn shorter_formats_are_near() {
         run(&config, device).unwrap().epochs[0].train_loss
     };
     let full = loss("f32", &Device::Cpu);
+    let near = |what: &str, found: f64, limit: f64| {
+        let apart = (found / full - 1.0).abs();
+        assert!(apart < limit, "{what}: {found}, f32 {full}");
+    };
     for (precision, limit) in [("f32", 1e-3), ("tf32", 0.05), ("bf16", 0.1)] {
-        let found = loss(precision, &gpu);
-        assert!(
-            (found / full - 1.0).abs() < limit,
-            "{precision}: {found}, f32 {full}"
+        near(precision, loss(precision, &gpu), limit);
+    }
+    for (kernel, limit) in [("tensor-cores", 1e-3), ("tensor-cores-tf32", 0.05)] {
+        let config = config(&format!("gpu.layer = \"{kernel}\""));
+        near(
+            kernel,
+            run(&config, &gpu).unwrap().epochs[0].train_loss,
+            limit,
         );
     }
+    isqrt_train::GpuSpec::default().begin();
 }
 
 #[test]

@@ -101,7 +101,7 @@ impl Eval {
         checkpoint::load_from(&mut network, &weights_file, &options)
             .with_context(|| format!("{} classes in the data", data.info.classes))?;
         let mut network = network.on(&self.device.open()?)?;
-        config.precision.apply(&mut network)?;
+        config.begin(&mut network)?;
         let feed = match self.part {
             Part::Train => &data.train_as_eval,
             Part::Val => &data.eval,

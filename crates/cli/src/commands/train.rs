@@ -90,18 +90,13 @@ impl Train {
         let data = RunData::open(&file, few)?;
         if self.dry_run {
             let devices = self.device.open()?.len();
-            let parts = devices * file.spec.accumulate.max(1);
-            anyhow::ensure!(
-                file.spec.batch.is_multiple_of(parts),
-                "`batch` is {}: must be a multiple of {parts}, the devices ({devices}) times the parts (accumulate = {})",
-                file.spec.batch,
-                file.spec.accumulate
-            );
+            let config = file.spec.config(data.info.classes);
+            config.check()?;
+            let pass = config.pass(devices)?;
             plan(&file, &data, json)?;
             if devices > 1 && !json {
                 output::line(&format!(
-                    "on {devices} GPUs: {} images of each pass on each, with activations for as many",
-                    file.spec.batch / parts
+                    "on {devices} GPUs: {pass} images of each pass on each, with activations for as many"
                 ))?;
             }
             return Ok(false);
@@ -195,7 +190,10 @@ fn summary(result: &RunResult) -> Vec<String> {
         isqrt_experiments::stats::duration(result.cpu_seconds),
         show(result.images_per_second),
         result.peak_memory_mb.map_or_else(String::new, |mb| format!(
-            ", peak memory of the process {mb:.0} MB"
+            ", peak memory of the process {mb:.0} MB{}",
+            result
+                .peak_gpu_memory_mb
+                .map_or_else(String::new, |mb| format!(", on a GPU {mb:.0} MB"))
         ))
     ));
     lines

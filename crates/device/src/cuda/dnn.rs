@@ -1,7 +1,7 @@
 //! Convolutions by cuDNN.
 
 use super::memory::{Real, with_bytes};
-use crate::{Error, Precision, precision};
+use crate::{Error, Precision, Search, is_out_of_memory, precision, search};
 use candle_core::cuda::cudarc::cudnn::{result, sys};
 use candle_core::cuda_backend::DeviceId;
 use candle_core::{CudaDevice, DType};
@@ -12,6 +12,7 @@ use std::collections::hash_map::Entry;
 use std::ffi::{c_int, c_void};
 use std::ptr;
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 /// Scratch memory that an algorithm may take.
 const MOST_WORKSPACE: usize = 1 << 29;
@@ -65,6 +66,24 @@ pub enum Pass {
     Filter,
 }
 
+impl Convolution {
+    /// Values that a pass writes.
+    fn values(&self, pass: Pass) -> usize {
+        let (rows, columns, (inputs, outputs)) = (self.rows, self.columns, self.channels);
+        let sizes = match pass {
+            Pass::Forward => [self.batch, outputs, rows.output, columns.output],
+            Pass::Input => [self.batch, inputs, rows.input, columns.input],
+            Pass::Filter => [
+                outputs,
+                inputs / self.groups.max(1),
+                rows.kernel,
+                columns.kernel,
+            ],
+        };
+        sizes.iter().product()
+    }
+}
+
 /// Whether cuDNN has an algorithm for a pass that [`convolve`] would take.
 ///
 /// # Errors
@@ -82,8 +101,8 @@ pub fn can_convolve<T: Real>(
 /// Runs a pass on the stream of the device: one of the addresses of `(input, filter, output)` is written,
 /// or added to where it `adds`, the other two are read. Products are rounded as [`crate::precision`] says.
 ///
-/// The algorithm of each shape is chosen once a thread, from cuDNN's own ranking, among those that give
-/// the same bits each time and take at most 512 MiB of scratch.
+/// The algorithm of each shape is chosen once a thread, as [`search`] says, among those that give the same
+/// bits each time and take at most 512 MiB of scratch.
 ///
 /// # Safety
 /// The addresses are those of memory that is alive, of this type and these sizes.
@@ -98,6 +117,11 @@ pub unsafe fn convolve<T: Real>(
     adds: bool,
 ) -> candle_core::Result<()> {
     with_plan::<T, _>(device, convolution, pass, |handle, plan| {
+        if search() == Search::Timed && !plan.timed {
+            let written = convolution.values(pass) * size_of::<T>();
+            // SAFETY: the caller vouches for the operands.
+            unsafe { plan.time(handle, device, T::DTYPE, (pass, written), (x, w, y)) }?;
+        }
         while let Some(&choice) = plan.choices.first() {
             plan.round_as(choice)?;
             let ran = with_bytes(OP, device, choice.workspace, |workspace| {
@@ -142,19 +166,13 @@ fn with_plan<T: Real, R>(
         let (asked, library) = (OP.to_owned(), "cudnn");
         return Err(Error::Library { asked, library }.into());
     }
-    let values = |channels: usize, rows: usize, columns: usize| {
-        [convolution.batch, channels, rows, columns]
-            .iter()
-            .product()
-    };
-    let (rows, columns) = (convolution.rows, convolution.columns);
-    let input: usize = values(convolution.channels.0, rows.input, columns.input);
-    let output: usize = values(convolution.channels.1, rows.output, columns.output);
-    if input.max(output) > c_int::MAX as usize {
+    let most = convolution
+        .values(Pass::Input)
+        .max(convolution.values(Pass::Forward));
+    if most > c_int::MAX as usize {
         let problem = format!(
-            "maps of {} values are more than cuDNN takes (2³¹ - 1): a smaller batch is needed, or more parts \
-             of it (accumulate)",
-            input.max(output)
+            "maps of {most} values are more than cuDNN takes (2³¹ - 1): a smaller batch is needed, or more parts \
+             of it (accumulate)"
         );
         return Err(Error::Call { op: OP, problem }.into());
     }
@@ -244,8 +262,10 @@ struct Plan {
     w: sys::cudnnFilterDescriptor_t,
     y: sys::cudnnTensorDescriptor_t,
     convolution: sys::cudnnConvolutionDescriptor_t,
-    /// The ones that cuDNN takes for the fastest first.
+    /// The fastest first, as far as that is known.
     choices: Vec<Choice>,
+    /// Whether they were timed.
+    timed: bool,
 }
 
 impl Plan {
@@ -261,6 +281,7 @@ impl Plan {
             y: ptr::null_mut(),
             convolution: ptr::null_mut(),
             choices: vec![],
+            timed: false,
         };
         let math = plan.describe(shape, dtype)?;
         let candidates = match plan.candidates(handle, pass) {
@@ -338,6 +359,69 @@ impl Plan {
                 }
             }
         }
+    }
+
+    /// Puts the choices in order of the time that each takes, with results of their own; those that cuDNN refuses
+    /// go. Without memory for that the order stays as it is.
+    ///
+    /// # Safety
+    /// As [`convolve`].
+    unsafe fn time(
+        &mut self,
+        handle: sys::cudnnHandle_t,
+        device: &CudaDevice,
+        dtype: DType,
+        (pass, written): (Pass, usize),
+        (x, w, y): (u64, u64, u64),
+    ) -> candle_core::Result<()> {
+        const CALLS: u32 = 3;
+        self.timed = true;
+        let took = |choice: Choice| {
+            with_bytes(OP, device, written, |to| {
+                let operands = match pass {
+                    Pass::Forward => (x, w, to),
+                    Pass::Input => (to, w, y),
+                    Pass::Filter => (x, to, y),
+                };
+                with_bytes(OP, device, choice.workspace, |workspace| {
+                    // SAFETY: the caller vouches for what is read; what is written was made for it.
+                    let run =
+                        || unsafe { self.run(handle, choice, dtype, operands, (workspace, false)) };
+                    let calls = |count| (0..count).try_for_each(|_| run());
+                    if let Err(error) = calls(1) {
+                        return Ok(Err(error));
+                    }
+                    device
+                        .cuda_stream()
+                        .synchronize()
+                        .map_err(candle_core::Error::wrap)?;
+                    let start = Instant::now();
+                    if let Err(error) = calls(CALLS) {
+                        return Ok(Err(error));
+                    }
+                    device
+                        .cuda_stream()
+                        .synchronize()
+                        .map_err(candle_core::Error::wrap)?;
+                    Ok(Ok(start.elapsed()))
+                })
+            })
+        };
+        let mut times: Vec<(Duration, Choice)> = vec![];
+        for &choice in &self.choices {
+            self.round_as(choice)?;
+            match took(choice) {
+                Ok(Err(error)) if is_refusal(&error) => {}
+                Ok(time) => times.push((said(time)?, choice)),
+                Err(error) if is_out_of_memory(&error.to_string()) => {
+                    times.push((Duration::MAX, choice))
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        times.sort_by_key(|(time, _)| *time);
+        self.choices = times.into_iter().map(|(_, choice)| choice).collect();
+        Ok(())
     }
 
     /// Makes the descriptors; tells how products are rounded.

@@ -26,7 +26,7 @@ pub use open::{capability, found, open};
 pub use solver::{Eigensolver, SingularSolver, Squares, eigen, singular};
 pub use upload::Uploads;
 
-pub(crate) use open::call;
+pub(crate) use open::{call, peak_memory};
 
 /// The kernels of `kernels/*.cu`.
 pub mod kernels {

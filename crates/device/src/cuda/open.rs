@@ -125,6 +125,20 @@ fn keep_memory(device: sys::CUdevice) -> std::result::Result<(), result::DriverE
     }
 }
 
+/// Bytes that tensors of this process took of the GPU of this number at most.
+pub(crate) fn peak_memory(ordinal: usize) -> Option<u64> {
+    let mut bytes = 0_u64;
+    let device = result::device::get(i32::try_from(ordinal).ok()?).ok()?;
+    // SAFETY: the attribute is a u64.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(device).ok()?;
+        let at = (&raw mut bytes).cast::<c_void>();
+        let which = CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+        result::mem_pool::get_attribute(pool, which, at).ok()?;
+    }
+    Some(bytes)
+}
+
 fn look(ordinal: usize) -> std::result::Result<(Gpu, sys::CUdevice), result::DriverError> {
     let device = result::device::get(ordinal as i32)?;
     // SAFETY: `device` was just returned by the driver.

@@ -131,6 +131,7 @@ fn config(training: &Training, lr: f64, seed: u64, classes: usize) -> TrainConfi
         clip_norm: None,
         ema: None,
         precision: isqrt_train::Precision::default(),
+        gpu: isqrt_train::GpuSpec::default(),
         non_finite: isqrt_train::NonFinite::default(),
         seed,
     }

@@ -3,7 +3,8 @@
 //! where the GPU waits for them.
 
 use super::{DecompositionRow, LayerCase, interleaved, synthetic_features};
-use crate::config::{CovPool, GpuKernel, PreNormalization, Root, Side, Tf32, out_of_range};
+use crate::config::{CovPool, PreNormalization, Root, Side, out_of_range};
+use crate::gpu_kernel::{GpuKernel, Tf32};
 use crate::program::{Program, Wanted};
 use crate::{Error, Output as Form, Replayed, Result, Schedule};
 use candle_core::backend::BackendStorage;
@@ -23,9 +24,8 @@ const REPLAYED: &str = "ours, replayed";
 /// Time of one implementation of the layer on one batch on a GPU.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeviceLayerTiming {
-    /// `ours, replayed`, `ours`, `ours by clusters` where that runs, `ours by tiles`, `ours on tensor cores` in one or
-    /// three products of TF32, `ours by cuBLAS`, `reference by cuBLAS` (both also with `TF32`),
-    /// `reference by candle's ops`.
+    /// `ours` for [`GpuKernel::Auto`], the same as `ours, replayed`, the names of the others that run
+    /// ([`GpuKernel::name`]), and `candle` for the layer composed of candle's ops.
     pub implementation: &'static str,
     /// Milliseconds of the forward pass of the whole batch.
     pub forward_ms: f64,
@@ -138,35 +138,22 @@ pub fn layer_on_device(
     let facts = case.pool.describe(d, m)?;
     let ours = facts.forward_multiply_adds + facts.backward_multiply_adds;
     let whole = whole_products(root, size, facts.gram)?;
+    let by = |kernel: GpuKernel, multiply_adds| (kernel.name(), multiply_adds, Some(kernel));
     let mut rows: Vec<(&'static str, f64, Option<GpuKernel>)> = vec![
         (REPLAYED, ours, Some(GpuKernel::Auto)),
         ("ours", ours, Some(GpuKernel::Auto)),
-        ("ours by tiles", ours, Some(GpuKernel::Tiles)),
-        (
-            "ours on tensor cores, 3 x TF32",
-            ours,
-            Some(GpuKernel::TensorCores(Tf32::Thrice)),
-        ),
-        (
-            "ours on tensor cores, TF32",
-            ours,
-            Some(GpuKernel::TensorCores(Tf32::Once)),
-        ),
-        (
-            "ours by cuBLAS",
-            whole,
-            Some(GpuKernel::Cublas(Precision::Full)),
-        ),
-        (
-            "ours by cuBLAS, TF32",
-            whole,
-            Some(GpuKernel::Cublas(Precision::Tf32)),
-        ),
+        by(GpuKernel::Tiles, ours),
+        by(GpuKernel::TensorCores(Tf32::Thrice), ours),
+        by(GpuKernel::TensorCores(Tf32::Once), ours),
     ];
     // Only where the GPU and the matrices are such.
-    if case.pool.forward_on_gpu(&x, GpuKernel::Cluster).is_ok() {
-        let name = "ours by clusters";
-        rows.insert(2, (name, whole, Some(GpuKernel::Cluster)));
+    for (kernel, multiply_adds) in [(GpuKernel::Fused, ours), (GpuKernel::Cluster, whole)] {
+        if case.pool.forward_on_gpu(&x, kernel).is_ok() {
+            rows.push(by(kernel, multiply_adds));
+        }
+    }
+    for precision in [Precision::Full, Precision::Tf32] {
+        rows.push(by(GpuKernel::Cublas(precision), whole));
     }
     let steps = root.schedule.steps();
     if matches!(root.schedule, Schedule::NewtonSchulz { .. })
@@ -175,11 +162,11 @@ pub fn layer_on_device(
         && root.side != Side::Gram
     {
         let official = official_products(steps, size);
-        let by = |precision| Some(GpuKernel::Reference(precision));
-        rows.push(("reference by cuBLAS", official, by(Precision::Full)));
-        rows.push(("reference by cuBLAS, TF32", official, by(Precision::Tf32)));
+        for precision in [Precision::Full, Precision::Tf32] {
+            rows.push(by(GpuKernel::Reference(precision), official));
+        }
         if case.pool.output == Form::Triangle {
-            rows.push(("reference by candle's ops", official, None));
+            rows.push(("candle", official, None));
         }
     }
     let places: Vec<u32> = (0..d)
@@ -204,7 +191,8 @@ pub fn layer_on_device(
     let times = interleaved(&mut tasks, budget)?;
     let values = 3 * d * m + 2 * pool.out_dim(d);
     let bytes = (case.batch * values * size_of::<f32>()) as f64;
-    let timing = |(implementation, multiply_adds, _), (forward_ms, backward_ms)| {
+    let timing = |(implementation, multiply_adds, _): (&'static str, f64, _),
+                  (forward_ms, backward_ms)| {
         let seconds = (forward_ms + backward_ms) * 1e-3;
         let flops = 2.0 * multiply_adds * case.batch as f64 / seconds;
         DeviceLayerTiming {

@@ -3,8 +3,8 @@
 
 use super::gpu::{Batch, OP, missing, place};
 use super::plan::Iteration;
-use crate::config::GpuKernel;
 use crate::gpu::Matrices;
+use crate::gpu_kernel::GpuKernel;
 use crate::program::Epilogue;
 use crate::{Output as Form, Result};
 use candle_core::DType;

@@ -5,8 +5,9 @@
 
 use super::fused::Destination;
 use super::plan::{Iteration, Plan};
-use crate::config::{GpuKernel, Tf32, out_of_range};
+use crate::config::out_of_range;
 use crate::gpu::{Arena, Images, Matrices, Pair, Target, pair};
+use crate::gpu_kernel::{GpuKernel, Tf32};
 use crate::program::Epilogue;
 use crate::{Output as Form, Result};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout};

@@ -4,6 +4,8 @@
 #[cfg(feature = "cuda")]
 mod baseline;
 #[cfg(feature = "cuda")]
+mod fastest;
+#[cfg(feature = "cuda")]
 mod fused;
 #[cfg(feature = "cuda")]
 mod gpu;
@@ -15,9 +17,8 @@ mod replayed;
 #[cfg(feature = "cuda")]
 pub use replayed::Replayed;
 
-#[cfg(feature = "cuda")]
-use crate::config::GpuKernel;
-use crate::config::{CovPool, Output};
+use crate::config::{CovPool, Output, PreNormalization, Side, out_of_range};
+use crate::gpu_kernel::{GpuKernel, gpu_kernel};
 use crate::kernel::buffer::Kept;
 use crate::kernel::{Dispatch, Isa};
 use crate::{Error, Result};
@@ -45,8 +46,8 @@ impl CovPool {
     /// Constant features (and so `M = 1`) give zeros, and zero gradients.
     ///
     /// # Devices
-    /// The CPU, and CUDA with the feature `cuda`, where nothing waits for the GPU: features that are not
-    /// finite give NaN there, and no error.
+    /// The CPU, and CUDA with the feature `cuda`, where it computes as [`set_gpu_kernel`](crate::set_gpu_kernel)
+    /// says and nothing waits for the GPU: features that are not finite give NaN there, and no error.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Empty`], [`Error::Dtype`], [`Error::Device`],
@@ -57,23 +58,25 @@ impl CovPool {
     /// `docs/method.md` counts the products; at `d = 256`, `M = 196`, `N = 5` on the Gram side
     /// about 59 million multiply-adds forward and 113 million backward an image.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.forward_as(
-            x,
-            #[cfg(feature = "cuda")]
-            GpuKernel::Auto,
-        )
+        match x.device().is_cuda() {
+            true => self.forward_on_gpu(x, gpu_kernel()),
+            false => self.forward_as(x, GpuKernel::Auto),
+        }
     }
 
     /// As [`CovPool::forward`], on a GPU in the way that is given.
     ///
     /// # Errors
     /// As there; [`Error::Device`] on the CPU, [`Error::Option`] for what the way does not have.
-    #[cfg(feature = "cuda")]
     pub fn forward_on_gpu(&self, x: &Tensor, kernel: GpuKernel) -> Result<Tensor> {
-        use crate::config::{PreNormalization, Side, out_of_range};
         if !x.device().is_cuda() {
             return Err(Error::Device);
         }
+        #[cfg(feature = "cuda")]
+        let kernel = match kernel {
+            GpuKernel::Fastest => fastest::find(self, x)?,
+            kernel => kernel,
+        };
         let (GpuKernel::Reference(_), Some(root)) = (kernel, &self.root) else {
             return self.forward_as(x, kernel);
         };
@@ -96,37 +99,22 @@ impl CovPool {
         pool.forward_as(x, kernel)
     }
 
-    fn forward_as(&self, x: &Tensor, #[cfg(feature = "cuda")] kernel: GpuKernel) -> Result<Tensor> {
+    fn forward_as(&self, x: &Tensor, kernel: GpuKernel) -> Result<Tensor> {
         let shape = feature_shape(x)?;
         match x.dtype() {
             DType::F32 => {
                 if let Some(root) = &self.root {
                     root.check_f32()?;
                 }
-                self.apply::<f32>(
-                    x,
-                    shape,
-                    #[cfg(feature = "cuda")]
-                    kernel,
-                )
+                self.apply::<f32>(x, shape, kernel)
             }
-            DType::F64 => self.apply::<f64>(
-                x,
-                shape,
-                #[cfg(feature = "cuda")]
-                kernel,
-            ),
+            DType::F64 => self.apply::<f64>(x, shape, kernel),
             #[cfg(feature = "cuda")]
             DType::BF16 if x.device().is_cuda() => {
                 if let Some(root) = &self.root {
                     root.check_f32()?;
                 }
-                self.apply::<f32>(
-                    x,
-                    shape,
-                    #[cfg(feature = "cuda")]
-                    kernel,
-                )
+                self.apply::<f32>(x, shape, kernel)
             }
             other => Err(Error::Dtype {
                 dtype: other.as_str(),
@@ -138,7 +126,7 @@ impl CovPool {
         &self,
         x: &Tensor,
         shape: (usize, usize, usize),
-        #[cfg(feature = "cuda")] kernel: GpuKernel,
+        kernel: GpuKernel,
     ) -> Result<Tensor> {
         let (batch, d, positions) = shape;
         let isa = T::isa(self.kernel)?;
@@ -148,7 +136,6 @@ impl CovPool {
             batch,
             tracked: x.track_op(),
             state: OnceLock::new(),
-            #[cfg(feature = "cuda")]
             kernel,
             #[cfg(feature = "cuda")]
             narrow: x.dtype() == DType::BF16,
@@ -286,7 +273,7 @@ struct Op<T: 'static> {
     batch: usize,
     tracked: bool,
     state: OnceLock<State<T>>,
-    #[cfg(feature = "cuda")]
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "of a GPU"))]
     kernel: GpuKernel,
     #[cfg(feature = "cuda")]
     narrow: bool,

@@ -4,8 +4,9 @@
 use super::gpu::{Batch, State};
 use super::plan::Plan;
 use super::{feature_shape, out_shape};
-use crate::config::{CovPool, GpuKernel, out_of_range};
+use crate::config::{CovPool, out_of_range};
 use crate::gpu::Arena;
+use crate::gpu_kernel::GpuKernel;
 use crate::kernel::Dispatch;
 use crate::{Error, Result};
 use candle_core::backend::BackendStorage;
@@ -76,8 +77,13 @@ impl Replayed {
             let shape = vec![batch, d, positions];
             return Err(Error::Empty { shape });
         }
-        if matches!(kernel, GpuKernel::Cublas(_) | GpuKernel::Reference(_)) {
-            return Err(out_of_range("kernel", kernel, "a kernel of ours"));
+        use GpuKernel::{Cublas, Fastest, Reference};
+        if matches!(kernel, Cublas(_) | Reference(_) | Fastest) {
+            return Err(out_of_range(
+                "kernel",
+                kernel,
+                "a kernel of ours by its own name",
+            ));
         }
         if let Some(root) = &pool.root {
             root.check_f32()?;

@@ -6,13 +6,14 @@ use super::device::DeviceArg;
 use crate::output::{self, show};
 use anyhow::Context;
 use clap::{Args, Subcommand, ValueEnum};
+use isqrt_device::{Gpu, Search};
 use isqrt_experiments::spec::{check_decomposition_size, check_size};
-use isqrt_linalg::bench::{LayerCase, decompositions, layer, peak_gflops};
-use isqrt_linalg::{CovPool, Kernel, Memory, Root, Schedule, Side};
+use isqrt_linalg::bench::{LayerCase, LayerTiming, decompositions, layer, peak_gflops};
+use isqrt_linalg::{CovPool, GpuKernel, Kernel, Memory, Root, Schedule, Side};
 use isqrt_models::ModelSpec;
 use isqrt_models::bench::{NetworkCase, network, ops};
-use isqrt_train::Precision;
-use isqrt_train::machine::peak_memory_mb;
+use isqrt_train::machine::{peak_gpu_memory_mb, peak_memory_mb};
+use isqrt_train::{GpuSpec, Precision};
 use std::time::Duration;
 
 /// Time the layer, what it replaces, networks, and the loading of images
@@ -170,6 +171,7 @@ impl LayerBench {
                     "peak_share": r.peak_share,
                     "bandwidth_share": r.bandwidth_share,
                     "peak_memory_mb": peak_memory_mb(),
+                    "peak_gpu_memory_mb": peak_gpu_memory_mb(&[device.clone()]),
                     "kept_bytes_per_image": r.kept_bytes,
                     "kernel": r.kernel,
                 }))?;
@@ -177,6 +179,9 @@ impl LayerBench {
             return Ok(());
         }
         output::line(&name)?;
+        if let Some(gpu) = isqrt_device::gpu_of(&device) {
+            return self.say_gpu(&rows, &gpu);
+        }
         let cells = rows.iter().map(|r| {
             vec![
                 r.implementation.to_owned(),
@@ -202,30 +207,84 @@ impl LayerBench {
             "kernel",
         ];
         output::table(&head, cells.collect(), 1)?;
-        // On a GPU there are several of either kind.
-        let named = |name: &str| rows.iter().find(|r| r.implementation.starts_with(name));
-        let ours = rows.iter().find(|r| r.implementation == "ours");
-        if let (Some(ours), Some(reference)) = (ours, named("reference")) {
-            let total = |r: &isqrt_linalg::bench::LayerTiming| r.forward_ms + r.backward_ms;
-            output::line(&format!(
-                "{} times faster than the plain reverse-mode reference (forward {}, backward {})",
-                show(total(reference) / total(ours)),
-                show(reference.forward_ms / ours.forward_ms),
-                show(reference.backward_ms / ours.backward_ms)
-            ))?;
-        }
-        if let Some(gpu) = isqrt_device::gpu_of(&device) {
-            return output::line(&format!(
-                "{}: peak {} GFLOP/s in f32",
-                gpu.name,
-                show(gpu.peak_f32() / 1e9)
-            ));
-        }
+        say_ratio(&rows, "ours")?;
         let peak = peak_gflops(case.pool.kernel)?;
         let memory =
             peak_memory_mb().map_or_else(String::new, |m| format!("; peak memory {m:.0} MB"));
         output::line(&format!("measured peak {} GFLOP/s{memory}", show(peak)))
     }
+}
+
+impl LayerBench {
+    /// The table of a GPU, where an implementation is a kernel.
+    fn say_gpu(&self, rows: &[LayerTiming], gpu: &Gpu) -> anyhow::Result<()> {
+        let percent = |share: f64| format!("{:.0} %", 100.0 * share);
+        let cells = rows.iter().map(|r| {
+            let all = r.forward_ms + r.backward_ms;
+            vec![
+                r.implementation.to_owned(),
+                show(r.forward_ms),
+                show(r.backward_ms),
+                show(all),
+                show(1e3 * all / self.batch as f64),
+                show(r.gflops),
+                percent(r.peak_share),
+                r.bandwidth_share.map_or_else(String::new, percent),
+            ]
+        });
+        let head = [
+            "implementation",
+            "forward ms",
+            "backward ms",
+            "both ms",
+            "us/image",
+            "GFLOP/s",
+            "of f32 peak",
+            "of bandwidth",
+        ];
+        output::table(&head, cells.collect(), 1)?;
+        output::line(
+            "GFLOP/s: the arithmetic that the implementation needs; where it computes half of a symmetric product, half",
+        )?;
+        output::line(&format!(
+            "{}: peak {} GFLOP/s in f32 without tensor cores, {} GB/s",
+            gpu.name,
+            show(gpu.peak_f32() / 1e9),
+            show(gpu.peak_bandwidth() / 1e9)
+        ))?;
+        let own = rows.iter().filter(|r| {
+            let kernel = r.implementation.parse();
+            kernel.is_ok_and(|kernel: GpuKernel| kernel.rounds_as_f32())
+        });
+        let total = |r: &LayerTiming| r.forward_ms + r.backward_ms;
+        let Some(best) = own.min_by(|a, b| total(a).total_cmp(&total(b))) else {
+            return Ok(());
+        };
+        output::line(&format!(
+            "the fastest that rounds as f32 does: {0} (for training: --set gpu.layer={0})",
+            best.implementation
+        ))?;
+        say_ratio(rows, best.implementation)
+    }
+}
+
+/// How an implementation compares with the reference.
+fn say_ratio(rows: &[LayerTiming], name: &str) -> anyhow::Result<()> {
+    let named = |name: &str| rows.iter().find(|r| r.implementation == name);
+    let (Some(ours), Some(reference)) = (named(name), named("reference")) else {
+        return Ok(());
+    };
+    let total = |r: &LayerTiming| r.forward_ms + r.backward_ms;
+    let ratio = |ours: f64, reference: f64| match reference >= ours {
+        true => format!("{} times faster", show(reference / ours)),
+        false => format!("{} times slower", show(ours / reference)),
+    };
+    output::line(&format!(
+        "{} than the plain reverse-mode reference (forward {}, backward {})",
+        ratio(total(ours), total(reference)),
+        ratio(ours.forward_ms, reference.forward_ms),
+        ratio(ours.backward_ms, reference.backward_ms)
+    ))
 }
 
 /// Eigen- and singular value decomposition beside our layer
@@ -323,6 +382,12 @@ pub struct NetworkBench {
     /// On a GPU: products in f32, rounded to TF32, or feature maps in bf16
     #[arg(long, value_enum, default_value_t = PrecisionArg::F32)]
     precision: PrecisionArg,
+    /// On a GPU, the covariance layer's kernel, as `gpu.layer` of a spec: auto, fastest, tiles, tensor-cores, ...
+    #[arg(long, value_name = "KERNEL", default_value_t)]
+    layer: GpuKernel,
+    /// On a GPU, how algorithms of convolutions are found, as `gpu.convolutions` of a spec: ranked or timed
+    #[arg(long, value_name = "HOW", default_value_t)]
+    convolutions: Search,
     /// Time each kind of op too, at the shapes of a ResNet
     #[arg(long)]
     ops: bool,
@@ -363,6 +428,11 @@ impl NetworkBench {
         let batch = usize::from(self.batch);
         let (device, precision) = (self.device.open()?, Precision::from(self.precision));
         precision.begin(&device)?;
+        let gpu_spec = GpuSpec {
+            layer: self.layer,
+            convolutions: self.convolutions,
+        };
+        gpu_spec.begin();
         let case = NetworkCase {
             model,
             batch,
@@ -380,9 +450,18 @@ impl NetworkBench {
             },
             if self.checkpoint { " checkpoint" } else { "" }
         );
-        let time = network(&case, &device, budget)?;
+        let time = network(&case, &device, budget).map_err(|error| {
+            let said = isqrt_train::without_backtrace(&error.to_string());
+            match isqrt_device::is_out_of_memory(&said) {
+                true => anyhow::anyhow!(
+                    "{said}; a step of {batch} images does not fit: take a smaller --batch"
+                ),
+                false => error.into(),
+            }
+        })?;
         // Before the ops, which need other memory.
         let memory = peak_memory_mb();
+        let on_gpu = peak_gpu_memory_mb(&[device.clone()]);
         let rows = match self.ops {
             true => ops(batch, &device, budget)?,
             false => Vec::new(),
@@ -409,6 +488,7 @@ impl NetworkBench {
                 "peak_share": share,
                 "parameters": time.parameters,
                 "peak_memory_mb": memory,
+                "peak_gpu_memory_mb": on_gpu,
             }))?;
             for r in &rows {
                 output::json(&serde_json::json!({
@@ -439,7 +519,10 @@ impl NetworkBench {
             part("evaluation", time.eval_ms),
         ];
         output::table(&["part", "ms", "ms/image"], parts, 1)?;
-        let memory = memory.map_or_else(String::new, |m| format!("; peak memory {m:.0} MB"));
+        let memory = match on_gpu {
+            Some(mb) => format!("; peak memory on the GPU {mb:.0} MB"),
+            None => memory.map_or_else(String::new, |m| format!("; peak memory {m:.0} MB")),
+        };
         let rate = time.gflops.map_or_else(String::new, |rate| {
             let share =
                 share.map_or_else(String::new, |s| format!(" ({:.0} % of peak)", 100.0 * s));
