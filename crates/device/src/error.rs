@@ -107,8 +107,10 @@ impl From<Error> for candle_core::Error {
 }
 
 /// Whether an error with this text is that a GPU had no memory left: an op's own error, or that of a call of
-/// candle's.
+/// candle's or of a library's.
 #[must_use]
 pub fn is_out_of_memory(message: &str) -> bool {
-    message.contains("out of memory") || message.contains("OUT_OF_MEMORY")
+    ["out of memory", "OUT_OF_MEMORY", "ALLOC_FAILED"]
+        .iter()
+        .any(|words| message.contains(words))
 }

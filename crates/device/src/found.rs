@@ -91,8 +91,8 @@ pub fn gpu_of(device: &candle_core::Device) -> Option<Gpu> {
     found().gpus.into_iter().find(|gpu| gpu.ordinal == gpu_id)
 }
 
-/// Bytes that tensors of this process took of a GPU at most; none for the CPU. What its libraries keep for
-/// themselves is not counted.
+/// Bytes that this process took of a GPU's pool at most, for tensors and scratch; none for the CPU. What the
+/// libraries keep for themselves is not counted.
 #[must_use]
 pub fn peak_memory(device: &candle_core::Device) -> Option<u64> {
     #[cfg(feature = "cuda")]

@@ -10,8 +10,9 @@ pub enum Search {
     /// By cuDNN's own ranking: the same one in each run.
     #[default]
     Ranked,
-    /// By the time that each takes at the first pass of a shape. Another run may find another one, and so other
-    /// last bits.
+    /// By the time that each takes at the first pass of a shape, on results of its own. Another run, or another
+    /// GPU of the same run, may find another one and so round differently: where TF32 is allowed, also one that
+    /// does not round to it.
     Timed,
 }
 

@@ -22,8 +22,8 @@ use std::time::{Duration, Instant};
 /// Time of one implementation of the layer on one batch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerTiming {
-    /// `ours` or `reference` (plain reverse mode, library products, parallel over the batch); on a GPU more
-    /// of either kind.
+    /// `ours` or `reference` (plain reverse mode, library products, parallel over the batch); on a GPU also
+    /// the names of its kernels.
     pub implementation: &'static str,
     /// Threads used.
     pub threads: usize,

@@ -21,8 +21,10 @@ pub enum GpuKernel {
     /// [`Fused`](Self::Fused) where the matrices are that small, else [`Tiles`](Self::Tiles).
     #[default]
     Auto,
-    /// The fastest of those that round as f32 does, by a measurement at the first batch of a shape. Another
-    /// run may find another one, and so other last bits.
+    /// The fastest of those that [compute our algebra in f32](Self::is_ours_in_f32), by a measurement at the first
+    /// batch of a shape on each GPU, which takes some twenty passes a kernel while other threads wait for their
+    /// own, and memory for one more pass of the layer. Another run, or another GPU of the same run, may find
+    /// another one, and so round differently. [`measured_kernels`](crate::measured_kernels) tells what was found.
     Fastest,
     /// Our products, a launch each: half of a symmetric result is computed, with its linear part in the same
     /// launch.
@@ -60,11 +62,14 @@ impl GpuKernel {
         Self::Reference(Precision::Tf32),
     ];
 
-    /// Whether it is one of ours by its own name, whose results are as exact as those of f32.
+    /// Whether it is a way of computing our algebra whose results are as exact as those of f32.
     #[must_use]
-    pub fn rounds_as_f32(self) -> bool {
-        use GpuKernel::{Cluster, Fused, TensorCores, Tiles};
-        matches!(self, Tiles | Fused | Cluster | TensorCores(Tf32::Thrice))
+    pub fn is_ours_in_f32(self) -> bool {
+        use GpuKernel::{Cluster, Cublas, Fused, TensorCores, Tiles};
+        matches!(
+            self,
+            Tiles | Fused | Cluster | TensorCores(Tf32::Thrice) | Cublas(Precision::Full)
+        )
     }
 
     /// Its name in specs and on command lines.
@@ -107,7 +112,8 @@ impl FromStr for GpuKernel {
 /// A place in [`GpuKernel::ALL`].
 static CHOSEN: AtomicUsize = AtomicUsize::new(0);
 
-/// How the layers of the whole program compute on a GPU from now on; [`GpuKernel::Auto`] at first.
+/// How the layers of the whole program compute on a GPU from now on; [`GpuKernel::Auto`] at first. Training sets
+/// it as its recipe says.
 pub fn set_gpu_kernel(kernel: GpuKernel) {
     let at = GpuKernel::ALL.iter().position(|&known| known == kernel);
     CHOSEN.store(at.unwrap_or(0), Ordering::Relaxed);

@@ -49,4 +49,5 @@ pub use isqrt_device::Precision;
 pub use layer::Description;
 #[cfg(feature = "cuda")]
 pub use layer::Replayed;
+pub use layer::measured_kernels;
 pub use schedule::{Polynomial, Schedule};

@@ -717,7 +717,7 @@ fn benchmarks_run_every_implementation() {
     };
     let rows = layer_on_device(&case, &gpu, Duration::ZERO).unwrap();
     let clusters = isqrt_device::found().gpus[0].capability >= (9, 0);
-    assert_eq!(rows.len(), 10 + usize::from(clusters));
+    assert_eq!(rows.len(), 11 + usize::from(clusters));
     for row in rows {
         let shares = [row.gflops, row.peak_share, row.bandwidth_share];
         let positive = |v: f64| v.is_finite() && v > 0.0;

@@ -158,7 +158,8 @@ impl std::fmt::Display for Precision {
 }
 
 /// How a GPU computes, where there is more than one way; they differ in speed and in rounding. The CPU does not
-/// look at it.
+/// look at it, and a head without covariance not at `layer`. A kernel that does not take the features fails at
+/// the first batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct GpuSpec {
@@ -175,6 +176,12 @@ impl GpuSpec {
     pub fn begin(self) {
         isqrt_linalg::set_gpu_kernel(self.layer);
         isqrt_device::set_search(self.convolutions);
+    }
+
+    /// Whether something is measured while a run goes on, so that another run may round differently.
+    #[must_use]
+    pub fn measures(&self) -> bool {
+        self.layer == GpuKernel::Fastest || self.convolutions == Search::Timed
     }
 
     /// Whether nothing was chosen.
@@ -416,7 +423,8 @@ impl TrainConfig {
         }
     }
 
-    /// Makes a network of this recipe compute as it says, on the device where it is.
+    /// Makes a network of this recipe compute as it says, on the device where it is, and with it the whole
+    /// program, see [`Precision::begin`] and [`GpuSpec::begin`].
     ///
     /// # Errors
     /// As [`Precision::begin`].

@@ -94,7 +94,7 @@ pub fn peak_memory_mb() -> Option<f64> {
     Some(kilobytes / 1024.0)
 }
 
-/// Largest memory that tensors of this process took of one of these GPUs so far.
+/// Largest memory that tensors and scratch of this process took of one of these GPUs so far, in MB.
 pub fn peak_gpu_memory_mb(devices: &[candle_core::Device]) -> Option<f64> {
     let most = devices.iter().filter_map(isqrt_device::peak_memory).max()?;
     Some(most as f64 / (1 << 20) as f64)

@@ -131,9 +131,12 @@ pub struct RunResult {
     pub images_per_second: f64,
     /// Largest memory of the process that finished the run.
     pub peak_memory_mb: Option<f64>,
-    /// Largest memory that tensors of that process took of a GPU; none on the CPU.
+    /// Largest memory that its tensors and scratch took of a GPU; none on the CPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_gpu_memory_mb: Option<f64>,
+    /// What `gpu.layer = "fastest"` found in that process.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub measured_kernels: Vec<String>,
     /// Of the images, see [`DataInfo`].
     #[serde(default)]
     pub data_fingerprint: String,
@@ -413,7 +416,8 @@ pub fn run(
         cpu_seconds: result.cpu_seconds,
         images_per_second: mean(result.epochs.iter().map(|e| e.images_per_second)),
         peak_memory_mb: None,
-        peak_gpu_memory_mb: machine::peak_gpu_memory_mb(devices),
+        peak_gpu_memory_mb: None,
+        measured_kernels: vec![],
         spec_hash,
         data_fingerprint: data.info.fingerprint.clone(),
         skipped_images,
@@ -425,17 +429,19 @@ pub fn run(
         report(&network, file, &data, &paths, &mut outcome, &mut console)?;
         test_best(&mut network, file, &data, &paths, &mut outcome)?;
         // SVMs may need more memory or time than there is; the run is done without them.
-        write_result(&paths, &mut outcome)?;
-        add_svm(
+        write_result(&paths, &mut outcome, devices)?;
+        if add_svm(
             &mut network,
             file,
             &data,
             &paths,
             &mut outcome,
             &mut console,
-        )?;
+        )? {
+            write_result(&paths, &mut outcome, devices)?;
+        }
     } else {
-        write_result(&paths, &mut outcome)?;
+        write_result(&paths, &mut outcome, devices)?;
     }
     drop(lock);
     Ok(outcome)
@@ -510,8 +516,10 @@ fn with_others<'a, T, S: Send>(
 /// Name of the checkpoint with the weights that a finished run reports on.
 pub const FINAL: &str = "final";
 
-fn write_result(paths: &Paths, result: &mut RunResult) -> Result<()> {
+fn write_result(paths: &Paths, result: &mut RunResult, devices: &[Device]) -> Result<()> {
     result.peak_memory_mb = machine::peak_memory_mb();
+    result.peak_gpu_memory_mb = machine::peak_gpu_memory_mb(devices);
+    result.measured_kernels = isqrt_linalg::measured_kernels();
     let text = serde_json::to_vec_pretty(result).map_err(|e| failed(&paths.result(), &e))?;
     write_whole(&paths.result(), &text)
 }
@@ -533,7 +541,8 @@ fn report(
     Ok(())
 }
 
-/// Adds the SVMs that the spec asks for to the result, on the weights that the run reports on.
+/// Adds the SVMs that the spec asks for to the result, on the weights that the run reports on; whether there are
+/// any.
 fn add_svm(
     network: &mut Network,
     file: &SpecFile,
@@ -541,7 +550,7 @@ fn add_svm(
     paths: &Paths,
     outcome: &mut RunResult,
     console: &mut Log<'_>,
-) -> Result<()> {
+) -> Result<bool> {
     if let Some(c) = file.spec.evaluation.svm {
         console.say(&format!(
             "fitting {} linear SVMs on the representations of {} images",
@@ -551,9 +560,8 @@ fn add_svm(
         let weights = paths.checkpoint(FINAL);
         checkpoint::load(network, &weights, &LoadOptions::default())?;
         outcome.svm = Some(svm(network, file, data, data.reported(), c)?);
-        write_result(paths, outcome)?;
     }
-    Ok(())
+    Ok(outcome.svm.is_some())
 }
 
 /// Evaluates the best weights on the part that is reported on, where that is not the one that chose them.
@@ -804,6 +812,9 @@ fn environment(
                 false => format!("; layer {}, convolutions {}", gpu.layer, gpu.convolutions),
             }
         ));
+    }
+    if saved.is_some() && devices.iter().any(Device::is_cuda) && file.spec.gpu.measures() {
+        console.say("the fastest kernels and algorithms are looked for again: results may round differently");
     }
     let old = saved.and_then(|_| std::fs::read(&path).ok());
     let old: Option<Environment> = old.and_then(|bytes| serde_json::from_slice(&bytes).ok());

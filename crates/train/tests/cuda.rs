@@ -3,7 +3,7 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 
 use candle_core::Device;
 use isqrt_datasets::{ImageSet, Step};
@@ -50,7 +50,15 @@ fn config(more: &str) -> TrainConfig {
     toml::from_str(&toml).unwrap()
 }
 
+/// What a recipe sets for the whole program: those that set other things than usual do it alone.
+static SETTINGS: RwLock<()> = RwLock::new(());
+
 fn run(config: &TrainConfig, device: &Device) -> isqrt_train::Result<TrainResult> {
+    let _as_usual = SETTINGS.read().unwrap();
+    run_alone(config, device)
+}
+
+fn run_alone(config: &TrainConfig, device: &Device) -> isqrt_train::Result<TrainResult> {
     let job = Job::in_memory(
         config,
         &[Step::HorizontalFlip { p: 0.5 }],
@@ -70,7 +78,6 @@ fn a_run_is_that_of_the_cpu() {
         "clip_norm = 0.5\nema = 0.9",
         "non_finite = { skip = 1 }\nlabel_smoothing = 0.1",
         "accumulate = 2\nclip_norm = 1.0",
-        "gpu = { layer = \"fastest\", convolutions = \"timed\" }",
     ] {
         let config = config(&format!("precision = \"f64\"\n{more}"));
         let (ours, theirs) = (
@@ -104,6 +111,7 @@ fn observed(
     devices: &[Device],
     observer: impl Fn(usize) -> Box<dyn Observer> + Sync,
 ) -> Vec<isqrt_train::Result<TrainResult>> {
+    let _as_usual = SETTINGS.read().unwrap();
     let work = |rank: &Rank, device: &Device| {
         let job = Job::in_memory(config, &[], stripes(48), stripes(20))?;
         let device = device.clone();
@@ -234,9 +242,10 @@ fn gpus_that_diverge_do_so_together() {
 #[test]
 fn shorter_formats_are_near() {
     let Some(gpu) = gpu() else { return };
+    let _alone = SETTINGS.write().unwrap();
     let loss = |precision: &str, device: &Device| {
         let config = config(&format!("precision = \"{precision}\""));
-        run(&config, device).unwrap().epochs[0].train_loss
+        run_alone(&config, device).unwrap().epochs[0].train_loss
     };
     let full = loss("f32", &Device::Cpu);
     let near = |what: &str, found: f64, limit: f64| {
@@ -246,14 +255,44 @@ fn shorter_formats_are_near() {
     for (precision, limit) in [("f32", 1e-3), ("tf32", 0.05), ("bf16", 0.1)] {
         near(precision, loss(precision, &gpu), limit);
     }
+}
+
+/// Kernels of the layer by name, and what is measured.
+#[test]
+fn kernels_are_those_of_the_recipe() {
+    let Some(gpu) = gpu() else { return };
+    let _alone = SETTINGS.write().unwrap();
+    let train = |gpu_spec: &str, device: &Device| {
+        let config = config(gpu_spec);
+        let before = isqrt_device::cuda::launches();
+        let loss = run_alone(&config, device).unwrap().epochs[0].train_loss;
+        (loss, isqrt_device::cuda::launches() - before)
+    };
+    let (full, _) = train("", &Device::Cpu);
+    // Small matrices, in one launch.
+    let (_, usual) = train("", &gpu);
     for (kernel, limit) in [("tensor-cores", 1e-3), ("tensor-cores-tf32", 0.05)] {
-        let config = config(&format!("gpu.layer = \"{kernel}\""));
-        near(
-            kernel,
-            run(&config, &gpu).unwrap().epochs[0].train_loss,
-            limit,
+        let (loss, launches) = train(&format!("gpu.layer = \"{kernel}\""), &gpu);
+        assert!(
+            (loss / full - 1.0).abs() < limit,
+            "{kernel}: {loss}, f32 {full}"
+        );
+        assert!(
+            launches > usual,
+            "{kernel}: {launches} launches, else {usual}"
         );
     }
+    assert_eq!(isqrt_linalg::measured_kernels(), [""; 0]);
+    let (loss, _) = train(
+        "gpu = { layer = \"fastest\", convolutions = \"timed\" }",
+        &gpu,
+    );
+    assert!((loss / full - 1.0).abs() < 1e-3, "{loss}, f32 {full}");
+    let measured = isqrt_linalg::measured_kernels();
+    assert!(
+        measured[0].starts_with("cuda:0: covariance layer of [8, "),
+        "{measured:?}"
+    );
     isqrt_train::GpuSpec::default().begin();
 }
 

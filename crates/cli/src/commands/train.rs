@@ -91,8 +91,8 @@ impl Train {
         if self.dry_run {
             let devices = self.device.open()?.len();
             let config = file.spec.config(data.info.classes);
-            config.check()?;
-            let pass = config.pass(devices)?;
+            config.check().map_err(|error| file.place(error))?;
+            let pass = config.pass(devices).map_err(|error| file.place(error))?;
             plan(&file, &data, json)?;
             if devices > 1 && !json {
                 output::line(&format!(
@@ -184,18 +184,24 @@ fn summary(result: &RunResult) -> Vec<String> {
         ));
     }
     lines.push(format!(
-        "{} updates in {}, {} of processor time, {} images/s{}",
+        "{} updates in {}, {} of processor time{}{}",
         result.steps,
         isqrt_experiments::stats::duration(result.wall_seconds),
         isqrt_experiments::stats::duration(result.cpu_seconds),
-        show(result.images_per_second),
-        result.peak_memory_mb.map_or_else(String::new, |mb| format!(
-            ", peak memory of the process {mb:.0} MB{}",
-            result
-                .peak_gpu_memory_mb
-                .map_or_else(String::new, |mb| format!(", on a GPU {mb:.0} MB"))
-        ))
+        // Known of whole epochs alone.
+        match result.epochs {
+            0 => String::new(),
+            _ => format!(", {} images/s", show(result.images_per_second)),
+        },
+        [
+            ("of the process", result.peak_memory_mb),
+            ("on a GPU", result.peak_gpu_memory_mb)
+        ]
+        .iter()
+        .filter_map(|(of, mb)| mb.map(|mb| format!(", peak memory {of} {mb:.0} MB")))
+        .collect::<String>()
     ));
+    lines.extend(result.measured_kernels.iter().cloned());
     lines
 }
 

@@ -181,7 +181,7 @@ fn with_plan<T: Real, R>(
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => entry.insert(Library::open(device)?),
         };
-        let key = (*convolution, pass, T::DTYPE, precision());
+        let key = (*convolution, pass, T::DTYPE, precision(), search());
         let handle = library.handle;
         let plan = match library.plans.entry(key) {
             Entry::Occupied(entry) => entry.into_mut(),
@@ -192,7 +192,7 @@ fn with_plan<T: Real, R>(
 }
 
 /// Which plan: the precision matters to f32 alone.
-type Key = (Convolution, Pass, DType, Precision);
+type Key = (Convolution, Pass, DType, Precision, Search);
 
 thread_local! {
     /// A handle of cuDNN belongs to a thread.
@@ -361,8 +361,8 @@ impl Plan {
         }
     }
 
-    /// Puts the choices in order of the time that each takes, with results of their own; those that cuDNN refuses
-    /// go. Without memory for that the order stays as it is.
+    /// Puts the choices in order of the time that each takes, with results of their own; those that do not run
+    /// go. Those that there is no memory for come last.
     ///
     /// # Safety
     /// As [`convolve`].
@@ -411,8 +411,9 @@ impl Plan {
         for &choice in &self.choices {
             self.round_as(choice)?;
             match took(choice) {
-                Ok(Err(error)) if is_refusal(&error) => {}
-                Ok(time) => times.push((said(time)?, choice)),
+                // It would not have to run: the ranking may have it behind others.
+                Ok(Err(_)) => {}
+                Ok(Ok(time)) => times.push((time, choice)),
                 Err(error) if is_out_of_memory(&error.to_string()) => {
                     times.push((Duration::MAX, choice))
                 }

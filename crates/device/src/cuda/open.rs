@@ -125,7 +125,7 @@ fn keep_memory(device: sys::CUdevice) -> std::result::Result<(), result::DriverE
     }
 }
 
-/// Bytes that tensors of this process took of the GPU of this number at most.
+/// Bytes that this process took of the pool of the GPU of this number at most.
 pub(crate) fn peak_memory(ordinal: usize) -> Option<u64> {
     let mut bytes = 0_u64;
     let device = result::device::get(i32::try_from(ordinal).ok()?).ok()?;

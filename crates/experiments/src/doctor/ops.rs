@@ -39,7 +39,7 @@ pub(super) fn check(checks: &mut Checks<'_>) {
     let device = checks.device;
     let cases = match cases() {
         Ok(cases) => cases,
-        Err(error) => return checks.add("ops", || Err(error)),
+        Err(error) => return checks.failed("ops".to_owned(), &error),
     };
     let mut names: Vec<&str> = cases.iter().map(|case| case.name).collect();
     names.dedup();

@@ -24,7 +24,7 @@ const REPLAYED: &str = "ours, replayed";
 /// Time of one implementation of the layer on one batch on a GPU.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeviceLayerTiming {
-    /// `ours` for [`GpuKernel::Auto`], the same as `ours, replayed`, the names of the others that run
+    /// `ours` for [`GpuKernel::Auto`], `ours, replayed` for [`Replayed`], the names of the other kernels that run
     /// ([`GpuKernel::name`]), and `candle` for the layer composed of candle's ops.
     pub implementation: &'static str,
     /// Milliseconds of the forward pass of the whole batch.

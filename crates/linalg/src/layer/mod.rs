@@ -165,6 +165,15 @@ impl CovPool {
     }
 }
 
+/// What [`GpuKernel::Fastest`] has measured in this program, a line a shape.
+#[must_use]
+pub fn measured_kernels() -> Vec<String> {
+    #[cfg(feature = "cuda")]
+    return fastest::known();
+    #[cfg(not(feature = "cuda"))]
+    vec![]
+}
+
 /// `(batch, d, M)` of feature maps.
 pub(crate) fn feature_shape(x: &Tensor) -> Result<(usize, usize, usize)> {
     let shape = || x.dims().to_vec();

@@ -60,7 +60,7 @@ impl Replayed {
     ///
     /// # Errors
     /// [`Error::Device`] for the CPU, [`Error::Empty`], [`Error::Option`] also for kernels of cuBLAS, which are
-    /// not recorded; those of [`CovPool::forward_on_gpu`].
+    /// not recorded, and for [`GpuKernel::Fastest`]; those of [`CovPool::forward_on_gpu`].
     ///
     /// # Cost
     /// Memory for every matrix of a forward and a backward pass, none of which is used twice.
@@ -82,7 +82,7 @@ impl Replayed {
             return Err(out_of_range(
                 "kernel",
                 kernel,
-                "a kernel of ours by its own name",
+                "auto, or a kernel of ours by its name",
             ));
         }
         if let Some(root) = &pool.root {

@@ -28,6 +28,8 @@ pub(super) fn write(
         (name.clone(), info)
     });
     let header = Metadata::new(Some(metadata), infos.collect()).map_err(|e| e.to_string())?;
+    // As a value its keys are in order, so that the same weights are the same bytes.
+    let header = serde_json::to_value(&header).map_err(|e| e.to_string())?;
     let mut header = serde_json::to_vec(&header).map_err(|e| e.to_string())?;
     header.resize(header.len().next_multiple_of(8), b' ');
     let mut put = || -> std::io::Result<()> {
@@ -40,4 +42,31 @@ pub(super) fn write(
         out.flush()
     };
     put().map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn the_same_weights_are_the_same_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let bytes = |name: &str| {
+            let tensors = [("b", 2.0_f32), ("a", 1.0)];
+            let tensors = tensors.map(|(name, value)| {
+                let tensor = Tensor::new(&[value], &Device::Cpu).unwrap();
+                (name.to_owned(), tensor)
+            });
+            // A map of its own order each time.
+            let metadata = (0..9).map(|i| (format!("key{i}"), i.to_string())).collect();
+            let path = folder.path().join(name);
+            write(&tensors, metadata, &mut File::create(&path).unwrap()).unwrap();
+            let read = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
+            assert_eq!(read["a"].to_vec1::<f32>().unwrap(), [1.0]);
+            std::fs::read(&path).unwrap()
+        };
+        assert_eq!(bytes("first"), bytes("second"));
+    }
 }

@@ -487,7 +487,7 @@ export! {
         given: *mut c_int, out: *mut Performance
     ) {
         match shape(conv, x, w, y) {
-            Some(_) => algorithms([1, 0], conv, wanted, given, out),
+            Some(_) => algorithms([FIRST, 0], conv, wanted, given, out),
             None => BAD_PARAM,
         }
     }
@@ -497,7 +497,7 @@ export! {
         wanted: c_int, given: *mut c_int, out: *mut Performance
     ) {
         match shape(conv, dx, w, dy) {
-            Some(_) => algorithms([1, 0], conv, wanted, given, out),
+            Some(_) => algorithms([FIRST, 0], conv, wanted, given, out),
             None => BAD_PARAM,
         }
     }
@@ -507,7 +507,7 @@ export! {
         wanted: c_int, given: *mut c_int, out: *mut Performance
     ) {
         match shape(conv, x, dw, dy) {
-            Some(_) => algorithms([1, 3], conv, wanted, given, out),
+            Some(_) => algorithms([FIRST, 3], conv, wanted, given, out),
             None => BAD_PARAM,
         }
     }
@@ -790,22 +790,37 @@ fn workspace(base: u64, size: usize) -> bool {
     memory::check("the workspace", base, size as u64)
 }
 
-/// Whether convolutions of such maps are refused when they run, after all that was said of them before.
+/// The algorithm that is ranked first for each pass.
+const FIRST: c_int = 1;
+
+/// What goes wrong when it runs, after all that was said of it before.
+fn told_to_refuse(what: &str) -> bool {
+    static REFUSED: OnceLock<String> = OnceLock::new();
+    REFUSED.get_or_init(|| std::env::var("STAND_IN_REFUSES").unwrap_or_default()) == what
+}
+
+/// Whether convolutions of such maps are refused.
 fn refused(maps: &Tensor) -> bool {
-    static CHANNELS_LAST: OnceLock<bool> = OnceLock::new();
-    let asked = || std::env::var("STAND_IN_REFUSES").is_ok_and(|v| v == "channels-last");
-    *CHANNELS_LAST.get_or_init(asked) && maps.dims[1] > 1 && maps.strides[1] == 1
+    told_to_refuse("channels-last") && maps.dims[1] > 1 && maps.strides[1] == 1
+}
+
+/// Whether an algorithm fails.
+fn fails(algorithm: c_int) -> bool {
+    algorithm == FIRST && told_to_refuse("first-algorithm")
 }
 
 export! {
     fn cudnnConvolutionForward(
         h: *const Handle, alpha: *const c_void, x: &Tensor, xp: u64, w: &Tensor, wp: u64,
-        conv: &Convolution, _algorithm: c_int, space: u64, size: usize, beta: *const c_void,
+        conv: &Convolution, algorithm: c_int, space: u64, size: usize, beta: *const c_void,
         y: &Tensor, yp: u64
     ) {
         let Some(s) = shape(conv, x, w, y) else { return BAD_PARAM };
         if refused(x) {
             return NOT_SUPPORTED;
+        }
+        if fails(algorithm) {
+            return EXECUTION_FAILED;
         }
         if !workspace(space, size) {
             return BAD_PARAM;
@@ -829,12 +844,15 @@ export! {
 
     fn cudnnConvolutionBackwardData(
         h: *const Handle, alpha: *const c_void, w: &Tensor, wp: u64, dy: &Tensor, dyp: u64,
-        conv: &Convolution, _algorithm: c_int, space: u64, size: usize, beta: *const c_void,
+        conv: &Convolution, algorithm: c_int, space: u64, size: usize, beta: *const c_void,
         dx: &Tensor, dxp: u64
     ) {
         let Some(s) = shape(conv, dx, w, dy) else { return BAD_PARAM };
         if refused(dx) {
             return NOT_SUPPORTED;
+        }
+        if fails(algorithm) {
+            return EXECUTION_FAILED;
         }
         if !workspace(space, size) {
             return BAD_PARAM;
@@ -858,12 +876,15 @@ export! {
 
     fn cudnnConvolutionBackwardFilter(
         h: *const Handle, alpha: *const c_void, x: &Tensor, xp: u64, dy: &Tensor, dyp: u64,
-        conv: &Convolution, _algorithm: c_int, space: u64, size: usize, beta: *const c_void,
+        conv: &Convolution, algorithm: c_int, space: u64, size: usize, beta: *const c_void,
         dw: &Tensor, dwp: u64
     ) {
         let Some(s) = shape(conv, x, dw, dy) else { return BAD_PARAM };
         if refused(x) {
             return NOT_SUPPORTED;
+        }
+        if fails(algorithm) {
+            return EXECUTION_FAILED;
         }
         if !workspace(space, size) {
             return BAD_PARAM;

@@ -171,7 +171,6 @@ impl LayerBench {
                     "peak_share": r.peak_share,
                     "bandwidth_share": r.bandwidth_share,
                     "peak_memory_mb": peak_memory_mb(),
-                    "peak_gpu_memory_mb": peak_gpu_memory_mb(&[device.clone()]),
                     "kept_bytes_per_image": r.kept_bytes,
                     "kernel": r.kernel,
                 }))?;
@@ -254,14 +253,14 @@ impl LayerBench {
         ))?;
         let own = rows.iter().filter(|r| {
             let kernel = r.implementation.parse();
-            kernel.is_ok_and(|kernel: GpuKernel| kernel.rounds_as_f32())
+            kernel.is_ok_and(|kernel: GpuKernel| kernel.is_ours_in_f32())
         });
         let total = |r: &LayerTiming| r.forward_ms + r.backward_ms;
         let Some(best) = own.min_by(|a, b| total(a).total_cmp(&total(b))) else {
             return Ok(());
         };
         output::line(&format!(
-            "the fastest that rounds as f32 does: {0} (for training: --set gpu.layer={0})",
+            "the fastest of ours in f32: {0} (for training: --set gpu.layer={0})",
             best.implementation
         ))?;
         say_ratio(rows, best.implementation)
@@ -450,6 +449,13 @@ impl NetworkBench {
             },
             if self.checkpoint { " checkpoint" } else { "" }
         );
+        let name = match gpu_spec.is_default() || device.is_cpu() {
+            true => name,
+            false => format!(
+                "{name} layer={} convolutions={}",
+                self.layer, self.convolutions
+            ),
+        };
         let time = network(&case, &device, budget).map_err(|error| {
             let said = isqrt_train::without_backtrace(&error.to_string());
             match isqrt_device::is_out_of_memory(&said) {
@@ -489,6 +495,7 @@ impl NetworkBench {
                 "parameters": time.parameters,
                 "peak_memory_mb": memory,
                 "peak_gpu_memory_mb": on_gpu,
+                "measured_kernels": isqrt_linalg::measured_kernels(),
             }))?;
             for r in &rows {
                 output::json(&serde_json::json!({
@@ -532,6 +539,9 @@ impl NetworkBench {
             "training {} images/s{rate}{memory}",
             show(images_per_s)
         ))?;
+        for line in isqrt_linalg::measured_kernels() {
+            output::line(&line)?;
+        }
         if rows.is_empty() {
             return Ok(());
         }
