@@ -126,6 +126,7 @@ pub fn gpu_kernel() -> GpuKernel {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
