@@ -467,7 +467,7 @@ impl NetworkBench {
         })?;
         // Before the ops, which need other memory.
         let memory = peak_memory_mb();
-        let on_gpu = peak_gpu_memory_mb(&[device.clone()]);
+        let on_gpu = peak_gpu_memory_mb(std::slice::from_ref(&device));
         let rows = match self.ops {
             true => ops(batch, &device, budget)?,
             false => Vec::new(),
