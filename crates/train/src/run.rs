@@ -129,7 +129,7 @@ pub struct RunResult {
     pub cpu_seconds: f64,
     /// Training images a second, mean of the epochs.
     pub images_per_second: f64,
-    /// Largest memory of the process that finished the run.
+    /// Largest memory of the process that finished the run, before any SVMs.
     pub peak_memory_mb: Option<f64>,
     /// Largest memory that its tensors and scratch took of a GPU; none on the CPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -429,19 +429,19 @@ pub fn run(
         report(&network, file, &data, &paths, &mut outcome, &mut console)?;
         test_best(&mut network, file, &data, &paths, &mut outcome)?;
         // SVMs may need more memory or time than there is; the run is done without them.
-        write_result(&paths, &mut outcome, devices)?;
-        if add_svm(
+        outcome.measure(devices);
+        write_result(&paths, &outcome)?;
+        add_svm(
             &mut network,
             file,
             &data,
             &paths,
             &mut outcome,
             &mut console,
-        )? {
-            write_result(&paths, &mut outcome, devices)?;
-        }
+        )?;
     } else {
-        write_result(&paths, &mut outcome, devices)?;
+        outcome.measure(devices);
+        write_result(&paths, &outcome)?;
     }
     drop(lock);
     Ok(outcome)
@@ -516,10 +516,16 @@ fn with_others<'a, T, S: Send>(
 /// Name of the checkpoint with the weights that a finished run reports on.
 pub const FINAL: &str = "final";
 
-fn write_result(paths: &Paths, result: &mut RunResult, devices: &[Device]) -> Result<()> {
-    result.peak_memory_mb = machine::peak_memory_mb();
-    result.peak_gpu_memory_mb = machine::peak_gpu_memory_mb(devices);
-    result.measured_kernels = isqrt_linalg::measured_kernels();
+impl RunResult {
+    /// Notes what the process that trained has used so far.
+    fn measure(&mut self, devices: &[Device]) {
+        self.peak_memory_mb = machine::peak_memory_mb();
+        self.peak_gpu_memory_mb = machine::peak_gpu_memory_mb(devices);
+        self.measured_kernels = isqrt_linalg::measured_kernels();
+    }
+}
+
+fn write_result(paths: &Paths, result: &RunResult) -> Result<()> {
     let text = serde_json::to_vec_pretty(result).map_err(|e| failed(&paths.result(), &e))?;
     write_whole(&paths.result(), &text)
 }
@@ -541,8 +547,7 @@ fn report(
     Ok(())
 }
 
-/// Adds the SVMs that the spec asks for to the result, on the weights that the run reports on; whether there are
-/// any.
+/// Adds the SVMs that the spec asks for to the result, on the weights that the run reports on.
 fn add_svm(
     network: &mut Network,
     file: &SpecFile,
@@ -550,7 +555,7 @@ fn add_svm(
     paths: &Paths,
     outcome: &mut RunResult,
     console: &mut Log<'_>,
-) -> Result<bool> {
+) -> Result<()> {
     if let Some(c) = file.spec.evaluation.svm {
         console.say(&format!(
             "fitting {} linear SVMs on the representations of {} images",
@@ -560,8 +565,9 @@ fn add_svm(
         let weights = paths.checkpoint(FINAL);
         checkpoint::load(network, &weights, &LoadOptions::default())?;
         outcome.svm = Some(svm(network, file, data, data.reported(), c)?);
+        write_result(paths, outcome)?;
     }
-    Ok(outcome.svm.is_some())
+    Ok(())
 }
 
 /// Evaluates the best weights on the part that is reported on, where that is not the one that chose them.
