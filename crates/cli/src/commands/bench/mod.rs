@@ -187,7 +187,7 @@ impl LayerBench {
                 r.threads.to_string(),
                 show(r.forward_ms),
                 show(r.backward_ms),
-                show((r.forward_ms + r.backward_ms) / self.batch as f64),
+                show(total(r) / self.batch as f64),
                 show(r.gflops),
                 format!("{:.0} %", 100.0 * r.peak_share),
                 format!("{:.2} MB", r.kept_bytes as f64 / 1e6),
@@ -212,14 +212,12 @@ impl LayerBench {
             peak_memory_mb().map_or_else(String::new, |m| format!("; peak memory {m:.0} MB"));
         output::line(&format!("measured peak {} GFLOP/s{memory}", show(peak)))
     }
-}
 
-impl LayerBench {
     /// The table of a GPU, where an implementation is a kernel.
     fn say_gpu(&self, rows: &[LayerTiming], gpu: &Gpu) -> anyhow::Result<()> {
         let percent = |share: f64| format!("{:.0} %", 100.0 * share);
         let cells = rows.iter().map(|r| {
-            let all = r.forward_ms + r.backward_ms;
+            let all = total(r);
             vec![
                 r.implementation.to_owned(),
                 show(r.forward_ms),
@@ -255,7 +253,6 @@ impl LayerBench {
             let kernel = r.implementation.parse();
             kernel.is_ok_and(|kernel: GpuKernel| kernel.is_ours_in_f32())
         });
-        let total = |r: &LayerTiming| r.forward_ms + r.backward_ms;
         let Some(best) = own.min_by(|a, b| total(a).total_cmp(&total(b))) else {
             return Ok(());
         };
@@ -267,13 +264,17 @@ impl LayerBench {
     }
 }
 
+/// Milliseconds of both passes.
+fn total(r: &LayerTiming) -> f64 {
+    r.forward_ms + r.backward_ms
+}
+
 /// How an implementation compares with the reference.
 fn say_ratio(rows: &[LayerTiming], name: &str) -> anyhow::Result<()> {
     let named = |name: &str| rows.iter().find(|r| r.implementation == name);
     let (Some(ours), Some(reference)) = (named(name), named("reference")) else {
         return Ok(());
     };
-    let total = |r: &LayerTiming| r.forward_ms + r.backward_ms;
     let ratio = |ours: f64, reference: f64| match reference >= ours {
         true => format!("{} times faster", show(reference / ours)),
         false => format!("{} times slower", show(ours / reference)),
