@@ -118,6 +118,8 @@ fn matrices_of_several_tiles() {
         ((1, 70, 131), Side::Auto),
         ((1, 65, 64), Side::Gram),
         ((1, 64, 129), Side::Covariance),
+        // Tiles of 72, some at an edge.
+        ((1, 146, 140), Side::Gram),
     ] {
         let pool = CovPool::with_root(Root {
             side,
@@ -564,9 +566,17 @@ fn extremes() {
     }
     values[3] = f32::NAN;
     let x = Tensor::from_vec(values, (2, 4, 6), &gpu).unwrap();
-    let y = pool.forward(&x).unwrap().to_vec2::<f32>().unwrap();
-    assert!(y[0].iter().any(|v| v.is_nan()));
-    assert!(y[1].iter().all(|v| v.is_finite()));
+    for kernel in [
+        GpuKernel::Auto,
+        GpuKernel::Tiles,
+        GpuKernel::TensorCores(Tf32::Thrice),
+        GpuKernel::TensorCores(Tf32::Once),
+    ] {
+        let y = pool.forward_on_gpu(&x, kernel).unwrap();
+        let y = y.to_vec2::<f32>().unwrap();
+        assert!(y[0].iter().any(|v| v.is_nan()), "{kernel}");
+        assert!(y[1].iter().all(|v| v.is_finite()), "{kernel}");
+    }
 }
 
 /// Output and gradient of a pooling of features in f64 and f32 on the CPU and the GPU, and how far they
