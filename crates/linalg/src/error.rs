@@ -1,5 +1,7 @@
 //! What can go wrong in this crate, told so that the caller can mend it.
 
+use crate::gpu_kernel::GpuKernel;
+
 /// Errors of the covariance ops; each names the offending value and what was expected.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -41,6 +43,18 @@ pub enum Error {
         value: String,
         /// What would be accepted.
         expected: &'static str,
+    },
+    /// A way of computing on a GPU that does not have these options, or not for these features.
+    #[error(
+        "the layer's kernel `{kernel}` (gpu.layer) takes {expected}, got {got}; `auto` takes everything"
+    )]
+    GpuKernel {
+        /// The kernel.
+        kernel: GpuKernel,
+        /// What it would take.
+        expected: &'static str,
+        /// What it was given.
+        got: String,
     },
     /// The instruction set that was asked for is not there.
     #[error("the {kernel} kernel was asked for, but this processor has no {kernel}; choose auto")]

@@ -5,7 +5,6 @@
 
 use super::fused::Destination;
 use super::plan::{Iteration, Plan};
-use crate::config::out_of_range;
 use crate::gpu::{Arena, Images, Matrices, Pair, Target, pair};
 use crate::gpu_kernel::{GpuKernel, Tf32};
 use crate::program::Epilogue;
@@ -13,7 +12,7 @@ use crate::{Output as Form, Result};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout};
 use isqrt_device::cuda::kernels::POOLING;
 use isqrt_device::cuda::{
-    Argument, Grid, Input, Output, Real, bf16, input, int, long, pointer, real,
+    Argument, Grid, Input, Output, Real, bf16, capability, input, int, long, pointer, real,
 };
 use std::sync::Arc;
 
@@ -537,21 +536,28 @@ impl Batch<'_> {
     /// Whether the iteration runs in one launch.
     fn fuses<T: Real>(&self, iteration: &Iteration) -> Result<bool> {
         let fits = self.fits::<T>(iteration);
+        let refused = |expected| -> Result<bool> {
+            let (major, minor) = capability(OP, self.device).map_err(candle_core::Error::from)?;
+            let (n, steps) = (self.plan.n, iteration.program.steps.len());
+            Err(crate::Error::GpuKernel {
+                kernel: self.kernel,
+                expected,
+                got: format!(
+                    "a side of {n} in {}, {steps} products, on compute capability {major}.{minor}",
+                    T::DTYPE.as_str()
+                ),
+            })
+        };
         match self.kernel {
             GpuKernel::Auto => Ok(fits),
             GpuKernel::Fused if !fits => {
-                let expected = "sides and steps whose matrices fit into 99 KiB of shared memory";
-                Err(out_of_range("kernel", self.kernel, expected))
+                refused("sides up to 64 whose matrices fit into 99 KiB of shared memory")
             }
             GpuKernel::Fused => Ok(true),
-            GpuKernel::Cluster => match self.fits_cluster::<T>(iteration)? {
-                true => Ok(true),
-                false => {
-                    let expected =
-                        "f32, sides up to 256 with few enough matrices, and compute capability 9.0";
-                    Err(out_of_range("kernel", self.kernel, expected))
-                }
-            },
+            GpuKernel::Cluster if !self.fits_cluster::<T>(iteration)? => refused(
+                "f32, sides up to 256 with few enough matrices, and compute capability 9.0 or later",
+            ),
+            GpuKernel::Cluster => Ok(true),
             _ => Ok(false),
         }
     }

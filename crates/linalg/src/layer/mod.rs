@@ -17,7 +17,7 @@ mod replayed;
 #[cfg(feature = "cuda")]
 pub use replayed::Replayed;
 
-use crate::config::{CovPool, Output, PreNormalization, Side, out_of_range};
+use crate::config::{CovPool, Output, PreNormalization, Side};
 use crate::gpu_kernel::{GpuKernel, gpu_kernel};
 use crate::kernel::buffer::Kept;
 use crate::kernel::{Dispatch, Isa};
@@ -67,7 +67,7 @@ impl CovPool {
     /// As [`CovPool::forward`], on a GPU in the way that is given.
     ///
     /// # Errors
-    /// As there; [`Error::Device`] on the CPU, [`Error::Option`] for what the way does not have.
+    /// As there; [`Error::Device`] on the CPU, [`Error::GpuKernel`] for what the way does not have.
     pub fn forward_on_gpu(&self, x: &Tensor, kernel: GpuKernel) -> Result<Tensor> {
         if !x.device().is_cuda() {
             return Err(Error::Device);
@@ -85,8 +85,14 @@ impl CovPool {
             && root.post_compensation
             && root.side != Side::Gram;
         if !official {
-            let expected = "Newton-Schulz on the covariance, by trace and with compensation";
-            return Err(out_of_range("kernel", kernel, expected));
+            return Err(Error::GpuKernel {
+                kernel,
+                expected: "Newton-Schulz on the covariance, by trace and with compensation",
+                got: format!(
+                    "{:?} on the {:?} side, {:?}, compensation {}",
+                    root.schedule, root.side, root.pre_normalization, root.post_compensation
+                ),
+            });
         }
         let on_covariance = crate::Root {
             side: Side::Covariance,
@@ -102,24 +108,20 @@ impl CovPool {
     fn forward_as(&self, x: &Tensor, kernel: GpuKernel) -> Result<Tensor> {
         let shape = feature_shape(x)?;
         match x.dtype() {
-            DType::F32 => {
-                if let Some(root) = &self.root {
-                    root.check_f32()?;
-                }
-                self.apply::<f32>(x, shape, kernel)
+            DType::F64 => return self.apply::<f64>(x, shape, kernel),
+            DType::F32 => {}
+            // Computed in f32, there alone.
+            DType::BF16 if x.device().is_cuda() => {}
+            other => {
+                return Err(Error::Dtype {
+                    dtype: other.as_str(),
+                });
             }
-            DType::F64 => self.apply::<f64>(x, shape, kernel),
-            #[cfg(feature = "cuda")]
-            DType::BF16 if x.device().is_cuda() => {
-                if let Some(root) = &self.root {
-                    root.check_f32()?;
-                }
-                self.apply::<f32>(x, shape, kernel)
-            }
-            other => Err(Error::Dtype {
-                dtype: other.as_str(),
-            }),
         }
+        if let Some(root) = &self.root {
+            root.check_f32()?;
+        }
+        self.apply::<f32>(x, shape, kernel)
     }
 
     fn apply<T: Layered>(

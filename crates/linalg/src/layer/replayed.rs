@@ -59,7 +59,7 @@ impl Replayed {
     /// Records the passes of a layer for features of this shape, `(batch, d, M)`, in f32.
     ///
     /// # Errors
-    /// [`Error::Device`] for the CPU, [`Error::Empty`], [`Error::Option`] also for kernels of cuBLAS, which are
+    /// [`Error::Device`] for the CPU, [`Error::Empty`], [`Error::GpuKernel`] also for kernels of cuBLAS, which are
     /// not recorded, and for [`GpuKernel::Fastest`]; those of [`CovPool::forward_on_gpu`].
     ///
     /// # Cost
@@ -79,11 +79,11 @@ impl Replayed {
         }
         use GpuKernel::{Cublas, Fastest, Reference};
         if matches!(kernel, Cublas(_) | Reference(_) | Fastest) {
-            return Err(out_of_range(
-                "kernel",
+            return Err(Error::GpuKernel {
                 kernel,
-                "auto, or a kernel of ours by its name",
-            ));
+                expected: "features call by call",
+                got: "a recording of launches".to_owned(),
+            });
         }
         if let Some(root) = &pool.root {
             root.check_f32()?;
