@@ -6,7 +6,7 @@ use isqrt_experiments::run::{Progress, Step};
 use isqrt_experiments::stats::{duration, show};
 use isqrt_train::data::DataInfo;
 use isqrt_train::run::Console;
-use isqrt_train::{EpochMetrics, Spec, StepInfo};
+use isqrt_train::{EpochMetrics, Spec, StepInfo, counted};
 use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -195,13 +195,13 @@ impl Training {
             say("stopping after this step; once more to stop at once");
         })?;
         say(&format!(
-            "{} on {}: {} images to train on, {} to evaluate on, {} classes; {} epochs",
+            "{} on {}: {} images to train on, {} to evaluate on, {} classes; {}",
             spec.config(data.classes).model.short_name(),
             data.name,
             data.train,
             data.eval,
             data.classes,
-            spec.epochs
+            counted(spec.epochs, "epoch")
         ));
         let bar = std::io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template("  {bar:24.cyan/dim} {msg}")

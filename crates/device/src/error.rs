@@ -5,7 +5,9 @@
 #[non_exhaustive]
 pub enum Error {
     /// Not the name of a device.
-    #[error("{0:?} is no device: cpu, cuda:0 (or another number) or auto")]
+    #[error(
+        "{0:?} is no device: cpu, cuda:0 (or another number; several as cuda:0,1 where work can be shared) or auto"
+    )]
     Name(String),
     /// Several devices for what takes one.
     #[error("{0:?}: one device is wanted here; `isqrt train` and `isqrt doctor` take several")]

@@ -125,19 +125,24 @@ impl Precision {
         Ok(())
     }
 
+    fn check(self, device: &Device) -> Result<()> {
+        match matches!(self, Self::Tf32 | Self::Bf16) && !device.is_cuda() {
+            false => Ok(()),
+            true => Err(Error::Config {
+                what: "precision",
+                value: self.to_string(),
+                expected: "only a GPU has it; on the CPU take f32 (--set precision=f32) or f64"
+                    .to_owned(),
+            }),
+        }
+    }
+
     /// Makes the whole program round products so from now on, see [`isqrt_device::set_precision`].
     ///
     /// # Errors
     /// [`Error::Config`] where the device cannot.
     pub fn begin(self, device: &Device) -> Result<()> {
-        if matches!(self, Self::Tf32 | Self::Bf16) && !device.is_cuda() {
-            return Err(Error::Config {
-                what: "precision",
-                value: self.to_string(),
-                expected: "only a GPU has it; on the CPU take f32 (--set precision=f32) or f64"
-                    .to_owned(),
-            });
-        }
+        self.check(device)?;
         isqrt_device::set_precision(match self {
             Self::Tf32 | Self::Bf16 => isqrt_device::Precision::Tf32,
             Self::F32 | Self::F64 => isqrt_device::Precision::Full,
@@ -161,7 +166,11 @@ impl std::fmt::Display for Precision {
 /// look at it, and a head without covariance not at `layer`. A kernel that does not take the features fails at
 /// the first batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    expecting = "a table: gpu = { layer = \"fastest\", convolutions = \"timed\" }"
+)]
 pub struct GpuSpec {
     /// The covariance layer: `auto`, `fastest`, `tiles`, `tensor-cores`, ..., see [`GpuKernel`].
     #[serde(with = "by_name")]
@@ -207,7 +216,7 @@ mod by_name {
     ) -> Result<T, D::Error> {
         String::deserialize(from)?
             .parse()
-            .map_err(de::Error::custom)
+            .map_err(|said| de::Error::custom(format_args!("does not fit: {said}")))
     }
 }
 
@@ -402,6 +411,18 @@ impl TrainConfig {
             )?;
         }
         Ok(self.schedule.check()?)
+    }
+
+    /// Checks what does not need the data on the devices that share the work; images of a pass on each.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check), [`Precision::begin`] and [`pass`](Self::pass).
+    pub fn check_on(&self, devices: &[Device]) -> Result<usize> {
+        self.check()?;
+        devices
+            .iter()
+            .try_for_each(|device| self.precision.check(device))?;
+        self.pass(devices.len().max(1))
     }
 
     /// Images of a pass on each of so many devices.

@@ -35,6 +35,7 @@ mod svm;
 mod svm_eval;
 mod transforms;
 mod trouble;
+mod words;
 
 pub use collective::{Collective, Named, Single};
 pub use config::{GpuSpec, NonFinite, OptimiserSpec, Precision, TrainConfig};
@@ -54,3 +55,4 @@ pub use state::{Progress, Saved, Snapshot};
 pub use svm::{ClassFit, Svm, SvmConfig, SvmLoss, l2_normalise};
 pub use transforms::Transforms;
 pub use trouble::{Trouble, first_bad_gradient, first_non_finite};
+pub use words::counted;

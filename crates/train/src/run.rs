@@ -36,7 +36,7 @@ use crate::spec::TriangleOrder;
 use crate::state::{Saved, Snapshot};
 use crate::{
     EpochMetrics, Error, Evaluation, Feed, Job, Line, Moment, Observer, Rank, Result, Silent,
-    SpecFile, StepInfo, Tally, TrainConfig, Trainer,
+    SpecFile, StepInfo, Tally, TrainConfig, Trainer, counted,
 };
 
 /// Whether a run goes on where it was stopped.
@@ -265,6 +265,10 @@ pub fn run(
         root: out.to_owned(),
     };
     let config = file.spec.config(data.info.classes);
+    // A spec that cannot be trained leaves no folder.
+    config
+        .check_on(devices)
+        .map_err(|error| file.place(error))?;
     let spec_hash = file.spec.hash()?;
     let identity = format!("{spec_hash} {}", data.info.fingerprint);
     let folder = paths.root.join("checkpoints");
@@ -298,7 +302,7 @@ pub fn run(
     let collective: &dyn Collective = ranks.first().map_or(&Single, |rank| rank);
     let first = job(file, &data, &config, (device, collective));
     let mut trainer = Trainer::new(first).map_err(|error| file.place(error))?;
-    let saved = open_saved(&paths, resume, &identity, &mut console)?;
+    let saved = open_saved(&paths, file, resume, &identity, &mut console)?;
     if let Some(began) = saved.as_ref().map(Saved::ranks)
         && began != devices.len().max(1)
     {
@@ -739,16 +743,33 @@ fn flatten(prefix: &str, table: &toml::Table, values: &mut Vec<(String, String)>
     }
 }
 
+/// How the spec of the run that a state lies in differs from this one.
+fn other_spec(state: &Path, file: &SpecFile) -> Option<String> {
+    let old = std::fs::read_to_string(state.parent()?.join("../spec.toml")).ok()?;
+    let old: crate::Spec = toml::from_str(&old).ok()?;
+    (old.decisive() != file.spec.decisive()).then(|| difference(&old, &file.spec))
+}
+
 /// The state to go on from.
 fn open_saved(
     paths: &Paths,
+    file: &SpecFile,
     resume: &Resume,
     identity: &str,
     console: &mut Log<'_>,
 ) -> Result<Option<Saved>> {
     let saved = match resume {
         Resume::Never => return Ok(None),
-        Resume::From(path) => Some(Saved::open(path, identity)?),
+        Resume::From(path) => match (Saved::open(path, identity), other_spec(path, file)) {
+            (Ok(saved), _) => Some(saved),
+            (Err(_), Some(what)) if path.exists() => {
+                return Err(failed(
+                    path,
+                    &format!("is of a run of another spec ({what})"),
+                ));
+            }
+            (Err(error), _) => return Err(error),
+        },
         Resume::Auto => {
             let mut problems = Vec::new();
             let mut found = None;
@@ -783,8 +804,9 @@ fn open_saved(
     if let Some(saved) = &saved {
         let progress = saved.progress();
         console.say(&format!(
-            "going on after {} epochs and {} updates",
-            progress.epoch, progress.step
+            "going on after {} and {}",
+            counted(progress.epoch, "epoch"),
+            counted(progress.step, "update")
         ));
     }
     Ok(saved)
@@ -819,7 +841,11 @@ fn environment(
             }
         ));
     }
-    if saved.is_some() && devices.iter().any(Device::is_cuda) && file.spec.gpu.measures() {
+    let on_gpu = devices.iter().any(Device::is_cuda);
+    if !on_gpu && !file.spec.gpu.is_default() {
+        console.say("gpu.layer and gpu.convolutions are for GPUs: the CPU does not look at them");
+    }
+    if saved.is_some() && on_gpu && file.spec.gpu.measures() {
         console.say("the fastest kernels and algorithms are looked for again: results may round differently");
     }
     let old = saved.and_then(|_| std::fs::read(&path).ok());

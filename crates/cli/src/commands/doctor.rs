@@ -2,10 +2,11 @@
 
 use super::device::DevicesArg;
 use crate::output::{self, show};
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use clap::Args;
 use isqrt_device::{Found, Opened, found};
 use isqrt_experiments::doctor::{self, Timing, Verdict};
+use isqrt_train::counted;
 use serde_json::json;
 
 /// Say what this machine has, and check that a device computes what it should
@@ -15,14 +16,17 @@ use serde_json::json;
 /// with several GPUs their sums. Exit code 1 where one fails.
 #[derive(Args)]
 #[command(
-    after_help = "Example:\n  isqrt doctor --device cuda:0 --bench\n  isqrt doctor --only layer --only resnet50"
+    after_help = "Examples:\n  isqrt doctor --list\n  isqrt doctor --device cuda:0 --bench\n  isqrt doctor --only layer --only resnet50"
 )]
 pub struct Doctor {
     #[command(flatten)]
     device: DevicesArg,
-    /// Run the checks whose names contain TEXT alone; may be given more than once
+    /// Run the checks whose names contain TEXT alone, in capitals or not; may be given more than once
     #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
+    /// Say what the machine has and name the checks, without running them
+    #[arg(long, conflicts_with = "bench")]
+    list: bool,
     /// Time the layer, decompositions and training steps of ResNet-50 as well
     #[arg(long)]
     bench: bool,
@@ -42,7 +46,10 @@ impl Doctor {
             machine(&found, &opened, json)?;
             devices.push(opened.device);
         }
-        let (mut count, mut failed, mut closed) = (0, 0, None);
+        if self.list {
+            return self.names(&devices, json);
+        }
+        let (mut count, mut failed, mut closed) = (0_usize, 0_usize, None);
         let mut hear = |verdict: &Verdict, device: &str| {
             count += 1;
             failed += usize::from(!verdict.ok);
@@ -60,13 +67,11 @@ impl Doctor {
             return Err(error);
         }
         if count == 0 {
-            bail!(
-                "no check's name contains \"{}\"",
-                self.only.join("\" or \"")
-            );
+            return Err(self.none());
         }
         if !json {
-            output::line(&format!("{count} checks, {failed} of them failed"))?;
+            let checks = counted(count, "check");
+            output::line(&format!("{checks}, {failed} failed"))?;
         }
         if self.bench {
             for device in &devices {
@@ -79,9 +84,29 @@ impl Doctor {
             }
         }
         if failed > 0 {
-            bail!("{failed} check(s) failed on {}", self.device.device);
+            let checks = counted(failed, "check");
+            bail!("{checks} failed on {}", self.device.device);
         }
         Ok(())
+    }
+
+    fn names(&self, devices: &[candle_core::Device], json: bool) -> anyhow::Result<()> {
+        let names = doctor::names(devices, &self.only);
+        if names.is_empty() {
+            return Err(self.none());
+        }
+        for name in &names {
+            match json {
+                true => output::json(&json!({ "kind": "name", "check": name }))?,
+                false => output::line(name)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn none(&self) -> anyhow::Error {
+        let texts = self.only.join("\" or \"");
+        anyhow!("no check's name contains \"{texts}\"; --list has the names")
     }
 }
 

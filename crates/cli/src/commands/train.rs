@@ -5,10 +5,10 @@ use crate::output::{self, show};
 use crate::progress::{Training, say};
 use anyhow::Context;
 use clap::Args;
-use isqrt_train::SpecFile;
 use isqrt_train::data::RunData;
 use isqrt_train::plan::Plan;
 use isqrt_train::run::{Resume, RunResult, SvmOutcome, run};
+use isqrt_train::{SpecFile, counted};
 use std::path::PathBuf;
 
 /// Train a network as an experiment file says
@@ -39,7 +39,7 @@ pub struct Train {
     #[arg(long)]
     dry_run: bool,
     /// Make N updates of everything, evaluation and checkpoint included, in a folder that is then removed
-    /// (kept with --out)
+    /// (kept with --out); small batches of the program's own images may make a few more
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=10_000))]
     smoke: Option<u16>,
     /// Write a trace for chrome://tracing or Perfetto
@@ -89,12 +89,13 @@ impl Train {
         }
         let data = RunData::open(&file, few)?;
         if self.dry_run {
-            let devices = self.device.open()?.len();
+            let devices = self.device.open()?;
             let config = file.spec.config(data.info.classes);
-            config.check().map_err(|error| file.place(error))?;
-            let pass = config.pass(devices).map_err(|error| file.place(error))?;
+            let pass = config.check_on(&devices);
+            let pass = pass.map_err(|error| file.place(error))?;
             plan(&file, &data, json)?;
-            if devices > 1 && !json {
+            if devices.len() > 1 && !json {
+                let devices = devices.len();
                 output::line(&format!(
                     "on {devices} GPUs: {pass} images of each pass on each, with activations for as many"
                 ))?;
@@ -156,8 +157,8 @@ fn summary(result: &RunResult) -> Vec<String> {
     let mut lines = Vec::new();
     if let Some(last) = &result.last {
         lines.push(format!(
-            "{} epochs: top-1 error {:.2} %, top-5 error {:.2} % ({} of {} images right), calibration error {:.3}",
-            result.epochs,
+            "{}: top-1 error {:.2} %, top-5 error {:.2} % ({} of {} images right), calibration error {:.3}",
+            counted(result.epochs, "epoch"),
             last.error,
             last.error5,
             last.evaluation.correct,
@@ -184,8 +185,8 @@ fn summary(result: &RunResult) -> Vec<String> {
         ));
     }
     lines.push(format!(
-        "{} updates in {}, {} of processor time{}{}",
-        result.steps,
+        "{} in {}, {} of processor time{}{}",
+        counted(result.steps, "update"),
         isqrt_experiments::stats::duration(result.wall_seconds),
         isqrt_experiments::stats::duration(result.cpu_seconds),
         // Known of whole epochs alone.
@@ -275,8 +276,13 @@ fn plan(file: &SpecFile, data: &RunData, json: bool) -> anyhow::Result<()> {
         1,
     )?;
     output::line(&format!(
-        "{}: {} values a representation; {} epochs of {} updates of {} images in passes of {}",
-        plan.model, plan.representation, plan.epochs, plan.updates_per_epoch, plan.batch, plan.pass
+        "{}: {} values a representation; {} of {} of {} images in passes of {}",
+        plan.model,
+        plan.representation,
+        counted(plan.epochs, "epoch"),
+        counted(plan.updates_per_epoch, "update"),
+        plan.batch,
+        plan.pass
     ))?;
     output::line(&format!(
         "memory: at least {} ({} weights, gradients and optimiser, {} activations of a pass)",

@@ -7,7 +7,7 @@ use isqrt_nn::ops::{block, can_block, conv2d, unblock};
 
 use super::{Checks, Error, Findings, Outcome, distance, home, place};
 
-pub(super) fn check(checks: &mut Checks<'_>) {
+pub(super) fn check(checks: &mut Checks<'_, '_>) {
     let device = checks.device;
     checks.add("golden values, covariance layer and MPN-COV", || {
         covariance(device)

@@ -1,12 +1,14 @@
 //! The covariance layer.
 
 use candle_core::{DType, Device, Tensor, Var};
-use isqrt_linalg::{CovPool, Memory, Output, PreNormalization, Root, Schedule, Side};
+use isqrt_linalg::{
+    CovPool, GpuKernel, Memory, Output, PreNormalization, Precision, Root, Schedule, Side, Tf32,
+};
 use isqrt_testkit::{Gradcheck, gradcheck};
 
 use super::{Checks, Error, Findings, Outcome, distance, features, home, noise, place, within};
 
-pub(super) fn check(checks: &mut Checks<'_>) {
+pub(super) fn check(checks: &mut Checks<'_, '_>) {
     let device = checks.device;
     for (dtype, limit) in [(DType::F64, 1e-10), (DType::F32, 2e-4)] {
         for side in [Side::Gram, Side::Covariance] {
@@ -44,7 +46,19 @@ pub(super) fn check(checks: &mut Checks<'_>) {
     });
     if device.is_cuda() {
         checks.add("layer, features in bf16", || in_bf16(device));
+        for kernel in GpuKernel::ALL {
+            if runs(kernel, device) {
+                let check = format!("layer by {kernel}, beside the CPU in f64");
+                checks.add(check, || by_kernel(device, kernel));
+            }
+        }
     }
+}
+
+/// Whether this GPU has the kernel.
+fn runs(kernel: GpuKernel, device: &Device) -> bool {
+    let capable = |gpu: isqrt_device::Gpu| gpu.capability >= (9, 0);
+    kernel != GpuKernel::Cluster || isqrt_device::gpu_of(device).is_some_and(capable)
 }
 
 fn side_name(side: Side) -> &'static str {
@@ -63,14 +77,20 @@ fn upstream(shape: &[usize]) -> candle_core::Result<Tensor> {
 }
 
 /// Output and gradient.
-fn run(
-    pool: &CovPool,
+type Both = (Vec<f64>, Vec<f64>);
+
+fn run(pool: &CovPool, x: &Tensor, dtype: DType, device: &Device) -> Result<Both, Error> {
+    run_by(x, dtype, device, |x| pool.forward(x))
+}
+
+fn run_by(
     x: &Tensor,
     dtype: DType,
     device: &Device,
-) -> Result<(Vec<f64>, Vec<f64>), Error> {
+    forward: impl Fn(&Tensor) -> isqrt_linalg::Result<Tensor>,
+) -> Result<Both, Error> {
     let x = Var::from_tensor(&x.to_dtype(dtype)?.to_device(device)?)?;
-    let y = pool.forward(x.as_tensor())?;
+    let y = forward(x.as_tensor())?;
     let loss = (&y * place(&upstream(y.dims())?, dtype, device)?)?.sum_all()?;
     let gradients = loss.backward()?;
     let dx = gradients.get(x.as_tensor()).ok_or("no gradient came out")?;
@@ -118,6 +138,40 @@ fn beside_the_cpu(device: &Device, dtype: DType, side: Side, limit: f64) -> Outc
         }
     }
     Ok(within(worst, limit))
+}
+
+/// A kernel with what it takes: the paper's layer, and one that is as far from it as the kernel has.
+fn by_kernel(device: &Device, kernel: GpuKernel) -> Outcome {
+    use GpuKernel::{Cluster, Cublas, Reference, TensorCores};
+    let dtypes: &[DType] = match kernel {
+        Cluster | TensorCores(_) => &[DType::F32],
+        _ => &[DType::F32, DType::F64],
+    };
+    let limit = match kernel {
+        Cublas(Precision::Tf32) | Reference(Precision::Tf32) | TensorCores(Tf32::Once) => 5e-2,
+        _ => 2e-3,
+    };
+    let keep = (Output::Triangle, Memory::Keep);
+    let papers = pool_of(5, PreNormalization::Trace, Side::Covariance, keep);
+    let lean = (Output::Full, Memory::Lean);
+    let other = match kernel {
+        Reference(_) => pool_of(3, PreNormalization::Trace, Side::Covariance, lean),
+        _ => pool_of(3, PreNormalization::Spectral, Side::Gram, lean),
+    };
+    let mut findings = Findings::default();
+    for &dtype in dtypes {
+        let mut worst = 0.0_f64;
+        for (shape, pool) in [((3, 24, 10), &papers), ((1, 70, 50), &other)] {
+            let x = features(shape)?.to_dtype(DType::F32)?;
+            let (y, dx) = run(pool, &x, DType::F64, &Device::Cpu)?;
+            let of = |x: &Tensor| pool.forward_on_gpu(x, kernel);
+            let (ours, our_dx) = run_by(&x, dtype, device, of)?;
+            worst = worst.max(distance(&ours, &y)).max(distance(&our_dx, &dx));
+        }
+        let limit = if dtype == DType::F64 { 1e-10 } else { limit };
+        findings = findings.figure(dtype.as_str(), worst, limit);
+    }
+    Ok(findings)
 }
 
 /// All partial derivatives, of several options.

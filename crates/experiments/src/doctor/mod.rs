@@ -100,57 +100,92 @@ impl Findings {
 type Error = Box<dyn std::error::Error>;
 type Outcome = Result<Findings, Error>;
 
-/// Runs on this device, one after another, the checks whose names contain one of these texts (all where there
-/// is none), and says each verdict when it is known.
+/// Runs on this device, one after another, the checks whose names contain one of these texts in capitals or not
+/// (all where there is none), and says each verdict when it is known.
 pub fn check(device: &Device, only: &[String], mut say: impl FnMut(&Verdict)) {
-    let mut checks = Checks {
-        device,
-        only,
-        say: &mut say,
-    };
-    goldens::check(&mut checks);
-    layer::check(&mut checks);
-    ops::check(&mut checks);
-    networks::check(&mut checks);
+    Checks::new(device, only, &mut Heard::Verdicts(&mut say)).all();
+}
+
+/// The names of the checks that [`check`] would run, and of those of [`check_together`] where devices are several.
+pub fn names(devices: &[Device], only: &[String]) -> Vec<String> {
+    let mut names = vec![];
+    let mut heard = Heard::Names(&mut names);
+    if let Some(device) = devices.first() {
+        Checks::new(device, only, &mut heard).all();
+    }
+    if devices.len() > 1 {
+        Checks::new(&devices[0], only, &mut heard).together(devices);
+    }
+    names
 }
 
 /// Runs the checks of several GPUs that share work, all at once: sums over them.
 pub fn check_together(devices: &[Device], only: &[String], mut say: impl FnMut(&Verdict)) {
-    let mut checks = Checks {
-        device: devices.first().unwrap_or(&Device::Cpu),
-        only,
-        say: &mut say,
-    };
-    let check = format!("sums over {} devices", devices.len());
-    checks.add(check, || together::sums(devices));
+    let device = devices.first().unwrap_or(&Device::Cpu);
+    Checks::new(device, only, &mut Heard::Verdicts(&mut say)).together(devices);
+}
+
+/// What is wanted of the checks.
+enum Heard<'a> {
+    Verdicts(&'a mut dyn FnMut(&Verdict)),
+    Names(&'a mut Vec<String>),
 }
 
 /// Checks of a device, and who hears of them.
-struct Checks<'a> {
+struct Checks<'a, 'b> {
     device: &'a Device,
-    only: &'a [String],
-    say: &'a mut dyn FnMut(&Verdict),
+    /// In small letters.
+    only: Vec<String>,
+    heard: &'a mut Heard<'b>,
 }
 
-impl Checks<'_> {
+impl<'a, 'b> Checks<'a, 'b> {
+    fn new(device: &'a Device, only: &[String], heard: &'a mut Heard<'b>) -> Self {
+        let only = only.iter().map(|text| text.to_lowercase()).collect();
+        Self {
+            device,
+            only,
+            heard,
+        }
+    }
+
+    fn all(&mut self) {
+        goldens::check(self);
+        layer::check(self);
+        ops::check(self);
+        networks::check(self);
+    }
+
+    fn together(&mut self, devices: &[Device]) {
+        let check = format!("sums over {} devices", devices.len());
+        self.add(check, || together::sums(devices));
+    }
+
     fn add(&mut self, check: impl Into<String>, run: impl FnOnce() -> Outcome) {
         let check = check.into();
-        if self.only.is_empty() || self.only.iter().any(|text| check.contains(text.as_str())) {
-            match run() {
-                Ok(findings) => (self.say)(&findings.verdict(check)),
+        let name = check.to_lowercase();
+        if !self.only.is_empty() && !self.only.iter().any(|text| name.contains(text.as_str())) {
+            return;
+        }
+        match self.heard {
+            Heard::Names(names) => names.push(check),
+            Heard::Verdicts(say) => match run() {
+                Ok(findings) => say(&findings.verdict(check)),
                 Err(error) => self.failed(check, &error),
-            }
+            },
         }
     }
 
     /// A check that came to nothing; also of one that was not asked for, where others hang on it.
     fn failed(&mut self, check: String, error: &Error) {
-        (self.say)(&Verdict {
-            check,
-            ok: false,
-            figures: vec![],
-            detail: isqrt_train::without_backtrace(&error.to_string()),
-        });
+        if let Heard::Verdicts(say) = self.heard {
+            say(&Verdict {
+                check,
+                ok: false,
+                figures: vec![],
+                detail: isqrt_train::without_backtrace(&error.to_string()),
+            });
+        }
     }
 }
 
@@ -220,17 +255,21 @@ mod tests {
 
     #[test]
     fn checks_can_be_chosen_by_their_names() {
-        let mut names = vec![];
-        let only = ["relu6".to_owned(), "constant".to_owned()];
+        let mut run = vec![];
+        let only = ["ReLU6".to_owned(), "constant".to_owned()];
         check(&Device::Cpu, &only, |verdict| {
-            names.push(verdict.check.clone())
+            run.push(verdict.check.clone())
         });
         let expected = [
             "golden values, relu6",
             "layer, constant features",
             "relu6, gradient and beside the CPU",
         ];
-        assert_eq!(names, expected);
+        assert_eq!(run, expected);
+        assert_eq!(names(&[Device::Cpu], &only), expected);
+        let two = names(&[Device::Cpu, Device::Cpu], &[]);
+        assert_eq!(two.last().unwrap(), "sums over 2 devices");
+        assert_eq!(two.len(), names(&[Device::Cpu], &[]).len() + 1);
     }
 
     #[test]
@@ -243,11 +282,8 @@ mod tests {
                 wrong.push(verdict.clone());
             }
         };
-        let mut checks = Checks {
-            device: &Device::Cpu,
-            only: &[],
-            say: &mut say,
-        };
+        let mut heard = Heard::Verdicts(&mut say);
+        let mut checks = Checks::new(&Device::Cpu, &[], &mut heard);
         goldens::check(&mut checks);
         layer::check(&mut checks);
         ops::check(&mut checks);

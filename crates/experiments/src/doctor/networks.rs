@@ -7,7 +7,7 @@ use isqrt_nn::{Decay, Mode, Optimizer, Sgd, SgdConfig};
 
 use super::{Checks, Error, Findings, Outcome, distance, features, home, place, within};
 
-pub(super) fn check(checks: &mut Checks<'_>) {
+pub(super) fn check(checks: &mut Checks<'_, '_>) {
     let device = checks.device;
     for entry in BACKBONES {
         let name = entry.name();
@@ -16,9 +16,15 @@ pub(super) fn check(checks: &mut Checks<'_>) {
         });
     }
     if device.is_cuda() {
-        for name in ["resnet8", "vgg11"] {
-            let check = format!("training step, {name} in bf16, beside f32");
-            checks.add(check, || step_in_bf16(name, device));
+        for (name, way) in [
+            ("resnet8", Way::Bf16),
+            ("vgg11", Way::Bf16),
+            ("resnet8", Way::Tf32),
+            ("resnet8", Way::Timed),
+        ] {
+            let (words, _) = way.words();
+            let check = format!("training step, {name} {words}, beside f32");
+            checks.add(check, || step_otherwise(name, way, device));
         }
     }
     checks.add("weights, saved and loaded", || save_and_load(device));
@@ -139,15 +145,55 @@ fn training_step(backbone: &str, device: &Device) -> Outcome {
     Ok(findings.figure("classifier's", head, 1e-2))
 }
 
-/// Maps in bf16 beside those in f32 on the same GPU.
-fn step_in_bf16(backbone: &str, device: &Device) -> Outcome {
-    let full = steps_of(backbone, device, (DType::F32, DType::F32), 1)?;
-    let short = steps_of(backbone, device, (DType::F32, DType::BF16), 1)?;
-    let losses = distance(&short.losses, &full.losses);
-    let findings = Findings::default().figure("loss", losses, 5e-2);
-    let [backbone, head] = short.parts_apart(&full);
-    let findings = findings.figure("backbone's gradients", backbone, 0.3);
-    Ok(findings.figure("classifier's", head, 0.1))
+/// What else a GPU has than f32 by the algorithms that cuDNN ranks first.
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    /// Maps in bf16, products rounded to TF32.
+    Bf16,
+    Tf32,
+    /// Algorithms by their time.
+    Timed,
+}
+
+impl Way {
+    /// In words, with the most that a loss, gradients of the backbone and others may differ.
+    fn words(self) -> (&'static str, [f64; 3]) {
+        match self {
+            Self::Bf16 => ("in bf16", [5e-2, 0.3, 0.1]),
+            Self::Tf32 => ("in tf32", [1e-2, 0.1, 5e-2]),
+            Self::Timed => ("with timed algorithms", [1e-3, 5e-2, 1e-2]),
+        }
+    }
+}
+
+/// One step in another way beside f32 on the same GPU.
+fn step_otherwise(backbone: &str, way: Way, device: &Device) -> Outcome {
+    let of = |maps| steps_of(backbone, device, (DType::F32, maps), 1);
+    let full = of(DType::F32)?;
+    // Of the whole program: as before afterwards, whatever came of it.
+    let (precision, search) = (isqrt_device::precision(), isqrt_device::search());
+    let other = match way {
+        Way::Timed => {
+            isqrt_device::set_search(isqrt_device::Search::Timed);
+            of(DType::F32)
+        }
+        Way::Bf16 | Way::Tf32 => {
+            isqrt_device::set_precision(isqrt_device::Precision::Tf32);
+            of(if way == Way::Bf16 {
+                DType::BF16
+            } else {
+                DType::F32
+            })
+        }
+    };
+    isqrt_device::set_precision(precision);
+    isqrt_device::set_search(search);
+    let other = other?;
+    let [loss, backbone, head] = way.words().1;
+    let findings = Findings::default().figure("loss", distance(&other.losses, &full.losses), loss);
+    let [apart, head_apart] = other.parts_apart(&full);
+    let findings = findings.figure("backbone's gradients", apart, backbone);
+    Ok(findings.figure("classifier's", head_apart, head))
 }
 
 /// Side of the images of a training step: small, with more than one position at the end of every backbone.

@@ -35,7 +35,7 @@ struct Case {
     smooth: bool,
 }
 
-pub(super) fn check(checks: &mut Checks<'_>) {
+pub(super) fn check(checks: &mut Checks<'_, '_>) {
     let device = checks.device;
     let cases = match cases() {
         Ok(cases) => cases,

@@ -4,6 +4,7 @@ mod loader;
 
 use super::device::DeviceArg;
 use crate::output::{self, show};
+use crate::progress::say;
 use anyhow::Context;
 use clap::{Args, Subcommand, ValueEnum};
 use isqrt_device::{Gpu, Search};
@@ -69,12 +70,12 @@ pub struct LayerBench {
     /// Recompute in the backward pass instead of keeping iterates
     #[arg(long)]
     lean: bool,
-    /// Instruction set of the CPU
+    /// Instruction set of the CPU; on a GPU each of its kernels has a row
     #[arg(long, value_enum, default_value_t = KernelArg::Auto)]
     kernel: KernelArg,
     #[command(flatten)]
     device: DeviceArg,
-    /// Seconds of measuring
+    /// Seconds of measuring, of all rows together and at least three rounds of them
     #[arg(long, default_value_t = 5.0)]
     budget: f64,
 }
@@ -157,6 +158,9 @@ impl LayerBench {
             self.iterations
         );
         let budget = Duration::try_from_secs_f64(self.budget).context("--budget")?;
+        if !json {
+            say(&format!("measuring {name}"));
+        }
         let rows = layer(&case, &device, budget)?;
         if json {
             for r in &rows {
@@ -299,7 +303,7 @@ pub struct DecompositionBench {
     batch: usize,
     #[command(flatten)]
     device: DeviceArg,
-    /// Seconds of measuring
+    /// Seconds of measuring, of all rows together and at least three rounds of them
     #[arg(long, default_value_t = 5.0)]
     budget: f64,
 }
@@ -391,7 +395,7 @@ pub struct NetworkBench {
     /// Time each kind of op too, at the shapes of a ResNet
     #[arg(long)]
     ops: bool,
-    /// Seconds of measuring (twice as many with --ops)
+    /// Seconds of measuring, at least three rounds (twice as many with --ops)
     #[arg(long, value_name = "S", default_value_t = 10.0)]
     budget: f64,
 }
