@@ -148,8 +148,8 @@ fn by_kernel(device: &Device, kernel: GpuKernel) -> Outcome {
         _ => &[DType::F32, DType::F64],
     };
     let limit = match kernel {
-        Cublas(Precision::Tf32) | Reference(Precision::Tf32) | TensorCores(Tf32::Once) => 5e-2,
-        _ => 2e-3,
+        Cublas(Precision::Tf32) | Reference(Precision::Tf32) | TensorCores(Tf32::Once) => 2e-2,
+        _ => 2e-4,
     };
     let keep = (Output::Triangle, Memory::Keep);
     let papers = pool_of(5, PreNormalization::Trace, Side::Covariance, keep);

@@ -4,7 +4,6 @@ mod loader;
 
 use super::device::DeviceArg;
 use crate::output::{self, show};
-use crate::progress::say;
 use anyhow::Context;
 use clap::{Args, Subcommand, ValueEnum};
 use isqrt_device::{Gpu, Search};
@@ -158,9 +157,6 @@ impl LayerBench {
             self.iterations
         );
         let budget = Duration::try_from_secs_f64(self.budget).context("--budget")?;
-        if !json {
-            say(&format!("measuring {name}"));
-        }
         let rows = layer(&case, &device, budget)?;
         if json {
             for r in &rows {
