@@ -101,50 +101,30 @@ template <int COUNT, typename T> __device__ inline void load(T (&to)[COUNT], con
     if (COUNT == 9) to[COUNT - 1] = row[place(8, thread)];
 }
 
-// What a thread copies of an operand: pieces of 16 bytes at the same places of each step, of 64 columns.
-template <typename T, int THREADS, int ROW> struct Operand {
-    static constexpr int VALUES = 16 / sizeof(T), ACROSS = 64 / VALUES, APART = THREADS / ACROSS;
+// What a thread of THREADS copies of an operand: pieces of 16 bytes at the same places of each step, ACROSS of them from
+// column FIRST of a tile on.
+template <typename T, int ROW, int THREADS, int ACROSS, int FIRST> struct Operand {
+    static constexpr int VALUES = 16 / sizeof(T), APART = THREADS / ACROSS;
     const T *from;
     int jump;
     // Rows from the thread's first one on, none where it is past the columns.
     int rest;
 
+    static __device__ int row() { return threadIdx.x % THREADS / ACROSS; }
+    static __device__ int column() { return FIRST + threadIdx.x % ACROSS * VALUES; }
     __device__ void open(const T *matrix, int distance, int inner, int edge) {
-        int row = threadIdx.x / ACROSS, column = edge + threadIdx.x % ACROSS * VALUES;
-        from = matrix + (long long)row * distance + column;
+        from = matrix + (long long)row() * distance + edge + column();
         jump = APART * distance;
-        rest = column < distance ? inner - row : 0;
+        rest = edge + column() < distance ? inner - row() : 0;
     }
     // What is not there is zero.
     __device__ void fetch(T *stage) {
-        T *to = stage + threadIdx.x / ACROSS * ROW + threadIdx.x % ACROSS * VALUES;
+        T *to = stage + row() * ROW + column();
 #pragma unroll
         for (int row = 0; row < DEPTH; row += APART) {
             copy16(to + row * ROW, from, row < rest);
             from += jump;
         }
-        rest -= DEPTH;
-    }
-};
-
-// The columns of both operands after the first 64, of which a thread has one piece a step.
-template <int ROW> struct Rest {
-    const float *from;
-    int jump;
-    int rest;
-
-    // Half of the threads for each operand.
-    static __device__ bool is_left() { return threadIdx.x < 32; }
-    __device__ void open(const float *matrix, int distance, int inner, int edge) {
-        int row = threadIdx.x % 32 / 2, column = edge + 64 + threadIdx.x % 2 * 4;
-        from = matrix + (long long)row * distance + column;
-        jump = DEPTH * distance;
-        rest = column < distance ? inner - row : 0;
-    }
-    __device__ void fetch(float *left, float *right) {
-        float *to = (is_left() ? left : right) + threadIdx.x % 32 / 2 * ROW + 64 + threadIdx.x % 2 * 4;
-        copy16(to, from, rest > 0);
-        from += jump;
         rest -= DEPTH;
     }
 };
@@ -339,16 +319,18 @@ template <typename T, typename O, Way WAY, int ROWS, int COLUMNS> __device__ voi
     }
     int top = tile_down * TILE, left = tile_across * TILE;
 
-    Operand<T, THREADS, ROW> a, b;
-    Rest<ROW> rest;
+    Operand<T, ROW, THREADS, 64 * sizeof(T) / 16, 0> a, b;
+    // The columns after the first 64, by one half of the threads for each operand.
+    Operand<T, ROW, 32, 8 * sizeof(T) / 16, 64> rest;
+    bool rest_of_a = threadIdx.x < 32;
     auto open = [&](const Pair &pair) {
         const T *a_matrix = static_cast<const T *>(pair.a) + image * pair.a_image;
         const T *b_matrix = static_cast<const T *>(pair.b) + image * pair.b_image;
         a.open(a_matrix, pair.a_row, pair.inner, top);
         b.open(b_matrix, pair.b_row, pair.inner, left);
         if constexpr (TILE > 64) {
-            bool of_a = rest.is_left();
-            rest.open(of_a ? a_matrix : b_matrix, of_a ? pair.a_row : pair.b_row, pair.inner, of_a ? top : left);
+            if (rest_of_a) rest.open(a_matrix, pair.a_row, pair.inner, top);
+            else rest.open(b_matrix, pair.b_row, pair.inner, left);
         }
     };
     int steps = (job.pairs[0].inner + DEPTH - 1) / DEPTH, next_pair = steps;
@@ -359,7 +341,7 @@ template <typename T, typename O, Way WAY, int ROWS, int COLUMNS> __device__ voi
             if (fetched == next_pair) open(job.pairs[1]);
             a.fetch(memory + writing);
             b.fetch(memory + writing + STAGE / 2);
-            if constexpr (TILE > 64) rest.fetch(memory + writing, memory + writing + STAGE / 2);
+            if constexpr (TILE > 64) rest.fetch(memory + writing + (rest_of_a ? 0 : STAGE / 2));
             writing = writing == (STAGES - 1) * STAGE ? 0 : writing + STAGE;
         }
         ++fetched;

@@ -266,9 +266,8 @@ pub fn run(
     };
     let config = file.spec.config(data.info.classes);
     // A spec that cannot be trained leaves no folder.
-    config
-        .check_on(devices)
-        .map_err(|error| file.place(error))?;
+    let pass = config.check_on(devices);
+    let pass = pass.map_err(|error| file.place(error))?;
     let spec_hash = file.spec.hash()?;
     let identity = format!("{spec_hash} {}", data.info.fingerprint);
     let folder = paths.root.join("checkpoints");
@@ -296,7 +295,7 @@ pub fn run(
     };
     // Passes of an evaluation are as large as those of a GPU's training, at the end too, where one evaluates.
     let given = file;
-    let shared = with_passes_of(file, &config, &data, ranks.len().max(1));
+    let shared = with_passes_of(file, pass, &data, ranks.len().max(1));
     let file = &shared;
     let others = ranks.split_off(ranks.len().min(1));
     let collective: &dyn Collective = ranks.first().map_or(&Single, |rank| rank);
@@ -345,7 +344,7 @@ pub fn run(
             0
         }
     };
-    let context = (saved.as_ref(), devices);
+    let context = (saved.as_ref(), devices, pass);
     environment(&paths, &data.info, given, context, &mut console)?;
     write_whole(&paths.spec(), given.spec.to_toml()?.as_bytes())?;
     let lines = saved.as_ref().map_or(0, |saved| saved.progress().lines);
@@ -452,11 +451,11 @@ pub fn run(
 }
 
 /// A spec whose evaluations have passes for one of several devices, where it does not say how large they are.
-fn with_passes_of(file: &SpecFile, config: &TrainConfig, data: &RunData, ranks: usize) -> SpecFile {
+fn with_passes_of(file: &SpecFile, pass: usize, data: &RunData, ranks: usize) -> SpecFile {
     let mut file = file.clone();
     if ranks > 1 && file.spec.evaluation.batch.is_none() {
-        let pass = config.batch / config.accumulate / ranks / data.eval.pipeline.views().max(1);
-        file.spec.evaluation.batch = Some(pass.max(1));
+        let images = pass / data.eval.pipeline.views().max(1);
+        file.spec.evaluation.batch = Some(images.max(1));
     }
     file
 }
@@ -760,16 +759,15 @@ fn open_saved(
 ) -> Result<Option<Saved>> {
     let saved = match resume {
         Resume::Never => return Ok(None),
-        Resume::From(path) => match (Saved::open(path, identity), other_spec(path, file)) {
-            (Ok(saved), _) => Some(saved),
-            (Err(_), Some(what)) if path.exists() => {
-                return Err(failed(
-                    path,
-                    &format!("is of a run of another spec ({what})"),
-                ));
-            }
-            (Err(error), _) => return Err(error),
-        },
+        Resume::From(path) => {
+            let saved = Saved::open(path, identity);
+            Some(saved.map_err(|error| match other_spec(path, file) {
+                Some(what) if path.exists() => {
+                    failed(path, &format!("is of a run of another spec ({what})"))
+                }
+                _ => error,
+            })?)
+        }
         Resume::Auto => {
             let mut problems = Vec::new();
             let mut found = None;
@@ -818,7 +816,7 @@ fn environment(
     paths: &Paths,
     data: &DataInfo,
     file: &SpecFile,
-    (saved, devices): (Option<&Saved>, &[Device]),
+    (saved, devices, pass): (Option<&Saved>, &[Device], usize),
     console: &mut Log<'_>,
 ) -> Result<()> {
     let path = paths.environment();
@@ -826,13 +824,12 @@ fn environment(
     let here = Machine::on(devices);
     if let Some(gpu) = devices.iter().find(|device| !device.is_cpu()) {
         let precision = file.spec.precision;
-        let share = file.spec.batch / file.spec.accumulate / devices.len();
         // The driver's name of the GPU, once where all are alike.
         let each = isqrt_device::gpu_of(gpu).map_or_else(String::new, |gpu| gpu.name);
         let names: Vec<_> = devices.iter().map(isqrt_device::name).collect();
         let gpu = file.spec.gpu;
         console.say(&format!(
-            "on {} ({each}), {precision}, in passes of {share} images{}{}",
+            "on {} ({each}), {precision}, in passes of {pass} images{}{}",
             names.join(" and "),
             if devices.len() > 1 { " on each" } else { "" },
             match gpu.is_default() {

@@ -111,10 +111,11 @@ pub fn names(devices: &[Device], only: &[String]) -> Vec<String> {
     let mut names = vec![];
     let mut heard = Heard::Names(&mut names);
     if let Some(device) = devices.first() {
-        Checks::new(device, only, &mut heard).all();
-    }
-    if devices.len() > 1 {
-        Checks::new(&devices[0], only, &mut heard).together(devices);
+        let mut checks = Checks::new(device, only, &mut heard);
+        checks.all();
+        if devices.len() > 1 {
+            checks.together(devices);
+        }
     }
     names
 }

@@ -494,8 +494,8 @@ fn not_run(planned: &Planned, results: &Results<'_>) -> Vec<String> {
     }
     for (what, count) in missing {
         lines.push(format!(
-            "{what}: not yet run, {count} cell{}; the command below goes on",
-            if count == 1 { "" } else { "s" }
+            "{what}: not yet run, {}; the command below goes on",
+            isqrt_train::counted(count, "cell")
         ));
     }
     lines
