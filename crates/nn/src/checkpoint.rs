@@ -18,6 +18,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, Var, WithDType};
 use candle_core::{CudaStorage, Storage};
 
 use crate::element::{dispatch, read};
+use crate::tape;
 use crate::vars::Step;
 use crate::{Error, Mode, Result, Scope};
 
@@ -65,14 +66,17 @@ impl GradientCheckpoint {
         // The tape inside the part ends here, and with it all that it holds.
         let values = y.detach().contiguous()?;
         drop(y);
-        Ok(x.apply_op1(Node {
-            y: Mutex::new(Some(values)),
-            part,
-            mode: mode.replayed(),
-            step: self.step.clone(),
-            number: self.step.get(),
-            aside: Arc::clone(&self.aside),
-        })?)
+        Ok(tape::apply1(
+            x,
+            Node {
+                y: Mutex::new(Some(values)),
+                part,
+                mode: mode.replayed(),
+                step: self.step.clone(),
+                number: self.step.get(),
+                aside: Arc::clone(&self.aside),
+            },
+        )?)
     }
 }
 
@@ -106,7 +110,7 @@ where
             let _restore = Restore(&self.step, self.step.replace(self.number));
             (self.part)(&leaf, self.mode)?
         };
-        let mut gradients = y.apply_op1(Seed(dy.clone()))?.backward()?;
+        let mut gradients = tape::apply1(&y, Seed(dy.clone()))?.backward()?;
         // A part that makes nothing of `x` has no gradient for it, but candle waits for one.
         let dx = match gradients.remove(&leaf) {
             Some(dx) => dx.detach(),
@@ -227,7 +231,7 @@ pub(crate) fn backward(aside: &Aside, loss: &Tensor) -> Result<GradStore> {
         *aside = Some((thread::current().id(), GradStore::default()));
     }
     let clear = Clear(aside);
-    let mut gradients = loss.backward()?;
+    let mut gradients = loss.backward().inspect_err(|_| tape::abandon())?;
     if let Some((_, aside)) = lock(clear.0).take() {
         gradients.extend(aside)?;
     }
@@ -275,6 +279,6 @@ fn own(aside: &mut Option<(ThreadId, GradStore)>) -> Option<&mut GradStore> {
     (*owner == thread::current().id()).then_some(store)
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

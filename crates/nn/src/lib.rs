@@ -23,6 +23,7 @@ mod optim;
 mod philox;
 mod record;
 mod schedule;
+mod tape;
 mod vars;
 
 pub use error::{Error, Result};

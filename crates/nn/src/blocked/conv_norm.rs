@@ -23,6 +23,7 @@ use crate::checkpoint::{Aside, past_the_tape};
 use crate::cuda::{self, Maps, norm::Extent};
 use crate::element::{dispatch, read, values};
 use crate::ops::{BatchNorm, BatchNormOp, Conv, ConvShapes, check_affine};
+use crate::tape;
 use crate::{Mode, Result};
 
 /// [`batch_norm`](crate::ops::batch_norm) of [`conv2d`](crate::ops::conv2d) for blocked maps. The
@@ -76,9 +77,7 @@ pub(crate) fn conv_norm_of(
     let pending = op.norm.pending();
     // An op takes three tensors: scale and shift come as one.
     let affine = Tensor::stack(&[affine.0, affine.1], 0)?;
-    let y = x
-        .contiguous()?
-        .apply_op3(&weight.contiguous()?, &affine, op)?;
+    let y = tape::apply3(&x.contiguous()?, [&weight.contiguous()?, &affine], op)?;
     norm.update(&pending, conv.batch * plane, mode)?;
     Ok(y)
 }

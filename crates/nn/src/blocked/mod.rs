@@ -32,6 +32,7 @@ use crate::cuda;
 use crate::element::{Unwritten, dispatch, read, values};
 use crate::error::shape_error;
 use crate::ops::dims4;
+use crate::tape;
 
 /// Channels beside each other, or `None` for element types that are not computed in.
 pub(crate) fn width(dtype: DType) -> Option<usize> {
@@ -110,7 +111,10 @@ pub(crate) fn check_fills(op: &'static str, kind: &str, channels: usize, x: &Ten
 pub fn block(x: &Tensor) -> Result<Tensor> {
     let [_, channels, ..] = dims4("block", x)?;
     check_fills("block", "channels", channels, x)?;
-    Ok(x.contiguous()?.apply_op1(Relayout { into_blocks: true })?)
+    Ok(tape::apply1(
+        &x.contiguous()?,
+        Relayout { into_blocks: true },
+    )?)
 }
 
 /// Blocked feature maps to `(batch, channels, height, width)`.
@@ -119,7 +123,10 @@ pub fn block(x: &Tensor) -> Result<Tensor> {
 /// [`crate::Error::Shape`] for maps that are not blocked.
 pub fn unblock(x: &Tensor) -> Result<Tensor> {
     dims("unblock", x)?;
-    Ok(x.contiguous()?.apply_op1(Relayout { into_blocks: false })?)
+    Ok(tape::apply1(
+        &x.contiguous()?,
+        Relayout { into_blocks: false },
+    )?)
 }
 
 struct Relayout {

@@ -11,6 +11,7 @@ use super::norm::Extent;
 use super::{Held, Maps, conv, device_of, of_maps, relu};
 use crate::checkpoint::{Aside, lay_aside, needs_backward};
 use crate::ops::{BatchNorm, BatchNormOp, Conv, ConvShapes, check_affine};
+use crate::tape;
 use crate::{Mode, Result};
 
 /// A convolution without bias and its norm.
@@ -54,7 +55,7 @@ pub(crate) fn forward(
     let moves = node.parts.iter().chain(&node.shortcut);
     let moves = moves.map(|part| (part.batch_norm.clone(), part.norm.pending(), part.extent()));
     let moves: Vec<_> = moves.collect();
-    let y = x.contiguous()?.apply_op1(node)?;
+    let y = tape::apply1(&x.contiguous()?, node)?;
     for (norm, pending, extent) in moves {
         norm.update(&pending, extent.outer, mode)?;
     }

@@ -18,6 +18,7 @@ use crate::Result;
 use crate::cuda;
 use crate::element::{Element, dispatch, lane_sums, read, values};
 use crate::record::note_op;
+use crate::tape;
 
 /// Mean of each window; padding counts as zeros unless `count_include_pad` is off.
 ///
@@ -32,7 +33,7 @@ pub fn avg_pool2d(x: &Tensor, window: impl Into<Pool>) -> Result<Tensor> {
         windows: Windows::new("avg_pool2d", x, pool)?,
         count_include_pad: pool.count_include_pad,
     };
-    let y = x.contiguous()?.apply_op1(op)?;
+    let y = tape::apply1(&x.contiguous()?, op)?;
     note_op("avg_pool2d", &y);
     Ok(y)
 }
@@ -55,7 +56,7 @@ pub fn adaptive_avg_pool2d(x: &Tensor, output: (usize, usize)) -> Result<Tensor>
         windows,
         count_include_pad: false,
     };
-    let y = x.contiguous()?.apply_op1(op)?;
+    let y = tape::apply1(&x.contiguous()?, op)?;
     note_op("adaptive_avg_pool2d", &y);
     Ok(y)
 }
@@ -70,7 +71,7 @@ pub fn global_avg_pool(x: &Tensor) -> Result<Tensor> {
         plane: height * width,
         shape: Shape::from((batch, channels)),
     };
-    let y = x.contiguous()?.apply_op1(op)?;
+    let y = tape::apply1(&x.contiguous()?, op)?;
     note_op("global_avg_pool", &y);
     Ok(y)
 }

@@ -23,6 +23,7 @@ use crate::blocked::{self, Lanes, norm};
 use crate::cuda;
 use crate::element::{Element, Unwritten, dispatch, lane_sums, read, values, vectorised};
 use crate::error::shape_error;
+use crate::tape;
 use crate::{Buffer, Mode, Result};
 
 /// Options and running statistics of a batch normalisation.
@@ -60,9 +61,8 @@ pub fn batch_norm(
     check_affine("batch_norm", panels * lanes, gamma, beta)?;
     let op = BatchNormOp::new((batch, panels * lanes, lanes), height * width, norm, mode)?;
     let pending = op.pending();
-    let y = x
-        .contiguous()?
-        .apply_op3(&gamma.contiguous()?, &beta.contiguous()?, op)?;
+    let affine = [&gamma.contiguous()?, &beta.contiguous()?];
+    let y = tape::apply3(&x.contiguous()?, affine, op)?;
     norm.update(&pending, batch * height * width, mode)?;
     Ok(y)
 }

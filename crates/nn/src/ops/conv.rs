@@ -25,6 +25,7 @@ use crate::checkpoint::{Aside, past_the_tape};
 use crate::cuda;
 use crate::element::{dispatch, lane_sums, read, values};
 use crate::error::shape_error;
+use crate::tape;
 use crate::{Error, Result};
 
 /// Options of a convolution, with PyTorch's defaults. Pairs are (height, width).
@@ -147,7 +148,7 @@ fn apply(
         aside: aside.cloned(),
     };
     let Some(bias) = bias else {
-        return Ok(x.apply_op2(&weight, op)?);
+        return Ok(tape::apply2(&x, &weight, op)?);
     };
     if bias.dims() != [shapes.channels.1] {
         return shape_error(
@@ -159,7 +160,7 @@ fn apply(
             ),
         );
     }
-    Ok(x.apply_op3(&weight, &bias.contiguous()?, op)?)
+    Ok(tape::apply3(&x, [&weight, &bias.contiguous()?], op)?)
 }
 
 /// A convolution along one axis.

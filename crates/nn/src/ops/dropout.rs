@@ -10,6 +10,7 @@ use rayon::prelude::*;
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::element::{Element, Unwritten, dispatch, read, values, vectorised};
+use crate::tape;
 use crate::{Error, Mode, Result, philox};
 
 /// Values that one task works through; a multiple of what the generator makes at once.
@@ -45,7 +46,7 @@ pub fn dropout(x: &Tensor, p: f64, key: MaskKey, mode: Mode) -> Result<Tensor> {
         threshold: (p * (1u64 << 32) as f64).round() as u32,
         scale: 1.0 / (1.0 - p),
     };
-    Ok(x.contiguous()?.apply_op1(op)?)
+    Ok(tape::apply1(&x.contiguous()?, op)?)
 }
 
 /// Refuses a probability that leaves nothing or is none.

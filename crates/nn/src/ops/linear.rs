@@ -12,6 +12,7 @@ use crate::checkpoint::{Aside, past_the_tape};
 use crate::cuda;
 use crate::element::{Element, Matrix, dispatch, parallel_product, read, transpose, values};
 use crate::error::shape_error;
+use crate::tape;
 
 /// Linear map of each row of `x`.
 ///
@@ -40,8 +41,8 @@ pub(crate) fn linear_of(
                 out,
                 aside: aside.cloned(),
             };
-            Ok(x.contiguous()?
-                .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?)
+            let parameters = [&weight.contiguous()?, &bias.contiguous()?];
+            Ok(tape::apply3(&x.contiguous()?, parameters, op)?)
         }
         (x, weight, bias) => shape_error(
             "linear",

@@ -19,6 +19,7 @@ use super::dims4;
 use crate::cuda;
 use crate::element::{Element, Unwritten, dispatch, read, values, vectorised, with_scratch};
 use crate::record::note_op;
+use crate::tape;
 use crate::{Error, Result};
 
 /// Options of a local response normalisation. Note that α is divided by the size.
@@ -89,7 +90,7 @@ pub fn local_response_norm(x: &Tensor, norm: LocalResponseNorm) -> Result<Tensor
         channels,
         plane: height * width,
     };
-    let y = x.contiguous()?.apply_op1(op)?;
+    let y = tape::apply1(&x.contiguous()?, op)?;
     note_op("local_response_norm", &y);
     Ok(y)
 }

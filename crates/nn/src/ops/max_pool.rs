@@ -21,6 +21,7 @@ use crate::blocked::Lanes;
 use crate::cuda;
 use crate::element::{Element, dispatch, read, values, vectorised};
 use crate::record::note_op;
+use crate::tape;
 
 /// Maximum of each window. Padding never wins.
 ///
@@ -39,7 +40,7 @@ pub fn max_pool2d(x: &Tensor, window: impl Into<Pool>) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
         on_gpu: OnceLock::new(),
     };
-    let y = x.contiguous()?.apply_op1(op)?;
+    let y = tape::apply1(&x.contiguous()?, op)?;
     note_op("max_pool2d", &y);
     Ok(y)
 }

@@ -5,6 +5,7 @@
 use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
+    op::Add,
 };
 use rayon::prelude::*;
 
@@ -14,6 +15,7 @@ use crate::cuda;
 use crate::element::{Element, dispatch, read, values};
 use crate::error::shape_error;
 use crate::record::note_op;
+use crate::tape;
 
 /// Values that one task works through.
 const BLOCK: usize = 1 << 14;
@@ -23,7 +25,7 @@ const BLOCK: usize = 1 << 14;
 /// # Errors
 /// Where `x` is not f32 or f64 on the CPU.
 pub fn relu(x: &Tensor) -> Result<Tensor> {
-    let y = x.contiguous()?.apply_op1(Clip { upper: UNBOUNDED })?;
+    let y = tape::apply1(&x.contiguous()?, Clip { upper: UNBOUNDED })?;
     note_op("relu", &y);
     Ok(y)
 }
@@ -33,19 +35,18 @@ pub fn relu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// Where `x` is not f32 or f64 on the CPU.
 pub fn relu6(x: &Tensor) -> Result<Tensor> {
-    let y = x.contiguous()?.apply_op1(Clip { upper: 6.0 })?;
+    let y = tape::apply1(&x.contiguous()?, Clip { upper: 6.0 })?;
     note_op("relu6", &y);
     Ok(y)
 }
 
-/// `x + shortcut`: the end of a residual block without an activation. candle's sum, with the record
-/// of the pass.
+/// `x + shortcut`: the end of a residual block without an activation.
 ///
 /// # Errors
 /// [`crate::Error::Shape`] where the shapes differ.
 pub fn add(x: &Tensor, shortcut: &Tensor) -> Result<Tensor> {
     same_shape("add", x, shortcut)?;
-    let y = (x + shortcut)?;
+    let y = tape::join(&x.contiguous()?, &shortcut.contiguous()?, Sum)?;
     note_op("add", &y);
     Ok(y)
 }
@@ -56,9 +57,7 @@ pub fn add(x: &Tensor, shortcut: &Tensor) -> Result<Tensor> {
 /// [`crate::Error::Shape`] where the shapes differ.
 pub fn add_relu(x: &Tensor, shortcut: &Tensor) -> Result<Tensor> {
     same_shape("add_relu", x, shortcut)?;
-    let y = x
-        .contiguous()?
-        .apply_op2(&shortcut.contiguous()?, AddRelu)?;
+    let y = tape::join(&x.contiguous()?, &shortcut.contiguous()?, AddRelu)?;
     note_op("add_relu", &y);
     Ok(y)
 }
@@ -143,6 +142,46 @@ impl CustomOp1 for Clip {
 
     fn bwd(&self, _x: &Tensor, y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
         Ok(Some(between(y, dy, self.upper)?))
+    }
+}
+
+/// candle's sum; its gradient is that of both, as it is.
+struct Sum;
+
+impl CustomOp2 for Sum {
+    fn name(&self) -> &'static str {
+        "add"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((s1.binary_impl::<Add>(s2, l1, l2)?, l1.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        Ok((s1.binary_impl::<Add>(s2, l1, l2)?, l1.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        _a: &Tensor,
+        _b: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((Some(dy.clone()), Some(dy.clone())))
     }
 }
 
