@@ -110,7 +110,11 @@ where
             let _restore = Restore(&self.step, self.step.replace(self.number));
             (self.part)(&leaf, self.mode)?
         };
-        let mut gradients = tape::apply1(&y, Seed(dy.clone()))?.backward()?;
+        let y = tape::apply1(&y, Seed(dy.clone()))?;
+        let mut gradients = {
+            let _pass = tape::Pass::begin();
+            y.backward()?
+        };
         // A part that makes nothing of `x` has no gradient for it, but candle waits for one.
         let dx = match gradients.remove(&leaf) {
             Some(dx) => dx.detach(),
@@ -231,7 +235,8 @@ pub(crate) fn backward(aside: &Aside, loss: &Tensor) -> Result<GradStore> {
         *aside = Some((thread::current().id(), GradStore::default()));
     }
     let clear = Clear(aside);
-    let mut gradients = loss.backward().inspect_err(|_| tape::abandon())?;
+    let _pass = tape::Pass::begin();
+    let mut gradients = loss.backward()?;
     if let Some((_, aside)) = lock(clear.0).take() {
         gradients.extend(aside)?;
     }

@@ -8,7 +8,9 @@
 //! To everybody else, candle's own ops included, the result of such an op is a tensor like any other:
 //! it hangs on its token by a node that puts the gradient that candle has for it with the others
 //! ([`Leave`]), and a tensor of another op gets a token by one that gives candle the gradient
-//! ([`Enter`]).
+//! ([`Enter`]). Passes at the same time, also over the same maps, do not see each other. Where one by
+//! `Tensor::backward` fails in an op of candle's, its graph must not be used again;
+//! [`Vars::backward`](crate::Vars::backward) has no such limit.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -113,35 +115,40 @@ impl Token {
     }
 }
 
-/// The sum of the gradients that came for a map, in the pass that they came in.
+/// The gradients that came for a map, their sum for each pass that is under way; none where an op has no gradient for it.
 #[derive(Default)]
-struct Inbox(Mutex<Option<(u64, Tensor)>>);
+struct Inbox(Mutex<Vec<(u64, Option<Tensor>)>>);
 
 impl Inbox {
-    fn add(&self, gradient: Tensor) -> Result<()> {
-        let mut inbox = lock(&self.0);
-        let sum = match inbox.take() {
-            Some((pass, sum)) if pass == this_pass() => (sum + gradient)?.detach(),
-            _ => gradient,
-        };
-        *inbox = Some((this_pass(), sum));
+    fn add(&self, gradient: Option<Tensor>) -> Result<()> {
+        let gradient = gradient.map(|gradient| gradient.detach());
+        let (mut inbox, pass) = (lock(&self.0), PASS.get());
+        match inbox.iter_mut().find(|(of, _)| *of == pass) {
+            None => inbox.push((pass, gradient)),
+            Some((_, sum)) => {
+                *sum = match (sum.take(), gradient) {
+                    (Some(sum), Some(gradient)) => Some((sum + gradient)?),
+                    (sum, gradient) => sum.or(gradient),
+                }
+            }
+        }
         Ok(())
     }
 
-    /// Zeros where nothing came: an op may have no gradient for what it took.
     fn take(&self, map: &Tensor) -> Result<Tensor> {
-        match lock(&self.0).take() {
-            Some((pass, sum)) if pass == this_pass() => {
-                if sum.dims() != map.dims() {
-                    bail!("a gradient {:?} came for maps {:?}", sum.dims(), map.dims())
-                }
-                sum.contiguous()
-            }
-            _ => Ok(map.zeros_like()?.detach()),
+        let (mut inbox, pass) = (lock(&self.0), PASS.get());
+        let Some(at) = inbox.iter().position(|(of, _)| *of == pass) else {
+            bail!("no gradient came for maps {:?}", map.dims())
+        };
+        match inbox.swap_remove(at).1 {
+            Some(sum) if sum.dims() == map.dims() => sum.contiguous(),
+            Some(sum) => bail!("a gradient {:?} came for maps {:?}", sum.dims(), map.dims()),
+            None => Ok(map.zeros_like()?.detach()),
         }
     }
 }
 
+// candle differentiates on one thread: the number of its pass tells what is whose in an inbox.
 thread_local!(static PASS: Cell<u64> = Cell::new(next_pass()));
 
 fn next_pass() -> u64 {
@@ -149,14 +156,23 @@ fn next_pass() -> u64 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// candle differentiates on one thread, and each pass finds what it left itself.
-fn this_pass() -> u64 {
-    PASS.get()
+/// A backward pass with a number of its own as long as this lives, within another or not: what it leaves behind where it
+/// fails is nobody's.
+pub(crate) struct Pass {
+    outer: u64,
 }
 
-/// What this thread's pass has left in the inboxes is nobody's: it failed.
-pub(crate) fn abandon() {
-    PASS.set(next_pass());
+impl Pass {
+    pub(crate) fn begin() -> Self {
+        let outer = PASS.replace(next_pass());
+        Self { outer }
+    }
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        PASS.set(self.outer);
+    }
 }
 
 /// Where a result waits to become a tensor, and what its node needs of it later.
@@ -202,9 +218,7 @@ impl Map {
         if !self.map.track_op() {
             return Ok(None);
         }
-        if let Some(gradient) = gradient {
-            self.inbox.add(gradient)?;
-        }
+        self.inbox.add(gradient)?;
         // A token is zero, and so is its gradient.
         Ok(Some(scalar.detach()))
     }
@@ -241,7 +255,8 @@ impl<C> Node<C> {
 
     fn backward<R>(&self, adjoint: impl FnOnce(&Tensor, &Tensor) -> Result<R>) -> Result<R> {
         let (y, dy) = self.arrived()?;
-        adjoint(y, &dy).inspect_err(|_| abandon())
+        // Of passes without a number of their own, by `Tensor::backward`: what this one left is nobody's.
+        adjoint(y, &dy).inspect_err(|_| PASS.set(next_pass()))
     }
 }
 
@@ -452,7 +467,7 @@ impl CustomOp1 for Leave {
     }
 
     fn bwd(&self, scalar: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        self.0.inbox.add(dy.clone())?;
+        self.0.inbox.add(Some(dy.clone()))?;
         Ok(Some(scalar.detach()))
     }
 }
@@ -534,12 +549,58 @@ mod tests {
     fn a_pass_that_failed_leaves_no_gradient_to_the_next() {
         let x = variable();
         let a = relu(&x).unwrap();
-        let b = apply1(&a, FailsOnce(AtomicBool::new(true))).unwrap();
-        let loss = add(&a, &b).unwrap().sum_all().unwrap();
-        assert!(loss.backward().is_err());
-        let gradients = loss.backward().unwrap();
-        let dx: Vec<f64> = gradients.get(&x).unwrap().to_vec1().unwrap();
-        assert_eq!(dx, [2.0, 2.0, 2.0]);
+        let fails = || FailsOnce(AtomicBool::new(true));
+        // An op of ours fails, and one of candle's.
+        let ours = apply1(&a, fails()).unwrap();
+        let candles = a.apply_op1(fails()).unwrap();
+        for (b, numbered) in [(ours, false), (candles, true)] {
+            let loss = add(&a, &b).unwrap().sum_all().unwrap();
+            let backward = || {
+                let _pass = numbered.then(Pass::begin);
+                loss.backward()
+            };
+            assert!(backward().is_err());
+            let dx: Vec<f64> = backward().unwrap().get(&x).unwrap().to_vec1().unwrap();
+            assert_eq!(dx, [2.0, 2.0, 2.0]);
+        }
+    }
+
+    /// The identity, between whose passes another thread has all of its own.
+    struct Waits(Arc<std::sync::Barrier>);
+
+    impl CustomOp1 for Waits {
+        fn name(&self) -> &'static str {
+            "waits"
+        }
+
+        fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+            Ok((s.clone(), l.shape().clone()))
+        }
+
+        fn bwd(&self, _: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+            self.0.wait();
+            Ok(Some(dy.clone()))
+        }
+    }
+
+    #[test]
+    fn passes_at_once_over_one_graph() {
+        let x = variable();
+        let a = relu(&x).unwrap();
+        // Both have brought `a` a gradient before one takes it.
+        let barrier = Arc::new(std::sync::Barrier::new(2));
+        let b = apply1(&a, Waits(barrier)).unwrap();
+        let loss = add(&b, &a).unwrap().sum_all().unwrap();
+        let gradient = || -> Vec<f64> {
+            let gradients = loss.backward().unwrap();
+            gradients.get(&x).unwrap().to_vec1().unwrap()
+        };
+        std::thread::scope(|scope| {
+            let both = [(); 2].map(|()| scope.spawn(gradient));
+            for dx in both.map(|thread| thread.join().unwrap()) {
+                assert_eq!(dx, [2.0, 2.0, 2.0]);
+            }
+        });
     }
 
     #[test]

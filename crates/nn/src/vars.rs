@@ -138,7 +138,8 @@ impl Vars {
     /// Gradients of a scalar `loss`, those of parameters in checkpointed parts
     /// ([`GradientCheckpoint`](crate::layers::GradientCheckpoint)) included, which
     /// [`Tensor::backward`] refuses. Without such parts the two give the same; this one takes less
-    /// memory, since weights of layers do not go over candle's tape.
+    /// memory, since weights of layers do not go over candle's tape, and `loss` may be differentiated
+    /// again after it failed (after the other only where an op of this crate failed).
     ///
     /// # Errors
     /// Those of the ops; [`Error::State`] while another backward pass of these parameters runs.

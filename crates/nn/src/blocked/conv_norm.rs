@@ -1,9 +1,7 @@
 //! A convolution, its batch normalisation and the ReLU that may follow, as one node.
 //!
-//! candle's tape zeroes and adds a tensor for every gradient that passes between nodes; what lies
-//! between a convolution and its normalisation never reaches the tape here. In evaluation the
-//! normalisation is folded into the weights, and nothing is kept: a backward pass, rare there,
-//! convolves again.
+//! In evaluation the normalisation is folded into the weights, and nothing is kept: a backward
+//! pass, rare there, convolves again.
 
 use std::borrow::Cow;
 use std::sync::OnceLock;

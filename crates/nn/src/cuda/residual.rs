@@ -1,6 +1,5 @@
-//! A residual block as one node: what passes between its convolutions never reaches candle's tape, which
-//! zeroes and adds a tensor of the size of the maps for each gradient between nodes. The shortcut is added
-//! where the last norm writes, and the gradients of both ways where the first convolution writes its own.
+//! A residual block as one node: the shortcut is added where the last norm writes, and the gradients of both ways where
+//! the first convolution writes its own.
 
 use std::sync::OnceLock;
 
