@@ -19,7 +19,8 @@ target=x86_64-unknown-linux-gnu
 cargo gpu
 isqrt=${CARGO_TARGET_DIR:-target}/$target/release/isqrt
 echo "== the kernels, as GPUs have them"
-tools/cuda/assemble.sh "$(ls -td "${CARGO_TARGET_DIR:-target}/$target"/release/build/isqrt-device-*/out | head -n 1)"
+newest=$(ls -t "${CARGO_TARGET_DIR:-target}/$target"/release/build/isqrt-device-*/out/symmetric.ptx | head -n 1)
+tools/cuda/assemble.sh "$(dirname "$newest")"
 echo "== the program starts without CUDA's libraries"
 "$isqrt" doctor --help >/dev/null
 (LD_LIBRARY_PATH='' "$isqrt" doctor --device cuda:0 2>&1 || true) | tail -n 1

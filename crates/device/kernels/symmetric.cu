@@ -2,9 +2,10 @@
 // inner index in rows, as symmetric matrices do either way. Of a symmetric result only the tiles on and
 // above the diagonal are computed; the others are mirrored.
 //
-// A block makes a tile of 64 x 64, or of 72 x 72 where fewer cover the result. Operands come by asynchronous copies,
-// three steps deep. Without tensor cores the multiply-adds are what takes the time, so a thread has 8 x 8 (9 x 9) values
-// for few loads from shared memory (8 x 4 in f64), and its places in operands are worked out once, not each step.
+// A block makes a tile of 64 x 64, or of 72 x 72 where that computes less outside of the result. Operands come by
+// asynchronous copies, three steps deep. Without tensor cores the multiply-adds are what takes the time, so a thread has
+// 8 x 8 (9 x 9) values for few loads from shared memory, and its places in operands are worked out once, not each step.
+// It has 8 x 4 in f64, and where there are so few blocks that they would leave schedulers of multiprocessors idle.
 // Epilogues are linear: scale * (alpha * product + terms + diagonal).
 
 #include "common.cuh"
@@ -175,7 +176,8 @@ __device__ void write_tile(const Target &target, const Product &job, long long i
             for (int r = 0; r < height; ++r) {
                 int i = top + place(r0 + r, down);
 #pragma unroll
-                // A factor of zero means zero, also of what is not finite. Outside of the result products are zero.
+                // A factor of zero means zero, also of what is not finite. Columns after the result's are zero, as those
+                // of the operands are, which are read that far.
                 for (int c = 0; c < width; ++c) values[r][c] = alpha == T(0) ? T(0) : alpha * acc[r0 + r][c0 + c];
                 if (i >= job.rows) continue;
 #pragma unroll
@@ -194,7 +196,7 @@ __device__ void write_tile(const Target &target, const Product &job, long long i
                 }
 #pragma unroll
                 for (int c = 0; c < width; ++c)
-                    if (i == j + c) values[r][c] += diagonal;
+                    if (i == j + c && i < job.columns) values[r][c] += diagonal;
                 if (target.triangle) {
                     long long n = job.columns, start = i * n - (long long)i * (i - 1) / 2 - i;
                     T *row = static_cast<T *>(target.triangle) + image * target.triangle_image + start;
@@ -235,13 +237,13 @@ __device__ void write_tile(const Target &target, const Product &job, long long i
     }
 }
 
-// D += A B of 16 x 8 x 8 values in a warp. With g = lane / 4 and t = lane % 4, A has rows g and g + 8, columns t and
+// D = A B + D of 16 x 8 x 8 values in a warp. With g = lane / 4 and t = lane % 4, A has rows g and g + 8, columns t and
 // t + 4; B rows t and t + 4, column g; D rows g and g + 8, columns 2t and 2t + 1.
 __device__ inline void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 __device__ inline unsigned to_tf32(float value) {
@@ -265,10 +267,19 @@ __device__ inline void split(const float (&values)[COUNT], unsigned (&high)[COUN
     }
 }
 
-// A warp's 32 x 32 values of a step, on tensor cores.
+// A warp's 32 x 32 values of a step, on tensor cores. These cut sums off where f32 would round them, which over many
+// steps draws values to zero; three products, which are to be as good as f32, are therefore summed from zero each step
+// and added by the rounding adder (Ootomo and Yokota 2022).
 template <Way WAY, int ROW>
 __device__ void step_on_tensor_cores(const float *left_tile, const float *right_tile, float (&acc)[2][4][4]) {
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    float sums[2][4][4] = {};
+    auto multiply_all = [](float (&d)[2][4][4], const unsigned (&a)[2][4], const unsigned (&b)[4][2]) {
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+            for (int n = 0; n < 4; ++n) multiply(d[m][n], a[m], b[n]);
+    };
 #pragma unroll
     for (int k = 0; k < DEPTH; k += 8) {
         const float *left = left_tile + (k + t) * ROW + g, *right = right_tile + (k + t) * ROW + g;
@@ -283,17 +294,22 @@ __device__ void step_on_tensor_cores(const float *left_tile, const float *right_
             float values[2] = {right[8 * n], right[4 * ROW + 8 * n]};
             split<WAY>(values, b[n], b_rest[n]);
         }
+        if (WAY == TF32X3) {
+            // The small ones first.
+            multiply_all(sums, a_rest, b);
+            multiply_all(sums, a, b_rest);
+            multiply_all(sums, a, b);
+        } else {
+            multiply_all(acc, a, b);
+        }
+    }
+    if (WAY == TF32X3) {
 #pragma unroll
         for (int m = 0; m < 2; ++m)
 #pragma unroll
-            for (int n = 0; n < 4; ++n) {
-                // The small ones first.
-                if (WAY == TF32X3) {
-                    multiply(acc[m][n], a_rest[m], b[n]);
-                    multiply(acc[m][n], a[m], b_rest[n]);
-                }
-                multiply(acc[m][n], a[m], b[n]);
-            }
+            for (int n = 0; n < 4; ++n)
+#pragma unroll
+                for (int v = 0; v < 4; ++v) acc[m][n][v] += sums[m][n][v];
     }
 }
 
@@ -406,6 +422,8 @@ template <typename T, typename O, Way WAY, int ROWS, int COLUMNS> __device__ voi
     }
 PRODUCT(product_f32, float, float, PLAIN, 8, 8, 6)
 PRODUCT(product_bf16, float, __nv_bfloat16, PLAIN, 8, 8, 6)
+PRODUCT(product_few_f32, float, float, PLAIN, 8, 4, 4)
+PRODUCT(product_few_bf16, float, __nv_bfloat16, PLAIN, 8, 4, 4)
 PRODUCT(product_wide_f32, float, float, PLAIN, 9, 9, 5)
 PRODUCT(product_wide_bf16, float, __nv_bfloat16, PLAIN, 9, 9, 5)
 PRODUCT(product_f64, double, double, PLAIN, 8, 4, 2)

@@ -8,15 +8,19 @@ use crate::Result;
 use candle_core::{CudaDevice, DType};
 use isqrt_device::cuda::kernels::SYMMETRIC;
 use isqrt_device::cuda::{
-    Argument, DeviceRepr, Grid, Module, Output, Real, bf16, launch, launch_with,
+    Argument, DeviceRepr, Grid, Module, Output, Real, bf16, launch, launch_with, multiprocessors,
 };
 use std::any::Any;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Rows and columns that a block makes of a product: 64, or 72 where fewer of those, of which a thread has 9 x 9 values
-/// in place of 8 x 8, cover it sooner: a side of 196 takes three in place of four.
-const TILES: [usize; 2] = [64, 72];
+/// A kernel of products in `symmetric.cu`: its name, rows and columns that a block makes, and threads of a block.
+type Tiled = (&'static str, usize, usize);
+/// A thread has 8 x 8 values, or 9 x 9 in wider tiles, of which a side of 196 takes three in place of four. Both have two
+/// warps a block, for four schedulers a multiprocessor: few blocks take four warps, of 8 x 4 values a thread.
+const PLAIN: Tiled = ("product", 64, 64);
+const WIDE: Tiled = ("product_wide", 72, 64);
+const FEW: Tiled = ("product_few", 64, 128);
 
 /// Two operands of a product, as `symmetric.cu` has them.
 #[repr(C)]
@@ -282,11 +286,16 @@ impl Images<'_> {
                 false => down * across,
             }
         };
-        let [side, wide] = TILES;
-        let plain = kernel == "product" && T::DTYPE == DType::F32;
-        let (kernel, side) = match plain && tiles(wide) * wide * wide < tiles(side) * side * side {
-            true => ("product_wide", wide),
-            false => (kernel, side),
+        let made = |(_, side, _): Tiled| tiles(side) * side * side;
+        let processors = multiprocessors(self.op, self.device).map_err(candle_core::Error::from)?;
+        let (kernel, side, threads) = if kernel != PLAIN.0 || T::DTYPE != DType::F32 {
+            (kernel, 64, 128)
+        } else if tiles(FEW.1) * self.batch <= 2 * processors {
+            FEW
+        } else if made(WIDE) < made(PLAIN) {
+            WIDE
+        } else {
+            PLAIN
         };
         let mut job = Product {
             pair_count: pairs.len() as i32,
@@ -300,7 +309,7 @@ impl Images<'_> {
         };
         job.pairs[..pairs.len()].copy_from_slice(pairs);
         job.targets[..targets.len()].copy_from_slice(targets);
-        let grid = Grid::blocks(tiles(side) * self.batch, if plain { 64 } else { 128 });
+        let grid = Grid::blocks(tiles(side) * self.batch, threads);
         let (device, module) = (self.device, &SYMMETRIC);
         // SAFETY: the matrices are of this op and of the sizes that the job says.
         let launched = unsafe {

@@ -114,12 +114,16 @@ fn every_option_gives_the_same_as_on_the_cpu() {
 fn matrices_of_several_tiles() {
     let Some(gpu) = gpu() else { return };
     for (shape, side) in [
-        ((2, 130, 70), Side::Auto),
+        // So few that a block has more threads.
+        ((1, 130, 70), Side::Auto),
         ((1, 70, 131), Side::Auto),
-        ((1, 65, 64), Side::Gram),
-        ((1, 64, 129), Side::Covariance),
+        // More than two blocks for each of the stand-in's four multiprocessors.
+        ((4, 130, 70), Side::Auto),
+        ((4, 70, 131), Side::Auto),
+        ((10, 65, 64), Side::Gram),
+        ((3, 64, 129), Side::Covariance),
         // Tiles of 72, some at an edge.
-        ((1, 146, 140), Side::Gram),
+        ((3, 146, 140), Side::Gram),
     ] {
         let pool = CovPool::with_root(Root {
             side,
@@ -453,8 +457,14 @@ fn tensor_cores_lose_nothing_in_three_products() {
             side,
             ..Root::default()
         });
-        // Tiles of the edge, several tiles, several images.
-        for shape in [(2, 6, 9), (1, 100, 70), (2, 65, 130)] {
+        // Tiles of the edge, several tiles, several images, and sums over many positions.
+        let long = [(1, 70, 784)]
+            .into_iter()
+            .filter(|_| side == Side::Covariance);
+        for shape in [(2, 6, 9), (1, 100, 70), (2, 65, 130)]
+            .into_iter()
+            .chain(long)
+        {
             let x = features(shape, DType::F64);
             let known = run(&pool, &x, &Device::Cpu);
             let x = x.to_dtype(DType::F32).unwrap();
@@ -489,7 +499,8 @@ fn bf16_features_are_computed_with_in_f32() {
         .into();
     pools.push(CovPool::plain());
     for pool in pools {
-        for shape in [(2, 70, 9), (2, 6, 70)] {
+        // Few blocks, and more than two for each of the stand-in's multiprocessors.
+        for shape in [(2, 70, 9), (2, 6, 70), (9, 60, 9), (9, 70, 9)] {
             let x = features(shape, DType::BF16);
             let rounded = x.to_dtype(DType::F32).unwrap();
             let (y, dx) = run(&pool, &x, &gpu);

@@ -61,6 +61,9 @@ pub fn real(value: f64) -> Argument {
     Argument::Double(value)
 }
 
+/// Blocks that a launch may have along y and z.
+const MOST_ASIDE: usize = 65_535;
+
 /// Blocks and threads of a launch.
 #[derive(Clone, Copy, Debug)]
 pub struct Grid {
@@ -160,6 +163,13 @@ fn prepare<T: Real>(
     let (x, y, z) = grid.blocks;
     if x * y * z == 0 {
         return Ok(None);
+    }
+    // The images of a batch, where they are not along x.
+    if y.max(z) > MOST_ASIDE {
+        candle_core::bail!(
+            "{name}: a batch of {} is more than a launch takes ({MOST_ASIDE}): split it",
+            y.max(z)
+        )
     }
     let function = format!("{name}_{}", T::SUFFIX);
     let function = device.get_or_load_custom_func(&function, module.name, module.ptx)?;

@@ -22,7 +22,7 @@ pub use memory::{
     with_table,
 };
 pub use nccl::{Communicator, Exchange, Moved};
-pub use open::{capability, found, open};
+pub use open::{capability, found, multiprocessors, open, shared_memory};
 pub use solver::{Eigensolver, SingularSolver, Squares, eigen, singular};
 pub use upload::Uploads;
 

@@ -170,6 +170,32 @@ pub fn capability(op: &'static str, device: &candle_core::CudaDevice) -> Result<
     call(op, device.cuda_stream().context().compute_capability())
 }
 
+/// Multiprocessors of an open device.
+///
+/// # Errors
+/// [`Error::Call`].
+pub fn multiprocessors(op: &'static str, device: &candle_core::CudaDevice) -> Result<usize> {
+    number(
+        op,
+        device,
+        Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+    )
+}
+
+/// Bytes of shared memory that a block of an open device may ask for.
+///
+/// # Errors
+/// [`Error::Call`].
+pub fn shared_memory(op: &'static str, device: &candle_core::CudaDevice) -> Result<usize> {
+    let most = Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+    number(op, device, most)
+}
+
+fn number(op: &'static str, device: &candle_core::CudaDevice, which: Attribute) -> Result<usize> {
+    let value = call(op, device.cuda_stream().context().attribute(which))?;
+    Ok(usize::try_from(value).unwrap_or(0))
+}
+
 /// See [`crate::found`].
 #[must_use]
 pub fn found() -> Found {

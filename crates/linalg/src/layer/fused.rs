@@ -9,7 +9,7 @@ use crate::program::Epilogue;
 use crate::{Output as Form, Result};
 use candle_core::DType;
 use isqrt_device::cuda::kernels::{CLUSTER, FUSED};
-use isqrt_device::cuda::{DeviceRepr, Grid, Output, Real, capability, launch_with};
+use isqrt_device::cuda::{DeviceRepr, Grid, Output, Real, capability, launch_with, shared_memory};
 
 /// Sides that a block has threads for, and what fits into the argument of a launch.
 const MOST_SIDE: usize = 64;
@@ -134,15 +134,13 @@ fn shared<T>(n: usize, matrices: usize) -> Option<(usize, usize)> {
 const BLOCKS: usize = 8;
 const MOST_CLUSTER_SIDE: usize = 256;
 const CHUNK: usize = 16;
-/// Shared memory that a block has from compute capability 9.0 on.
-const SHARED_90: usize = 227 << 10;
 
 /// The same for a block of a cluster: distance of rows, rows of a block, bytes.
 fn shared_of_cluster(n: usize, matrices: usize) -> Option<(usize, usize, usize)> {
     let (stride, slab) = (n.next_multiple_of(4) + 4, n.div_ceil(BLOCKS));
     let values = (matrices * slab + CHUNK) * stride + slab * (CHUNK + 4);
     let bytes = values * size_of::<f32>();
-    (n <= MOST_CLUSTER_SIDE && bytes <= SHARED_90).then_some((stride, slab, bytes))
+    (n <= MOST_CLUSTER_SIDE).then_some((stride, slab, bytes))
 }
 
 impl Batch<'_> {
@@ -155,11 +153,13 @@ impl Batch<'_> {
     /// The same into a cluster of blocks.
     pub(super) fn fits_cluster<T: Real>(&self, iteration: &Iteration) -> Result<bool> {
         let capable = capability(OP, self.device).map_err(candle_core::Error::from)?;
+        let most = shared_memory(OP, self.device).map_err(candle_core::Error::from)?;
         let matrices = iteration.program.packed().1;
+        let place = shared_of_cluster(self.plan.n, matrices);
         Ok(capable >= (9, 0)
             && T::DTYPE == DType::F32
             && self.fits_launch(iteration)
-            && shared_of_cluster(self.plan.n, matrices).is_some())
+            && place.is_some_and(|(.., bytes)| bytes <= most))
     }
 
     /// Whether the program fits into the argument of a launch.

@@ -550,12 +550,13 @@ impl Batch<'_> {
         };
         match self.kernel {
             GpuKernel::Auto => Ok(fits),
-            GpuKernel::Fused if !fits => {
-                refused("sides up to 64 whose matrices fit into 99 KiB of shared memory")
-            }
+            GpuKernel::Fused if !fits => refused(
+                "sides up to 64 and programs whose matrices fit into 99 KiB of shared memory",
+            ),
             GpuKernel::Fused => Ok(true),
             GpuKernel::Cluster if !self.fits_cluster::<T>(iteration)? => refused(
-                "f32, sides up to 256 with few enough matrices, and compute capability 9.0 or later",
+                "f32, sides up to 256 and programs whose matrices fit into the shared memory of eight blocks, and \
+                 compute capability 9.0 or later",
             ),
             GpuKernel::Cluster => Ok(true),
             _ => Ok(false),

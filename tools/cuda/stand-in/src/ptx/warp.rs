@@ -356,7 +356,8 @@ fn multiply(lanes: &[Lane], (m, n, k): (usize, usize, usize), element: Element, 
             let bits = match element {
                 Element::F64 => sums[e].to_bits(),
                 _ if integer => sums[e] as i64 as i32 as u32 as u64,
-                _ => (sums[e] as f32).to_bits() as u64,
+                // Tensor cores cut off what f32 does not hold.
+                _ => float::to_zero(sums[e]).to_bits() as u64,
             };
             set(l, l.2.d[e], bits);
         }
