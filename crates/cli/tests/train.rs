@@ -227,7 +227,18 @@ fn a_run_goes_on_in_another_folder() {
     let [first, second] = ["first", "second"].map(|name| dir.path().join(name));
     ran(train(&spec, &first).args(["--set", "checkpoints.keep_every=1"]));
     let state = first.join("checkpoints/previous.safetensors");
-    ran(train(&spec, &second).arg("--resume").arg(state));
+    ran(train(&spec, &second).arg("--resume").arg(&state));
+    let third = dir.path().join("third");
+    let other = refused(
+        train(&spec, &third)
+            .args(["--set", "optimiser.lr=0.25"])
+            .arg("--resume")
+            .arg(&state),
+    );
+    assert!(
+        other.contains("optimiser.lr is 0.3 there, 0.25 here"),
+        "{other}"
+    );
     assert!(tensors(&whole) == tensors(&second));
     assert_eq!(lines(&whole), lines(&second));
     assert!(tensors_of(&first, "epoch-0003") == tensors_of(&first, "final"));

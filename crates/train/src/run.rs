@@ -761,12 +761,15 @@ fn open_saved(
         Resume::Never => return Ok(None),
         Resume::From(path) => {
             let saved = Saved::open(path, identity);
-            Some(saved.map_err(|error| match other_spec(path, file) {
-                Some(what) if path.exists() => {
-                    failed(path, &format!("is of a run of another spec ({what})"))
-                }
-                _ => error,
-            })?)
+            Some(
+                saved.map_err(|error| match (error, other_spec(path, file)) {
+                    (Error::File { path, message }, Some(what)) => Error::File {
+                        path,
+                        message: format!("{message} ({what})"),
+                    },
+                    (error, _) => error,
+                })?,
+            )
         }
         Resume::Auto => {
             let mut problems = Vec::new();

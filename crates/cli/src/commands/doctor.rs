@@ -12,8 +12,8 @@ use serde_json::json;
 /// Say what this machine has, and check that a device computes what it should
 ///
 /// One line a check: what PyTorch computed, gradients beside differences, each op beside the CPU's, properties
-/// and extremes of the layer, a training step of every backbone beside the CPU's, weights through a file, and
-/// with several GPUs their sums. Exit code 1 where one fails.
+/// and extremes of the layer, on a GPU by each of its kernels, a training step of every backbone beside the CPU's,
+/// on a GPU in each precision, weights through a file, and with several GPUs their sums. Exit code 1 where one fails.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  isqrt doctor --list\n  isqrt doctor --device cuda:0 --bench\n  isqrt doctor --only layer --only resnet50"

@@ -179,13 +179,14 @@ impl<'a, 'b> Checks<'a, 'b> {
 
     /// A check that came to nothing; also of one that was not asked for, where others hang on it.
     fn failed(&mut self, check: String, error: &Error) {
-        if let Heard::Verdicts(say) = self.heard {
-            say(&Verdict {
+        match self.heard {
+            Heard::Names(names) => names.push(check),
+            Heard::Verdicts(say) => say(&Verdict {
                 check,
                 ok: false,
                 figures: vec![],
                 detail: isqrt_train::without_backtrace(&error.to_string()),
-            });
+            }),
         }
     }
 }
