@@ -245,16 +245,12 @@ impl<C> Node<C> {
         (node, place)
     }
 
-    /// The result and its gradient.
-    fn arrived(&self) -> Result<(&Tensor, Tensor)> {
-        match self.place.y.get() {
-            Some(y) => Ok((y, self.place.inbox.take(y)?)),
-            None => bail!("backward before forward"),
-        }
-    }
-
+    /// What `adjoint` makes of the result and the gradient that came for it.
     fn backward<R>(&self, adjoint: impl FnOnce(&Tensor, &Tensor) -> Result<R>) -> Result<R> {
-        let (y, dy) = self.arrived()?;
+        let Some(y) = self.place.y.get() else {
+            bail!("backward before forward")
+        };
+        let dy = self.place.inbox.take(y)?;
         // Of passes without a number of their own, by `Tensor::backward`: what this one left is nobody's.
         adjoint(y, &dy).inspect_err(|_| PASS.set(next_pass()))
     }
