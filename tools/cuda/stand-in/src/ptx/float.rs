@@ -256,9 +256,7 @@ impl Float for bf16 {
 
 /// f64 to f32 with what does not fit cut off.
 pub fn to_zero(x: f64) -> f32 {
-    let near = x as f32;
-    let over = (near as f64).abs() > x.abs();
-    f32::from_bits(near.to_bits() - u32::from(over))
+    narrow_pair(x, 0.0, Mode::Zero)
 }
 
 /// f64 to f32 so that rounding once more, to 16 bits, gives the nearest of the f64: what is not exact
