@@ -259,6 +259,11 @@ impl Images<'_> {
         self.launch::<T>(module, name, grid, arguments)
     }
 
+    fn multiprocessors(&self) -> Result<usize> {
+        let found = multiprocessors(self.op, self.device);
+        Ok(found.map_err(candle_core::Error::from)?)
+    }
+
     /// Sums of products, by our kernel.
     pub fn product<T: Real>(
         &self,
@@ -287,10 +292,9 @@ impl Images<'_> {
             }
         };
         let made = |(_, side, _): Tiled| tiles(side) * side * side;
-        let processors = multiprocessors(self.op, self.device).map_err(candle_core::Error::from)?;
         let (kernel, side, threads) = if kernel != PLAIN.0 || T::DTYPE != DType::F32 {
             (kernel, 64, 128)
-        } else if tiles(FEW.1) * self.batch <= 2 * processors {
+        } else if tiles(FEW.1) * self.batch <= 2 * self.multiprocessors()? {
             FEW
         } else if made(WIDE) < made(PLAIN) {
             WIDE
