@@ -30,6 +30,18 @@ template <typename T> __device__ inline T stored(float value) { return static_ca
 template <typename T> __device__ inline T stored(double value) { return static_cast<T>(value); }
 template <> __device__ inline __nv_bfloat16 stored(float value) { return __float2bfloat16(value); }
 
+// An activation: where it is on, values are cut off at 0 and above; NaN stays NaN, and as the bound above bounds nothing.
+template <typename C> struct Clip {
+    int on;
+    C upper;
+    __device__ C of(C x) const { return !on ? x : x <= C(0) ? C(0) : x >= upper ? upper : x; }
+    // What comes from above, where it let x pass; its result tells that as well.
+    __device__ C gradient(C x, C dy) const { return on && (x <= C(0) || x >= upper) ? C(0) : dy; }
+};
+
+// That of the arguments of a kernel on maps.
+#define CLIP(T) Clip<Computed<T>::type>{clips, static_cast<Computed<T>::type>(upper)}
+
 // V values beside each other, which one instruction loads.
 template <typename T, int V> struct alignas(sizeof(T) * V) Values { T v[V]; };
 

@@ -1,4 +1,4 @@
-// What convolutions need beside cuDNN: filters and maps in another layout, bias and rectifier.
+// What convolutions need beside cuDNN: filters and maps in another layout, bias and activation.
 
 #include "common.cuh"
 
@@ -22,14 +22,15 @@ __device__ void unpack_filter(const T *from, typename Computed<T>::type *to, lon
     }
 }
 
-// y = y + bias, rectified where that is wanted; `inner` values of a channel lie beside each other.
+// y = y + bias, and the activation after it; `inner` values of a channel lie beside each other.
 template <typename T>
-__device__ void add_bias(T *y, const typename Computed<T>::type *bias, long long count, int channels, int inner, int rectify) {
+__device__ void add_bias(T *y, const typename Computed<T>::type *bias, long long count, int channels, int inner,
+                         Clip<typename Computed<T>::type> clip) {
     using C = typename Computed<T>::type;
     EACH(i, count) {
         C value = computed(y[i]);
         if (bias) value += bias[i / inner % channels];
-        y[i] = stored<T>(rectify && value <= C(0) ? C(0) : value);
+        y[i] = stored<T>(clip.of(value));
     }
 }
 
@@ -64,8 +65,8 @@ template <typename T> __device__ void add_to(const T *x, T *y, long long count) 
         unpack_filter(from, to, count, inputs, taps);                                                                 \
     }                                                                                                                 \
     extern "C" __global__ void add_bias_##NAME(T *y, const Computed<T>::type *bias, long long count, int channels,    \
-                                               int inner, int rectify) {                                              \
-        add_bias(y, bias, count, channels, inner, rectify);                                                           \
+                                               int inner, int clips, double upper) {                                  \
+        add_bias(y, bias, count, channels, inner, CLIP(T));                                                           \
     }                                                                                                                 \
     extern "C" __global__ void transpose_##NAME(const T *from, T *to, int rows, int columns, int across) {            \
         transpose(from, to, rows, columns, across);                                                                   \

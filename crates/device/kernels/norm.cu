@@ -24,7 +24,7 @@ template <typename T> struct Deviations {
     }
 };
 
-// What comes from above, through the rectifier, whose mask is computed anew as the forward pass has it.
+// What comes from above, through the activation, whose argument is computed anew as the forward pass has it.
 template <typename C> __device__ inline C normalised(C x, C mean, C scale, C shift) {
     if constexpr (sizeof(C) == 8) return __fma_rn(x - mean, scale, shift);
     else return __fmaf_rn(x - mean, scale, shift);
@@ -36,11 +36,12 @@ template <typename T> struct Gradients {
     const T *x;
     const T *dy;
     const C *lines; // mean, scale, shift: `channels` values each
-    int channels, rectify;
+    int channels;
+    Clip<C> clip;
     __device__ C about(int channel, long long) const { return lines[channel]; }
     __device__ void add(long long i, C mean, C scale, C shift, C &first, C &second) const {
         C value = computed(x[i]), g = computed(dy[i]);
-        if (rectify && normalised(value, mean, scale, shift) <= C(0)) g = C(0);
+        if (clip.on) g = clip.gradient(normalised(value, mean, scale, shift), g);
         first += g;
         second += g * (value - mean);
     }
@@ -175,11 +176,11 @@ __device__ void finish_gradients(const Sums *partial, const double *facts, typen
     lines[4 * channels + c] = static_cast<C>(constant ? 0 : sum.second * inverse * inverse / count);
 }
 
-// y = (x - mean) scale + shift, and what lies beside where that is given, rectified where that is wanted. Channels
-// beside each other come V at a time, others one.
+// y = (x - mean) scale + shift, and what lies beside where that is given, and the activation after it. Channels beside
+// each other come V at a time, others one.
 template <typename T, int V>
 __device__ void apply(const T *x, const typename Computed<T>::type *lines, T *y, long long count, int channels, int inner,
-                      const T *beside, int rectify) {
+                      const T *beside, Clip<typename Computed<T>::type> clip) {
     using C = typename Computed<T>::type;
     EACH(i, count / V) {
         Values<T, V> in = values_of<V>(x, i), other = in, out;
@@ -190,7 +191,7 @@ __device__ void apply(const T *x, const typename Computed<T>::type *lines, T *y,
             int c = first + k;
             C value = normalised(computed(in.v[k]), lines[c], lines[channels + c], lines[2 * channels + c]);
             if (beside) value += computed(other.v[k]);
-            out.v[k] = stored<T>(rectify && value <= C(0) ? C(0) : value);
+            out.v[k] = stored<T>(clip.of(value));
         }
         reinterpret_cast<Values<T, V> *>(y)[i] = out;
     }
@@ -199,7 +200,7 @@ __device__ void apply(const T *x, const typename Computed<T>::type *lines, T *y,
 // dx = scale (g - offset - (x - mean) slope).
 template <typename T, int V>
 __device__ void spread_gradient(const T *x, const T *dy, const typename Computed<T>::type *lines, T *dx, long long count,
-                                int channels, int inner, int rectify) {
+                                int channels, int inner, Clip<typename Computed<T>::type> clip) {
     using C = typename Computed<T>::type;
     EACH(i, count / V) {
         Values<T, V> in = values_of<V>(x, i), up = values_of<V>(dy, i), out;
@@ -208,7 +209,7 @@ __device__ void spread_gradient(const T *x, const T *dy, const typename Computed
         for (int k = 0; k < V; ++k) {
             int c = first + k;
             C value = computed(in.v[k]), g = computed(up.v[k]), mean = lines[c], scale = lines[channels + c];
-            if (rectify && normalised(value, mean, scale, lines[2 * channels + c]) <= C(0)) g = C(0);
+            if (clip.on) g = clip.gradient(normalised(value, mean, scale, lines[2 * channels + c]), g);
             out.v[k] = stored<T>(scale * (g - lines[3 * channels + c] - (value - mean) * lines[4 * channels + c]));
         }
         reinterpret_cast<Values<T, V> *>(dx)[i] = out;
@@ -251,8 +252,8 @@ __device__ void sums(const Terms &terms, Sums *partial, long long outer, int cha
     }                                                                                                                 \
     extern "C" __global__ void gradients_##NAME(const T *x, const T *dy, const Computed<T>::type *lines,              \
                                                 Sums *partial, long long outer, int channels, int inner, int lanes,   \
-                                                int rectify) {                                                        \
-        sums<T>(Gradients<T>{x, dy, lines, channels, rectify}, partial, outer, channels, inner, lanes);               \
+                                                int clips, double upper) {                                            \
+        sums<T>(Gradients<T>{x, dy, lines, channels, CLIP(T)}, partial, outer, channels, inner, lanes);               \
     }                                                                                                                 \
     extern "C" __global__ void finish_gradients_##NAME(const Sums *partial, const double *facts,                      \
                                                        Computed<T>::type *lines, Computed<T>::type *dgamma,           \
@@ -261,24 +262,26 @@ __device__ void sums(const Terms &terms, Sums *partial, long long outer, int cha
         finish_gradients<T>(partial, facts, lines, dgamma, dbeta, channels, splits, count, constant);                 \
     }                                                                                                                 \
     extern "C" __global__ void apply_##NAME(const T *x, const Computed<T>::type *lines, T *y, long long count,        \
-                                            int channels, const T *beside, int rectify, int inner) {                  \
-        apply<T, 1>(x, lines, y, count, channels, inner, beside, rectify);                                            \
+                                            int channels, const T *beside, int clips, double upper, int inner) {      \
+        apply<T, 1>(x, lines, y, count, channels, inner, beside, CLIP(T));                                            \
     }                                                                                                                 \
     extern "C" __global__ void apply_wide_##NAME(const T *x, const Computed<T>::type *lines, T *y, long long count,   \
-                                                 int channels, const T *beside, int rectify) {                        \
-        apply<T, 16 / sizeof(T)>(x, lines, y, count, channels, 1, beside, rectify);                                   \
+                                                 int channels, const T *beside, int clips, double upper) {            \
+        apply<T, 16 / sizeof(T)>(x, lines, y, count, channels, 1, beside, CLIP(T));                                   \
     }                                                                                                                 \
     extern "C" __global__ void spread_gradient_##NAME(const T *x, const T *dy, const Computed<T>::type *lines, T *dx, \
-                                                      long long count, int channels, int inner, int rectify) {        \
-        spread_gradient<T, 1>(x, dy, lines, dx, count, channels, inner, rectify);                                     \
+                                                      long long count, int channels, int inner, int clips,            \
+                                                      double upper) {                                                 \
+        spread_gradient<T, 1>(x, dy, lines, dx, count, channels, inner, CLIP(T));                                     \
     }                                                                                                                 \
     extern "C" __global__ void spread_gradient_wide_##NAME(const T *x, const T *dy, const Computed<T>::type *lines,   \
-                                                           T *dx, long long count, int channels, int rectify) {       \
-        spread_gradient<T, 16 / sizeof(T)>(x, dy, lines, dx, count, channels, 1, rectify);                            \
+                                                           T *dx, long long count, int channels, int clips,           \
+                                                           double upper) {                                            \
+        spread_gradient<T, 16 / sizeof(T)>(x, dy, lines, dx, count, channels, 1, CLIP(T));                            \
     }                                                                                                                 \
     extern "C" __global__ void channel_sums_##NAME(const T *x, Sums *partial, long long outer, int channels,          \
                                                    int inner, int lanes) {                                            \
-        sums<T>(Plain<T>{x}, partial, outer, channels, inner, lanes);                                        \
+        sums<T>(Plain<T>{x}, partial, outer, channels, inner, lanes);                                                 \
     }                                                                                                                 \
     extern "C" __global__ void finish_sums_##NAME(const Sums *partial, Computed<T>::type *sums, int channels,         \
                                                   int splits) {                                                       \

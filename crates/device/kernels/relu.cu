@@ -3,15 +3,13 @@
 
 #include "common.cuh"
 
-template <typename T> __device__ inline T clipped(T x, T upper) { return x <= T(0) ? T(0) : x >= upper ? upper : x; }
-
-// y = min(max(x, 0), upper); an upper bound that is not a number bounds nothing.
+// y = min(max(x, 0), upper).
 template <int V, typename T> __device__ void clip(const T *x, T *y, long long count, double upper) {
-    T bound = static_cast<T>(upper);
+    Clip<T> clip{1, static_cast<T>(upper)};
     EACH(i, count / V) {
         Values<T, V> values = values_of<V>(x, i);
 #pragma unroll
-        for (int k = 0; k < V; ++k) values.v[k] = clipped(values.v[k], bound);
+        for (int k = 0; k < V; ++k) values.v[k] = clip.of(values.v[k]);
         reinterpret_cast<Values<T, V> *>(y)[i] = values;
     }
 }
@@ -31,12 +29,11 @@ template <int V, typename T> __device__ void add_relu(const T *a, const T *b, T 
 
 // dx = dy where y lies between 0 and the bound.
 template <int V, typename T> __device__ void clip_gradient(const T *y, const T *dy, T *dx, long long count, double upper) {
-    T bound = static_cast<T>(upper);
+    Clip<T> clip{1, static_cast<T>(upper)};
     EACH(i, count / V) {
         Values<T, V> value = values_of<V>(y, i), up = values_of<V>(dy, i);
 #pragma unroll
-        for (int k = 0; k < V; ++k)
-            if (value.v[k] <= T(0) || value.v[k] >= bound) up.v[k] = T(0);
+        for (int k = 0; k < V; ++k) up.v[k] = clip.gradient(value.v[k], up.v[k]);
         reinterpret_cast<Values<T, V> *>(dx)[i] = up;
     }
 }

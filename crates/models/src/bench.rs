@@ -7,7 +7,9 @@ use candle_core::{DType, Device, Tensor, Var};
 use isqrt_linalg::Kernel;
 use isqrt_linalg::bench::peak_gflops;
 use isqrt_nn::layers::BatchNorm2d;
-use isqrt_nn::ops::{Conv, Window, add_relu, block, can_block, conv2d, cross_entropy, max_pool2d};
+use isqrt_nn::ops::{
+    Activation, Conv, Window, add_relu, block, can_block, conv2d, cross_entropy, max_pool2d,
+};
 use isqrt_nn::{Decay, Init, Mode, Optimizer, Sgd, SgdConfig, Vars};
 
 use crate::{ModelSpec, Network, Result};
@@ -178,7 +180,7 @@ pub fn ops(batch: usize, device: &Device, budget: Duration) -> Result<Vec<OpTimi
 
     let x = maps(batch, 64, 112, device)?;
     let mut vars = Vars::new(1, DType::F32, device);
-    let norm = BatchNorm2d::new(vars.root(), 64, true)?;
+    let norm = BatchNorm2d::new(vars.root(), 64, Activation::Relu)?;
     let window = Window {
         kernel: 3,
         stride: 2,

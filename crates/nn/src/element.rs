@@ -8,7 +8,7 @@ use candle_core::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor
 use rayon::prelude::*;
 
 /// `f32` or `f64`.
-pub(crate) trait Element: WithDType + std::iter::Sum {
+pub(crate) trait Element: WithDType + Default + std::iter::Sum {
     const ZERO: Self;
     const ONE: Self;
     fn sqrt(self) -> Self;

@@ -5,8 +5,8 @@ use candle_core::Tensor;
 
 use crate::Result;
 use crate::ops::{
-    Conv, LocalResponseNorm, Pool, adaptive_avg_pool2d, avg_pool2d, channel_shuffle, cross_entropy,
-    local_response_norm, max_pool2d, relu6,
+    Activation, Conv, LocalResponseNorm, Pool, adaptive_avg_pool2d, avg_pool2d, channel_shuffle,
+    cross_entropy, local_response_norm, max_pool2d, relu6,
 };
 
 /// An op of one tensor.
@@ -80,6 +80,6 @@ pub fn convolution(name: &str) -> Option<Conv> {
         padding: pair(10)?,
         dilation: pair(12)?,
         groups: *o.get(14)?,
-        relu: false,
+        activation: Activation::None,
     })
 }

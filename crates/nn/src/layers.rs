@@ -8,7 +8,7 @@ use candle_core::Tensor;
 use crate::blocked::conv_norm_of;
 use crate::checkpoint::Aside;
 use crate::error::shape_error;
-use crate::ops::{self, BatchNorm as Norm, Conv, MaskKey};
+use crate::ops::{self, Activation, BatchNorm as Norm, Conv, MaskKey};
 use crate::record::{note, note_op, wants_values};
 use crate::vars::Source;
 use crate::{Error, Init, Mode, Result, Scope};
@@ -109,6 +109,14 @@ impl Conv2d {
         Ok(y)
     }
 
+    /// Of blocked maps, plain: for channels that do not fill blocks.
+    fn forward_out_of_blocks(&self, x: &Tensor) -> Result<Tensor> {
+        let (bias, aside) = (self.bias.as_ref(), Some(&self.aside));
+        let y = ops::out_of_blocks_of(x, &self.weight, bias, self.options, aside)?;
+        self.note(&y);
+        Ok(y)
+    }
+
     /// For the record of a pass, where one is made.
     fn note(&self, y: &Tensor) {
         note("conv2d", y, || {
@@ -136,15 +144,20 @@ pub struct BatchNorm2d {
 
 impl BatchNorm2d {
     /// Scale 1, shift 0, momentum 0.1, ε 1e-5; parameters `weight`, `bias`; buffers
-    /// `running_mean`, `running_var`. With `relu` a ReLU follows in the same node.
+    /// `running_mean`, `running_var`. The activation follows in the same node.
     ///
     /// # Errors
     /// [`crate::Error::Duplicate`] where the scope has such names already.
-    pub fn new(scope: Scope<'_>, channels: usize, relu: bool) -> Result<Self> {
-        Self::with_scale(scope, channels, relu, 1.0)
+    pub fn new(scope: Scope<'_>, channels: usize, activation: Activation) -> Result<Self> {
+        Self::with_scale(scope, channels, activation, 1.0)
     }
 
-    fn with_scale(mut scope: Scope<'_>, channels: usize, relu: bool, scale: f64) -> Result<Self> {
+    fn with_scale(
+        mut scope: Scope<'_>,
+        channels: usize,
+        activation: Activation,
+        scale: f64,
+    ) -> Result<Self> {
         Ok(Self {
             path: scope.name(),
             weight: scope.parameter("weight", &[channels], Init::Constant(scale))?,
@@ -154,7 +167,7 @@ impl BatchNorm2d {
                 running_var: scope.buffer("running_var", &[channels], 1.0)?,
                 momentum: 0.1,
                 epsilon: 1e-5,
-                relu,
+                activation,
             },
         })
     }
@@ -178,7 +191,7 @@ impl BatchNorm2d {
     }
 }
 
-/// A convolution, its batch normalisation and, optionally, a ReLU: the brick of every backbone.
+/// A convolution, its batch normalisation and an activation: the brick of every backbone.
 #[derive(Debug, Clone)]
 pub struct ConvNorm {
     conv: Conv2d,
@@ -197,7 +210,7 @@ impl ConvNorm {
         (inputs, outputs): (usize, usize),
         kernel: usize,
         stride: usize,
-        relu: bool,
+        activation: Activation,
     ) -> Result<Self> {
         let options = Conv::new(stride, kernel / 2);
         Self::build(
@@ -206,11 +219,11 @@ impl ConvNorm {
             (inputs, outputs),
             kernel,
             options,
-            (relu, 1.0),
+            (activation, 1.0),
         )
     }
 
-    /// The same without ReLU and with a norm that gives zeros at first: at the end of a residual
+    /// The same without activation and with a norm that gives zeros at first: at the end of a residual
     /// branch it makes the block begin as its shortcut (Goyal et al. 2017, section 5.1).
     ///
     /// # Errors
@@ -229,7 +242,7 @@ impl ConvNorm {
             (inputs, outputs),
             kernel,
             options,
-            (false, 0.0),
+            (Activation::None, 0.0),
         )
     }
 
@@ -243,7 +256,7 @@ impl ConvNorm {
         channels: usize,
         kernel: usize,
         stride: usize,
-        relu: bool,
+        activation: Activation,
     ) -> Result<Self> {
         let options = Conv {
             groups: channels,
@@ -255,7 +268,7 @@ impl ConvNorm {
             (channels, channels),
             kernel,
             options,
-            (relu, 1.0),
+            (activation, 1.0),
         )
     }
 
@@ -265,11 +278,11 @@ impl ConvNorm {
         (inputs, outputs): (usize, usize),
         kernel: usize,
         options: Conv,
-        (relu, scale): (bool, f64),
+        (activation, scale): (Activation, f64),
     ) -> Result<Self> {
         Ok(Self {
             conv: Conv2d::new(scope.sub(names.0), inputs, outputs, kernel, options)?,
-            norm: BatchNorm2d::with_scale(scope.sub(names.1), outputs, relu, scale)?,
+            norm: BatchNorm2d::with_scale(scope.sub(names.1), outputs, activation, scale)?,
         })
     }
 
@@ -291,7 +304,7 @@ impl ConvNorm {
         }
     }
 
-    /// Convolution, normalisation, ReLU.
+    /// Convolution, normalisation, activation.
     ///
     /// # Errors
     /// [`crate::Error::Shape`] where the input does not fit.
@@ -325,7 +338,9 @@ impl ConvNorm {
     pub fn forward_in_any_layout(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
         match (ops::is_blocked(x), ops::can_block(self.outputs(), x)) {
             (false, true) => self.forward_into_blocks(x, mode),
-            (true, false) => self.forward(&ops::unblock(x)?, mode),
+            (true, false) => self
+                .norm
+                .forward(&self.conv.forward_out_of_blocks(x)?, mode),
             _ => self.forward(x, mode),
         }
     }
@@ -350,7 +365,9 @@ pub fn residual(
         && ops::is_blocked(x)
         && x.track_op()
         && mode != Mode::Eval
-        && convs.last().is_some_and(|last| !last.norm.norm.relu)
+        && convs
+            .last()
+            .is_some_and(|last| last.norm.norm.activation == Activation::None)
         && !crate::record::is_recorded()
     {
         let layers: Vec<_> = convs.iter().map(ConvNorm::layer).collect();

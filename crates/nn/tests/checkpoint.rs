@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor, Var};
 use isqrt_nn::layers::{ConvNorm, Dropout, GradientCheckpoint, Linear};
-use isqrt_nn::ops::{add_relu, cross_entropy, global_avg_pool};
+use isqrt_nn::ops::{Activation, add_relu, cross_entropy, global_avg_pool};
 use isqrt_nn::{Error, Mode, Result, Vars};
 use isqrt_testkit::{assert_close, randn};
 
@@ -43,9 +43,11 @@ impl Toy {
         let mut root = vars.root();
         let block = |scope: &mut isqrt_nn::Scope<'_>| {
             Arc::new(Block {
-                first: ConvNorm::new(scope, ("conv1", "bn1"), (4, 4), 3, 1, true).unwrap(),
+                first: ConvNorm::new(scope, ("conv1", "bn1"), (4, 4), 3, 1, Activation::Relu)
+                    .unwrap(),
                 dropout: Dropout::new(scope.sub("dropout"), 0.3).unwrap(),
-                second: ConvNorm::new(scope, ("conv2", "bn2"), (4, 4), 3, 1, false).unwrap(),
+                second: ConvNorm::new(scope, ("conv2", "bn2"), (4, 4), 3, 1, Activation::None)
+                    .unwrap(),
             })
         };
         Self {

@@ -6,7 +6,7 @@
 use candle_core::{DType, Device, Tensor, Var};
 use isqrt_device::{Choice, Error};
 use isqrt_nn::layers::{ConvNorm, Dropout, GradientCheckpoint, Linear, residual};
-use isqrt_nn::ops::{self, BatchNorm, Conv, LocalResponseNorm, Pool};
+use isqrt_nn::ops::{self, Activation, BatchNorm, Conv, LocalResponseNorm, Pool};
 use isqrt_nn::{
     AdamW, AdamWConfig, Buffer, Decay, Ema, Mode, Optimizer, Sgd, SgdConfig, Vars, clip_grad_norm,
     clip_grad_value, grad_squares,
@@ -177,33 +177,33 @@ fn layouts() {
 #[test]
 fn convolutions() {
     let Some(gpu) = gpu() else { return };
-    let options = |stride, padding, dilation, groups, relu| Conv {
+    let options = |stride, padding, dilation, groups, activation| Conv {
         stride,
         padding,
         dilation,
         groups,
-        relu,
+        activation,
     };
     for (x, w, conv) in [
         (
             [2, 3, 9, 8],
             [4, 3, 3, 3],
-            options((1, 1), (1, 1), (1, 1), 1, false),
+            options((1, 1), (1, 1), (1, 1), 1, Activation::None),
         ),
         (
             [1, 4, 7, 7],
             [6, 4, 1, 1],
-            options((2, 2), (0, 0), (1, 1), 1, true),
+            options((2, 2), (0, 0), (1, 1), 1, Activation::Relu),
         ),
         (
             [2, 6, 10, 7],
             [4, 3, 3, 2],
-            options((2, 1), (2, 0), (1, 2), 2, true),
+            options((2, 1), (2, 0), (1, 2), 2, Activation::Relu6),
         ),
         (
             [2, 5, 6, 6],
             [5, 1, 3, 3],
-            options((1, 1), (1, 1), (1, 1), 5, false),
+            options((1, 1), (1, 1), (1, 1), 5, Activation::None),
         ),
     ] {
         let operands = [numbers(&x, 0.1), numbers(&w, 0.7), numbers(&w[..1], 0.4)];
@@ -226,7 +226,7 @@ fn convolutions() {
 }
 
 /// Running statistics where `like` is.
-fn norm(like: &Tensor, channels: usize, relu: bool) -> BatchNorm {
+fn norm(like: &Tensor, channels: usize, activation: Activation) -> BatchNorm {
     let place = |t: Tensor| {
         let t = t.to_dtype(like.dtype()).unwrap();
         Buffer::new(t.to_device(like.device()).unwrap())
@@ -236,7 +236,7 @@ fn norm(like: &Tensor, channels: usize, relu: bool) -> BatchNorm {
         running_var: place((numbers(&[channels], 0.2).abs().unwrap() + 0.5).unwrap()),
         momentum: 0.1,
         epsilon: 1e-5,
-        relu,
+        activation,
     }
 }
 
@@ -247,12 +247,14 @@ fn batch_norms() {
         let c = shape[1];
         // Far from zero: variances must not suffer.
         let x = (numbers(&shape, 0.9) + 50.0).unwrap();
-        let operands = [x, numbers(&[c], 0.8), numbers(&[c], 0.5)];
-        for relu in [false, true] {
+        // Some values are above 6.
+        let gamma = (numbers(&[c], 0.8) * 5.0).unwrap();
+        let operands = [x, gamma, numbers(&[c], 0.5)];
+        for activation in Activation::ALL {
             for mode in [Mode::Train, Mode::Eval, Mode::Frozen] {
-                let what = format!("batch_norm {shape:?} {mode:?} {relu}");
+                let what = format!("batch_norm {shape:?} {mode:?} {activation:?}");
                 let plain = |x: &[Tensor]| {
-                    let norm = norm(&x[0], c, relu);
+                    let norm = norm(&x[0], c, activation);
                     let y = ops::batch_norm(&x[0], &x[1], &x[2], &norm, mode)?;
                     // The running statistics move alike.
                     let stats = [norm.running_mean.get(), norm.running_var.get()];
@@ -263,7 +265,7 @@ fn batch_norms() {
                 };
                 same_within(&gpu, &what, &operands, (1e-10, 3e-4), plain);
                 same_within(&gpu, &what, &operands, (1e-10, 3e-4), |x| {
-                    let norm = norm(&x[0], c, relu);
+                    let norm = norm(&x[0], c, activation);
                     last(&x[0], |maps| {
                         ops::batch_norm(maps, &x[1], &x[2], &norm, mode)
                     })
@@ -394,14 +396,26 @@ fn block_of(
     let mut convs = vec![];
     for (i, &(channels, kernel, stride)) in shapes.iter().enumerate() {
         let names = (&*format!("conv{i}"), &*format!("bn{i}"));
-        let relu = i + 1 < shapes.len();
-        convs.push(ConvNorm::new(&mut root, names, channels, kernel, stride, relu).unwrap());
+        let activation = match i + 1 < shapes.len() {
+            true => Activation::Relu,
+            false => Activation::None,
+        };
+        convs.push(ConvNorm::new(&mut root, names, channels, kernel, stride, activation).unwrap());
     }
     let (inputs, outputs) = (shapes[0].0.0, shapes[shapes.len() - 1].0.1);
     let stride = shapes.iter().map(|s| s.2).product();
     let names = ("downsample.0", "downsample.1");
-    let shortcut = shortcut
-        .then(|| ConvNorm::new(&mut root, names, (inputs, outputs), 1, stride, false).unwrap());
+    let shortcut = shortcut.then(|| {
+        ConvNorm::new(
+            &mut root,
+            names,
+            (inputs, outputs),
+            1,
+            stride,
+            Activation::None,
+        )
+        .unwrap()
+    });
     for (name, parameter) in vars.parameters() {
         if name.contains("bn") || name.contains("downsample.1") {
             let value = numbers(parameter.dims(), 0.01 * name.len() as f64);
@@ -504,7 +518,15 @@ fn a_branch_that_ends_in_a_rectifier_stays_rectified() {
     let Some(gpu) = gpu() else { return };
     let of = |device: &Device| {
         let mut vars = Vars::new(3, DType::F64, device);
-        let conv = ConvNorm::new(&mut vars.root(), ("conv", "bn"), (4, 4), 1, 1, true).unwrap();
+        let conv = ConvNorm::new(
+            &mut vars.root(),
+            ("conv", "bn"),
+            (4, 4),
+            1,
+            1,
+            Activation::Relu,
+        )
+        .unwrap();
         let x = numbers(&[2, 4, 3, 3], 0.1).to_device(device).unwrap();
         let x = Var::from_tensor(&x).unwrap();
         let y = match device.is_cuda() {
@@ -524,7 +546,15 @@ fn a_branch_that_ends_in_a_rectifier_stays_rectified() {
 fn a_block_whose_gradients_would_be_lost_says_so() {
     let Some(gpu) = gpu() else { return };
     let mut vars = Vars::new(3, DType::F32, &gpu);
-    let conv = ConvNorm::new(&mut vars.root(), ("conv", "bn"), (4, 4), 1, 1, false).unwrap();
+    let conv = ConvNorm::new(
+        &mut vars.root(),
+        ("conv", "bn"),
+        (4, 4),
+        1,
+        1,
+        Activation::None,
+    )
+    .unwrap();
     let x = numbers(&[2, 4, 3, 3], 0.1).to_dtype(DType::F32).unwrap();
     let x = Var::from_tensor(&x.to_device(&gpu).unwrap()).unwrap();
     let maps = ops::block(&x).unwrap();
@@ -537,8 +567,9 @@ fn a_block_whose_gradients_would_be_lost_says_so() {
 fn train(device: &Device, dtype: DType, adamw: bool) -> Vec<Vec<f64>> {
     let mut vars = Vars::new(7, dtype, device);
     let mut root = vars.root();
-    let stem = ConvNorm::new(&mut root, ("conv1", "bn1"), (3, 8), 3, 1, true).unwrap();
-    let second = ConvNorm::new(&mut root, ("conv2", "bn2"), (8, 16), 3, 2, true).unwrap();
+    let stem = ConvNorm::new(&mut root, ("conv1", "bn1"), (3, 8), 3, 1, Activation::Relu).unwrap();
+    let second =
+        ConvNorm::new(&mut root, ("conv2", "bn2"), (8, 16), 3, 2, Activation::Relu).unwrap();
     let checkpoint = GradientCheckpoint::new(&root);
     let dropout = Dropout::new(root.sub("dropout"), 0.2).unwrap();
     let linear = Linear::new(root.sub("fc"), 16, 5).unwrap();

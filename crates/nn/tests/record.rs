@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Tensor};
 use isqrt_nn::layers::{Conv2d, ConvNorm, Linear};
 use isqrt_nn::ops::{
-    Conv, Window, add_relu, block, global_avg_pool, is_blocked, max_pool2d, unblock,
+    Activation, Conv, Window, add_relu, block, global_avg_pool, is_blocked, max_pool2d, unblock,
 };
 use isqrt_nn::{LayerRecord, Mode, Vars, largest_magnitude, record, record_values};
 use isqrt_testkit::{assert_close, randn};
@@ -26,7 +26,8 @@ impl Net {
         let mut body = scope.sub("body");
         Self {
             grouped: Conv2d::new(body.sub("grouped"), 32, 32, 3, options).unwrap(),
-            brick: ConvNorm::new(&mut body, ("conv", "bn"), (32, 32), 1, 1, true).unwrap(),
+            brick: ConvNorm::new(&mut body, ("conv", "bn"), (32, 32), 1, 1, Activation::Relu)
+                .unwrap(),
             linear: Linear::new(scope.sub("head"), 32, 5).unwrap(),
         }
     }

@@ -2,11 +2,11 @@
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{DType, Device, Tensor, Var};
-use isqrt_nn::layers::{ChannelDropout, Dropout};
+use isqrt_nn::layers::{ChannelDropout, ConvNorm, Dropout};
 use isqrt_nn::ops::{
-    BatchNorm, Conv, LocalResponseNorm, MaskKey, Pool, Window, avg_pool2d, batch_norm, block,
-    conv_norm, conv2d, cross_entropy, dropout, global_avg_pool, linear, local_response_norm,
-    max_pool2d, relu, relu6, unblock,
+    Activation, BatchNorm, Conv, LocalResponseNorm, MaskKey, Pool, Window, avg_pool2d, batch_norm,
+    block, can_block, conv_norm, conv2d, cross_entropy, dropout, global_avg_pool, is_blocked,
+    linear, local_response_norm, max_pool2d, relu, relu6, unblock,
 };
 use isqrt_nn::{Buffer, Decay, Init, Mode, Optimizer, Sgd, SgdConfig, Vars};
 use isqrt_testkit::{assert_close, randn};
@@ -62,7 +62,7 @@ fn norm(dtype: DType) -> BatchNorm {
         running_var: buffer(1.0),
         momentum: 0.1,
         epsilon: 1e-5,
-        relu: false,
+        activation: Activation::None,
     }
 }
 
@@ -201,7 +201,7 @@ fn batch_norm_of_blocked_maps_is_that_of_plain_ones() {
             let norm = BatchNorm {
                 running_mean: buffer(0.0),
                 running_var: buffer(1.0),
-                relu: true,
+                activation: Activation::Relu,
                 ..norm(dtype)
             };
             let y = if blocked {
@@ -507,7 +507,7 @@ fn results_do_not_depend_on_threads() {
                 running_var: buffers(),
                 momentum: 0.1,
                 epsilon: 1e-5,
-                relu: true,
+                activation: Activation::Relu,
             };
             let y = batch_norm(&y, &one, &one, &norm, Mode::Train).unwrap();
             let head = w
@@ -569,7 +569,7 @@ fn blocked_ops_on_threads(x: &Tensor) {
             let norm = BatchNorm {
                 running_mean: buffer(),
                 running_var: buffer(),
-                relu: true,
+                activation: Activation::Relu,
                 ..norm(DType::F32)
             };
             let y = block(&x).unwrap();
@@ -727,4 +727,50 @@ fn mistakes_are_named() {
         Mode::Train,
     ));
     assert!(message.contains("more than one value"), "{message}");
+}
+
+#[test]
+fn a_convolution_between_layouts_is_that_of_plain_maps() {
+    for ((inputs, outputs), kernel, stride) in [
+        ((12, 16), 1, 1),
+        ((12, 16), 3, 2),
+        ((16, 12), 1, 1),
+        ((16, 12), 3, 1),
+        ((24, 20), 3, 2),
+        ((4, 16), 3, 1),
+    ] {
+        for mode in [Mode::Train, Mode::Eval] {
+            let mut vars = Vars::new(3, DType::F64, &Device::Cpu);
+            let (names, channels) = (("conv", "bn"), (inputs, outputs));
+            let scope = &mut vars.root();
+            let conv = ConvNorm::new(scope, names, channels, kernel, stride, Activation::Relu6);
+            let conv = conv.unwrap();
+            let x = Var::from_tensor(&random(&[3, inputs, 5, 7], 1)).unwrap();
+            let run = |blocked: bool| {
+                let mut maps = x.as_tensor().clone();
+                if blocked && can_block(inputs, &maps) {
+                    maps = block(&maps).unwrap();
+                }
+                let mut y = match blocked {
+                    true => conv.forward_in_any_layout(&maps, mode).unwrap(),
+                    false => conv.forward(&maps, mode).unwrap(),
+                };
+                assert_eq!(is_blocked(&y), blocked && can_block(outputs, &y));
+                if is_blocked(&y) {
+                    y = unblock(&y).unwrap();
+                }
+                let loss = (&y * random(y.dims(), 2)).unwrap().sum_all().unwrap();
+                let gradients = vars.backward(&loss).unwrap();
+                let parameters = vars.parameters().map(|(_, var)| var).chain([&x]);
+                let gradient = |var: &Var| gradients.get(var).unwrap().clone();
+                let mut all: Vec<Tensor> = parameters.map(gradient).collect();
+                all.push(y);
+                all
+            };
+            let (known, found) = (run(false), run(true));
+            for (found, known) in found.iter().zip(&known) {
+                assert_close!(found, known, rtol = 1e-10, atol = 1e-10);
+            }
+        }
+    }
 }

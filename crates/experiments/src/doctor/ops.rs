@@ -2,9 +2,10 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use isqrt_nn::ops::{
-    BatchNorm, Conv, LocalResponseNorm, MaskKey, Pool, adaptive_avg_pool2d, add, add_relu,
-    avg_pool2d, batch_norm, block, channel_shuffle, conv_norm, conv2d, cross_entropy, dropout,
-    global_avg_pool, is_blocked, linear, local_response_norm, max_pool2d, relu, relu6, unblock,
+    Activation, BatchNorm, Conv, LocalResponseNorm, MaskKey, Pool, adaptive_avg_pool2d, add,
+    add_relu, avg_pool2d, batch_norm, block, channel_shuffle, conv_norm, conv2d, cross_entropy,
+    dropout, global_avg_pool, is_blocked, linear, local_response_norm, max_pool2d, relu, relu6,
+    unblock,
 };
 use isqrt_nn::{
     AdamW, AdamWConfig, Buffer, Decay, Ema, Init, Mode, Optimizer, Sgd, SgdConfig, Vars,
@@ -75,29 +76,29 @@ fn apart(shape: &[usize]) -> candle_core::Result<Tensor> {
 }
 
 /// Running statistics beside `x`.
-fn norm_of(x: &Tensor, channels: usize, relu: bool) -> isqrt_nn::Result<BatchNorm> {
+fn norm_of(x: &Tensor, channels: usize, activation: Activation) -> isqrt_nn::Result<BatchNorm> {
     let near = |t: Tensor| place(&t, x.dtype(), x.device()).map(Buffer::new);
     Ok(BatchNorm {
         running_mean: near(noise(&[channels], 0.6)?)?,
         running_var: near((noise(&[channels], 0.2)?.abs()? + 0.5)?)?,
         momentum: 0.1,
         epsilon: 1e-5,
-        relu,
+        activation,
     })
 }
 
-/// Modes, and whether a ReLU follows.
-fn norms() -> impl Iterator<Item = (Mode, bool)> {
+/// Modes and what follows.
+fn norms() -> impl Iterator<Item = (Mode, Activation)> {
     let modes = [Mode::Train, Mode::Frozen, Mode::Eval];
     modes
         .into_iter()
-        .flat_map(|mode| [(mode, false), (mode, true)])
+        .flat_map(|mode| Activation::ALL.map(|activation| (mode, activation)))
 }
 
-/// The output, with the running statistics that it left in each value; where a ReLU follows alone, since no
+/// The output, with the running statistics that it left in each value; where an activation follows alone, since no
 /// gradient flows to them.
 fn with_statistics(y: Tensor, norm: &BatchNorm) -> isqrt_nn::Result<Tensor> {
-    if !norm.relu {
+    if norm.activation == Activation::None {
         return Ok(y);
     }
     let both = [norm.running_mean.get(), norm.running_var.get()];
@@ -147,20 +148,21 @@ fn cases() -> Result<Vec<Case>, Error> {
         let op: Op = Box::new(move |t| conv2d(&t[0], &t[1], Some(&t[2]), options));
         case("conv2d", operands, true, op);
     }
-    for (mode, with_relu) in norms() {
+    for (mode, activation) in norms() {
         let operands = vec![
             noise(&[3, 4, 3, 2], 0.9)?,
-            noise(&[4], 0.8)?,
+            // Some values are above 6.
+            (noise(&[4], 0.8)? * 8.0)?,
             noise(&[4], 0.5)?,
         ];
         let op: Op = Box::new(move |t| {
-            let norm = norm_of(&t[1], 4, with_relu)?;
+            let norm = norm_of(&t[1], 4, activation)?;
             let y = batch_norm(&t[0], &t[1], &t[2], &norm, mode)?;
             with_statistics(y, &norm)
         });
-        case("batch_norm", operands, !with_relu, op);
+        case("batch_norm", operands, activation == Activation::None, op);
     }
-    for (mode, with_relu) in norms() {
+    for (mode, activation) in norms() {
         let operands = vec![
             noise(&[2, 3, 5, 4], 0.1)?,
             noise(&[4, 3, 3, 3], 0.7)?,
@@ -168,7 +170,7 @@ fn cases() -> Result<Vec<Case>, Error> {
             noise(&[4], 0.5)?,
         ];
         let op: Op = Box::new(move |t| {
-            let (norm, options) = (norm_of(&t[1], 4, with_relu)?, Conv::new(2, 1));
+            let (norm, options) = (norm_of(&t[1], 4, activation)?, Conv::new(2, 1));
             let y = match is_blocked(&t[0]) {
                 true => conv_norm(&t[0], &t[1], options, (&t[2], &t[3]), &norm, mode)?,
                 false => {
@@ -178,7 +180,7 @@ fn cases() -> Result<Vec<Case>, Error> {
             };
             with_statistics(y, &norm)
         });
-        case("conv_norm", operands, !with_relu, op);
+        case("conv_norm", operands, activation == Activation::None, op);
     }
     let pool = Pool {
         kernel: (3, 2),

@@ -88,6 +88,8 @@ pub trait Vector: Copy {
     unsafe fn mul(self, other: Self) -> Self;
     /// `max(self, 0)`; a NaN stays one, and so does -0.
     unsafe fn relu(self) -> Self;
+    /// `min(self, upper)`; a NaN stays one, and one in `upper` bounds nothing.
+    unsafe fn at_most(self, upper: Self) -> Self;
     /// Stores `rows` as columns: `to[lane * stride + r] = rows[r][lane]`.
     #[inline(always)]
     unsafe fn store_transposed<const MR: usize>(
@@ -150,6 +152,15 @@ impl<T: Element> Vector for Quad<T> {
         let zero = T::default();
         Self(self.0.map(|x| if x < zero { zero } else { x }))
     }
+    #[inline(always)]
+    unsafe fn at_most(mut self, upper: Self) -> Self {
+        for lane in 0..4 {
+            if self.0[lane] > upper.0[lane] {
+                self.0[lane] = upper.0[lane];
+            }
+        }
+        self
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -159,7 +170,7 @@ mod x86 {
 
     macro_rules! vector {
         ($register:ty, $element:ty, $lanes:literal, $splat:ident, $load:ident, $store:ident,
-         $fma:ident, $mul:ident, $max:ident $(, $transpose:item)?) => {
+         $fma:ident, $mul:ident, $max:ident, $min:ident $(, $transpose:item)?) => {
             // SAFETY (all): the caller promises the instruction set and the pointers.
             impl Vector for $register {
                 type T = $element;
@@ -189,6 +200,11 @@ mod x86 {
                     // Of a NaN and a number the second operand is the result.
                     unsafe { $max($splat(0.0), self) }
                 }
+                #[inline(always)]
+                unsafe fn at_most(self, upper: Self) -> Self {
+                    // As in `relu`.
+                    unsafe { $min(upper, self) }
+                }
                 $($transpose)?
             }
         };
@@ -204,6 +220,7 @@ mod x86 {
         _mm512_fmadd_ps,
         _mm512_mul_ps,
         _mm512_max_ps,
+        _mm512_min_ps,
         /// 4x4 transposes inside the 128-bit lanes, then one 16-byte store a lane.
         #[inline(always)]
         unsafe fn store_transposed<const MR: usize>(
@@ -245,6 +262,7 @@ mod x86 {
         _mm256_fmadd_ps,
         _mm256_mul_ps,
         _mm256_max_ps,
+        _mm256_min_ps,
         #[inline(always)]
         unsafe fn store_transposed<const MR: usize>(
             rows: &[Self; MR],
@@ -301,7 +319,8 @@ mod x86 {
         _mm512_storeu_pd,
         _mm512_fmadd_pd,
         _mm512_mul_pd,
-        _mm512_max_pd
+        _mm512_max_pd,
+        _mm512_min_pd
     );
     vector!(
         __m256d,
@@ -312,6 +331,7 @@ mod x86 {
         _mm256_storeu_pd,
         _mm256_fmadd_pd,
         _mm256_mul_pd,
-        _mm256_max_pd
+        _mm256_max_pd,
+        _mm256_min_pd
     );
 }

@@ -3,7 +3,7 @@
 
 use candle_core::Tensor;
 use isqrt_nn::layers::{BatchNorm2d, Conv2d, ConvNorm};
-use isqrt_nn::ops::{Conv, Window, is_blocked, max_pool2d};
+use isqrt_nn::ops::{Activation, Conv, Window, is_blocked, max_pool2d};
 use isqrt_nn::{Init, Mode, Scope};
 use serde::Deserialize;
 
@@ -99,7 +99,10 @@ impl<'a, 'b> Chain<'a, 'b> {
     ) -> Result<()> {
         let mut scope = self.scope.sub("features");
         let options = Conv {
-            relu: !norm,
+            activation: match norm {
+                true => Activation::None,
+                false => Activation::Relu,
+            },
             ..options
         };
         // PyTorch's default of a bias has the bound of its weight.
@@ -113,7 +116,7 @@ impl<'a, 'b> Chain<'a, 'b> {
         self.layers.push(Layer::Conv(conv));
         if norm {
             self.place += 1;
-            let norm = BatchNorm2d::new(scope.sub(self.place), outputs, true)?;
+            let norm = BatchNorm2d::new(scope.sub(self.place), outputs, Activation::Relu)?;
             self.layers.push(Layer::Norm(norm));
         }
         self.place += 2;

@@ -3,6 +3,7 @@
 
 use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
+use isqrt_nn::ops::Activation;
 use isqrt_nn::{Mode, Scope};
 
 use super::{Backbone, BackboneEntry, NoOptions, Options};
@@ -28,8 +29,22 @@ impl BackboneEntry for Entry {
     fn build(&self, options: &Options, mut scope: Scope<'_>) -> Result<Box<dyn Backbone>> {
         options.read::<NoOptions>(self.name())?;
         Ok(Box::new(E10Net {
-            first: ConvNorm::new(&mut scope, ("conv1", "bn1"), (3, 32), 7, 2, true)?,
-            second: ConvNorm::new(&mut scope, ("conv2", "bn2"), (32, 32), 1, 1, true)?,
+            first: ConvNorm::new(
+                &mut scope,
+                ("conv1", "bn1"),
+                (3, 32),
+                7,
+                2,
+                Activation::Relu,
+            )?,
+            second: ConvNorm::new(
+                &mut scope,
+                ("conv2", "bn2"),
+                (32, 32),
+                1,
+                1,
+                Activation::Relu,
+            )?,
         }))
     }
 }

@@ -9,7 +9,7 @@
 
 use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
-use isqrt_nn::ops::{add, relu6};
+use isqrt_nn::ops::{Activation, add};
 use isqrt_nn::{Mode, Scope};
 
 use super::reduction::{Keys, check_stride, finer, leave_blocks, reduce};
@@ -102,7 +102,7 @@ impl BackboneEntry for Entry {
 
         let mut features = scope.sub("features");
         let stem = &mut features.sub(0);
-        let stem = ConvNorm::new(stem, ("0", "1"), (3, 32), 3, 2, false)?;
+        let stem = ConvNorm::new(stem, ("0", "1"), (3, 32), 3, 2, Activation::Relu6)?;
         let mut channels = 32;
         let mut units = Vec::new();
         for (stage, (expansion, outputs, count, stride)) in STAGES.into_iter().enumerate() {
@@ -119,7 +119,7 @@ impl BackboneEntry for Entry {
             }
         }
         let last = &mut features.sub(units.len() + 1);
-        let last = ConvNorm::new(last, ("0", "1"), (channels, 1280), 1, 1, false)?;
+        let last = ConvNorm::new(last, ("0", "1"), (channels, 1280), 1, 1, Activation::Relu6)?;
         let (reduce, channels) = reduce(self.name(), &mut scope, 1280, keys.reduction)?;
         Ok(Box::new(MobileNetV2 {
             stem,
@@ -141,11 +141,11 @@ struct MobileNetV2 {
 
 impl Backbone for MobileNetV2 {
     fn forward_features(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let mut x = relu6(&self.stem.forward_in_any_layout(x, mode)?)?;
+        let mut x = self.stem.forward_in_any_layout(x, mode)?;
         for unit in &self.units {
             x = unit.forward(&x, mode)?;
         }
-        let x = relu6(&self.last.forward_in_any_layout(&x, mode)?)?;
+        let x = self.last.forward_in_any_layout(&x, mode)?;
         leave_blocks(&x, self.reduce.as_ref(), mode)
     }
 
@@ -176,13 +176,20 @@ impl Unit {
         let mut expand = None;
         if expansion != 1 {
             let names = ("0.0", "0.1");
-            expand = Some(ConvNorm::new(scope, names, (inputs, width), 1, 1, false)?);
+            expand = Some(ConvNorm::new(
+                scope,
+                names,
+                (inputs, width),
+                1,
+                1,
+                Activation::Relu6,
+            )?);
             place = 1;
         }
         let names = (&*format!("{place}.0"), &*format!("{place}.1"));
-        let depthwise = ConvNorm::depthwise(scope, names, width, 3, stride, false)?;
+        let depthwise = ConvNorm::depthwise(scope, names, width, 3, stride, Activation::Relu6)?;
         let names = (&*format!("{}", place + 1), &*format!("{}", place + 2));
-        let project = ConvNorm::new(scope, names, (width, outputs), 1, 1, false)?;
+        let project = ConvNorm::new(scope, names, (width, outputs), 1, 1, Activation::None)?;
         Ok(Self {
             expand,
             depthwise,
@@ -194,9 +201,9 @@ impl Unit {
     fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
         let mut y = x.clone();
         if let Some(expand) = &self.expand {
-            y = relu6(&expand.forward_in_any_layout(&y, mode)?)?;
+            y = expand.forward_in_any_layout(&y, mode)?;
         }
-        y = relu6(&self.depthwise.forward_in_any_layout(&y, mode)?)?;
+        y = self.depthwise.forward_in_any_layout(&y, mode)?;
         y = self.project.forward_in_any_layout(&y, mode)?;
         match self.residual {
             true => Ok(add(&y, x)?),

@@ -3,7 +3,7 @@
 
 use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
-use isqrt_nn::ops::{is_blocked, unblock};
+use isqrt_nn::ops::{Activation, is_blocked, unblock};
 use isqrt_nn::{Mode, Scope};
 use serde::Deserialize;
 
@@ -55,7 +55,7 @@ pub(super) fn reduce(
         });
     }
     let (names, shape) = (("layer_reduce", "layer_reduce_bn"), (channels, reduced));
-    let layer = ConvNorm::new(scope, names, shape, 1, 1, true)?;
+    let layer = ConvNorm::new(scope, names, shape, 1, 1, Activation::Relu)?;
     Ok((Some(layer), reduced))
 }
 

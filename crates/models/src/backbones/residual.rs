@@ -2,6 +2,7 @@
 
 use candle_core::Tensor;
 use isqrt_nn::layers::{ConvNorm, residual};
+use isqrt_nn::ops::Activation;
 use isqrt_nn::{Mode, Result, Scope};
 
 /// Convolutions beside a shortcut, which is a 1x1 convolution where the shape changes. ReLU after
@@ -55,9 +56,15 @@ impl Block {
         for (i, &(channels, kernel, stride)) in (1..).zip(shapes) {
             let names = (&*format!("conv{i}"), &*format!("bn{i}"));
             let scope = &mut scope;
-            convs.push(match i < shapes.len() {
-                false if from_zero => ConvNorm::from_zero(scope, names, channels, kernel, stride)?,
-                relu => ConvNorm::new(scope, names, channels, kernel, stride, relu)?,
+            let activation = match i < shapes.len() {
+                true => Activation::Relu,
+                false => Activation::None,
+            };
+            convs.push(match activation {
+                Activation::None if from_zero => {
+                    ConvNorm::from_zero(scope, names, channels, kernel, stride)?
+                }
+                _ => ConvNorm::new(scope, names, channels, kernel, stride, activation)?,
             });
         }
         let mut downsample = None;
@@ -69,7 +76,7 @@ impl Block {
                 channels,
                 1,
                 stride,
-                false,
+                Activation::None,
             )?);
         }
         Ok(Self { convs, downsample })

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use isqrt_nn::layers::{ConvNorm, GradientCheckpoint};
-use isqrt_nn::ops::{Window, max_pool2d};
+use isqrt_nn::ops::{Activation, Window, max_pool2d};
 use isqrt_nn::{Mode, Scope};
 use serde::Deserialize;
 
@@ -143,7 +143,14 @@ impl BackboneEntry for Entry {
         } = options.read(self.name)?;
         check_stride(self.name, "last_stride", last_stride)?;
 
-        let stem = ConvNorm::new(&mut scope, ("conv1", "bn1"), (3, 64), 7, 2, true)?;
+        let stem = ConvNorm::new(
+            &mut scope,
+            ("conv1", "bn1"),
+            (3, 64),
+            7,
+            2,
+            Activation::Relu,
+        )?;
         let (block, expansion): (MakeBlock, usize) = match self.kind {
             Kind::Basic => (Block::basic, 1),
             Kind::Bottleneck => (Block::bottleneck, 4),

@@ -10,7 +10,7 @@
 
 use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
-use isqrt_nn::ops::{Window, channel_shuffle, max_pool2d};
+use isqrt_nn::ops::{Activation, Window, channel_shuffle, max_pool2d};
 use isqrt_nn::{Mode, Scope};
 
 use super::reduction::{Keys, check_stride, finer, leave_blocks, reduce};
@@ -43,7 +43,7 @@ impl BackboneEntry for Entry {
         check_stride(self.name(), "last_stride", keys.last_stride)?;
 
         let stem = &mut scope.sub("conv1");
-        let stem = ConvNorm::new(stem, ("0", "1"), (3, 24), 3, 2, true)?;
+        let stem = ConvNorm::new(stem, ("0", "1"), (3, 24), 3, 2, Activation::Relu)?;
         let mut channels = 24;
         let mut units = Vec::new();
         for (stage, (outputs, count)) in STAGES.into_iter().enumerate() {
@@ -62,7 +62,7 @@ impl BackboneEntry for Entry {
             channels = outputs;
         }
         let last = &mut scope.sub("conv5");
-        let last = ConvNorm::new(last, ("0", "1"), (channels, 1024), 1, 1, true)?;
+        let last = ConvNorm::new(last, ("0", "1"), (channels, 1024), 1, 1, Activation::Relu)?;
         let (reduce, channels) = reduce(self.name(), &mut scope, 1024, keys.reduction)?;
         Ok(Box::new(ShuffleNetV2 {
             stem,
@@ -116,8 +116,8 @@ impl Unit {
         let (inputs, half) = (channels.0, channels.1 / 2);
         let branch = &mut scope.sub("branch1");
         let first = vec![
-            ConvNorm::depthwise(branch, ("0", "1"), inputs, 3, stride, false)?,
-            ConvNorm::new(branch, ("2", "3"), (inputs, half), 1, 1, true)?,
+            ConvNorm::depthwise(branch, ("0", "1"), inputs, 3, stride, Activation::None)?,
+            ConvNorm::new(branch, ("2", "3"), (inputs, half), 1, 1, Activation::Relu)?,
         ];
         let second = Self::second(scope, (inputs, half), stride)?;
         Ok(Self { first, second })
@@ -139,9 +139,9 @@ impl Unit {
     ) -> Result<Vec<ConvNorm>> {
         let branch = &mut scope.sub("branch2");
         Ok(vec![
-            ConvNorm::new(branch, ("0", "1"), (inputs, half), 1, 1, true)?,
-            ConvNorm::depthwise(branch, ("3", "4"), half, 3, stride, false)?,
-            ConvNorm::new(branch, ("5", "6"), (half, half), 1, 1, true)?,
+            ConvNorm::new(branch, ("0", "1"), (inputs, half), 1, 1, Activation::Relu)?,
+            ConvNorm::depthwise(branch, ("3", "4"), half, 3, stride, Activation::None)?,
+            ConvNorm::new(branch, ("5", "6"), (half, half), 1, 1, Activation::Relu)?,
         ])
     }
 

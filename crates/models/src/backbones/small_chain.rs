@@ -7,7 +7,7 @@
 
 use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
-use isqrt_nn::ops::{Window, is_blocked, max_pool2d};
+use isqrt_nn::ops::{Activation, Window, is_blocked, max_pool2d};
 use isqrt_nn::{Mode, Scope};
 use serde::Deserialize;
 
@@ -100,7 +100,14 @@ impl BackboneEntry for Entry {
             let (conv, norm) = (format!("conv{i}"), format!("bn{i}"));
             let shape = (channels, layer.outputs);
             let names = (&*conv, &*norm);
-            let conv = ConvNorm::new(&mut scope, names, shape, layer.kernel, layer.stride, true)?;
+            let conv = ConvNorm::new(
+                &mut scope,
+                names,
+                shape,
+                layer.kernel,
+                layer.stride,
+                Activation::Relu,
+            )?;
             layers.push((conv, layer.pool));
             channels = layer.outputs;
         }

@@ -21,7 +21,7 @@
 
 use candle_core::Tensor;
 use isqrt_nn::layers::{BatchNorm2d, Conv2d, ConvNorm};
-use isqrt_nn::ops::{Conv, add};
+use isqrt_nn::ops::{Activation, Conv, add};
 use isqrt_nn::{Mode, Scope};
 use serde::Deserialize;
 
@@ -148,7 +148,7 @@ impl BackboneEntry for Entry {
                     (3, 16),
                     kernel,
                     stride,
-                    true,
+                    Activation::Relu,
                 )?)
             }
             _ => Stem::Plain(Conv2d::new(scope.sub("conv1"), 3, 16, kernel, options)?),
@@ -185,7 +185,11 @@ impl BackboneEntry for Entry {
         }
         let norm = match self.kind {
             Kind::Basic => None,
-            _ => Some(BatchNorm2d::new(scope.sub("bn"), channels, true)?),
+            _ => Some(BatchNorm2d::new(
+                scope.sub("bn"),
+                channels,
+                Activation::Relu,
+            )?),
         };
         let (reduce, channels) = reduce(self.name, &mut scope, channels, keys.reduction)?;
         Ok(Box::new(SmallResNet {
@@ -274,11 +278,18 @@ impl PreBlock {
         first: &[((usize, usize), usize, usize)],
         (width, kernel): (usize, usize),
     ) -> Result<Self> {
-        let norm = BatchNorm2d::new(scope.sub("bn1"), inputs, true)?;
+        let norm = BatchNorm2d::new(scope.sub("bn1"), inputs, Activation::Relu)?;
         let mut convs = Vec::with_capacity(first.len());
         for (i, &(channels, kernel, stride)) in (1..).zip(first) {
             let names = (&*format!("conv{i}"), &*format!("bn{}", i + 1));
-            convs.push(ConvNorm::new(scope, names, channels, kernel, stride, true)?);
+            convs.push(ConvNorm::new(
+                scope,
+                names,
+                channels,
+                kernel,
+                stride,
+                Activation::Relu,
+            )?);
         }
         let last = scope.sub(format!("conv{}", first.len() + 1));
         let options = Conv::new(1, kernel / 2);

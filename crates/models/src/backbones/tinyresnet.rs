@@ -3,7 +3,7 @@
 
 use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
-use isqrt_nn::ops::unblock;
+use isqrt_nn::ops::{Activation, unblock};
 use isqrt_nn::{Mode, Scope};
 
 use super::residual::Block;
@@ -31,13 +31,27 @@ impl BackboneEntry for Entry {
     fn build(&self, options: &Options, mut scope: Scope<'_>) -> Result<Box<dyn Backbone>> {
         options.read::<NoOptions>(self.name())?;
         Ok(Box::new(TinyResNet {
-            stem: ConvNorm::new(&mut scope, ("conv1", "bn1"), (3, 16), 5, 2, true)?,
+            stem: ConvNorm::new(
+                &mut scope,
+                ("conv1", "bn1"),
+                (3, 16),
+                5,
+                2,
+                Activation::Relu,
+            )?,
             blocks: vec![
                 Block::basic(scope.sub("layer1"), (16, 16), 2, false)?,
                 Block::basic(scope.sub("layer2"), (16, 32), 1, false)?,
                 Block::basic(scope.sub("layer3"), (32, 64), 2, false)?,
             ],
-            reduction: ConvNorm::new(&mut scope, ("conv2", "bn2"), (64, 32), 1, 1, true)?,
+            reduction: ConvNorm::new(
+                &mut scope,
+                ("conv2", "bn2"),
+                (64, 32),
+                1,
+                1,
+                Activation::Relu,
+            )?,
         }))
     }
 }

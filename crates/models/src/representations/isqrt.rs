@@ -28,6 +28,7 @@
 use candle_core::{DType, Tensor};
 use isqrt_linalg::{CovPool, Memory, PreNormalization, Root, Schedule, Side};
 use isqrt_nn::layers::BatchNorm2d;
+use isqrt_nn::ops::Activation;
 use isqrt_nn::{Mode, Scope};
 use serde::Deserialize;
 
@@ -69,7 +70,7 @@ impl RepresentationEntry for Entry {
         if !normalised {
             return Ok(Box::new(root));
         }
-        let norm = BatchNorm2d::new(scope.sub("bn"), root.out_dim(), false)?;
+        let norm = BatchNorm2d::new(scope.sub("bn"), root.out_dim(), Activation::None)?;
         Ok(Box::new(Normalised { root, norm }))
     }
 }

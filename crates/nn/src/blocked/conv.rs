@@ -18,7 +18,7 @@ use std::borrow::Cow;
 use super::kernel::{Correlate, Gather, Isa, Lanes};
 use super::winograd::Winograd;
 use crate::element::{Unwritten, transpose};
-use crate::ops::{ConvAxis, ConvShapes as Shapes};
+use crate::ops::{Clip, ConvAxis, ConvShapes as Shapes};
 
 /// Output pixels that share a pass over the weights: several small images together.
 const PIXELS: usize = 192;
@@ -107,11 +107,11 @@ pub(crate) fn forward<T: Lanes>(
     shapes: &Shapes,
     x: &[T],
     weight: &[T],
-    (bias, relu): (Option<&[T]>, bool),
+    (bias, clip): (Option<&[T]>, Clip<T>),
     isa: &Isa<T>,
 ) -> Vec<T> {
     if let Some(winograd) = Winograd::of::<T>(shapes) {
-        return winograd.forward(x, weight, (bias, relu), isa);
+        return winograd.forward(x, weight, (bias, clip), isa);
     }
     let source = shapes.source();
     let (inputs, outputs) = shapes.panels();
@@ -141,7 +141,7 @@ pub(crate) fn forward<T: Lanes>(
         parts: shapes.parts(),
         depthwise: shapes.is_depthwise(),
         bias,
-        relu,
+        clip,
     };
     let mut y = Unwritten::new(shapes.batch * shapes.out_image());
     let images = shapes.images(pass.x_part * pass.parts);
@@ -186,7 +186,7 @@ pub(crate) fn input_gradient<T: Lanes>(
         parts: shapes.parts(),
         depthwise: shapes.is_depthwise(),
         bias: None,
-        relu: false,
+        clip: Clip::off(),
     };
     // Of each phase its pixels and blocks.
     let mut phases = Vec::new();
@@ -395,7 +395,7 @@ struct Pass<'a, T> {
     depthwise: bool,
     /// Of all output channels.
     bias: Option<&'a [T]>,
-    relu: bool,
+    clip: Clip<T>,
 }
 
 impl<T: Lanes> Pass<'_, T> {
@@ -439,7 +439,7 @@ impl<T: Lanes> Pass<'_, T> {
                 weight_panel: self.weight_panel,
                 y_panel: self.y_panel,
                 bias: bias.unwrap_or(std::ptr::null()),
-                relu: self.relu,
+                clip: self.clip,
             };
             // SAFETY: a pixel's last block is the last of its padded image (the maps were padded
             // for that); tasks write panels and images of their own.
@@ -563,7 +563,7 @@ mod tests {
 
     use super::Shapes;
     use crate::blocked::{block, unblock};
-    use crate::ops::{Conv, ConvOp, conv2d};
+    use crate::ops::{Activation, Conv, ConvOp, conv2d};
 
     /// Output and gradients of `sum(conv(x, w, b) * g)`, by this op or by the one of plain maps.
     fn run(kernel: Option<Kernel>, tensors: [&Tensor; 3], options: Conv) -> [Tensor; 4] {
@@ -589,8 +589,8 @@ mod tests {
                 let x = block(&x).unwrap();
                 let op = ConvOp {
                     shapes: Shapes::new(&x, &w, options).unwrap(),
-                    relu: options.relu,
-                    into_blocks: false,
+                    activation: options.activation,
+                    into_blocks: true,
                     kernel,
                     aside: None,
                 };
@@ -638,7 +638,7 @@ mod tests {
             ([1, 48, 6, 5], [48, 1, 5, 2], grouped(48, conv(1, 2))),
             ([3, 16, 11, 9], [16, 1, 2, 3], grouped(16, uneven)),
             ([5, 16, 40, 8], [16, 1, 3, 3], grouped(16, conv(1, 1))),
-            // In f32 by Winograd's convolution, with ReLU and without.
+            // In f32 by Winograd's convolution.
             ([2, 32, 21, 17], [48, 32, 3, 3], conv(1, 1)),
             ([2, 16, 16, 20], [16, 16, 3, 3], conv(1, 2)),
         ];
@@ -651,7 +651,7 @@ mod tests {
                 );
                 let tensors = [&randn(&x, seed, dtype).unwrap(), &w.unwrap(), &b.unwrap()];
                 let options = Conv {
-                    relu: i % 2 == 1,
+                    activation: Activation::ALL[i % 3],
                     ..options
                 };
                 let known = run(None, tensors, options);
@@ -673,19 +673,19 @@ mod tests {
     }
 
     #[test]
-    fn nan_passes_through_the_relu() {
+    fn nan_passes_through_every_activation() {
         let x = Tensor::full(f32::NAN, (1, 16, 1, 1), &candle_core::Device::Cpu).unwrap();
         let w = Tensor::ones((16, 16, 1, 1), DType::F32, x.device()).unwrap();
-        let options = Conv {
-            relu: true,
-            ..Conv::default()
-        };
-        for x in [block(&x).unwrap(), x] {
-            let y = conv2d(&x, &w, None, options)
-                .unwrap()
-                .flatten_all()
-                .unwrap();
-            assert!(y.to_vec1::<f32>().unwrap().into_iter().all(f32::is_nan));
+        for activation in Activation::ALL {
+            let options = Conv {
+                activation,
+                ..Conv::default()
+            };
+            for x in [block(&x).unwrap(), x.clone()] {
+                let y = conv2d(&x, &w, None, options).unwrap();
+                let y: Vec<f32> = y.flatten_all().unwrap().to_vec1().unwrap();
+                assert!(y.into_iter().all(f32::is_nan));
+            }
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A convolution, its batch normalisation and the ReLU that may follow, as one node.
+//! A convolution, its batch normalisation and the activation that may follow, as one node.
 //!
 //! In evaluation the normalisation is folded into the weights, and nothing is kept: a backward
 //! pass, rare there, convolves again.
@@ -20,12 +20,12 @@ use crate::checkpoint::{Aside, past_the_tape};
 #[cfg(feature = "cuda")]
 use crate::cuda::{self, Maps, norm::Extent};
 use crate::element::{dispatch, read, values};
-use crate::ops::{BatchNorm, BatchNormOp, Conv, ConvShapes, check_affine};
+use crate::ops::{Activation, BatchNorm, BatchNormOp, Conv, ConvShapes, check_affine};
 use crate::tape;
 use crate::{Mode, Result};
 
 /// [`batch_norm`](crate::ops::batch_norm) of [`conv2d`](crate::ops::conv2d) for blocked maps. The
-/// ReLU of `options` would come between the two; that of `norm` comes after them.
+/// activation of `options` would come between the two; that of `norm` comes after them.
 ///
 /// # Shapes
 /// - `x`: blocked maps, and so the result
@@ -55,7 +55,7 @@ pub(crate) fn conv_norm_of(
     aside: Option<&Aside>,
 ) -> Result<Tensor> {
     dims("conv_norm", x)?;
-    if options.relu || !super::fills_blocks(weight, options.groups) {
+    if options.activation != Activation::None || !super::fills_blocks(weight, options.groups) {
         let y = crate::ops::conv2d_of(x, weight, None, options, aside)?;
         return crate::ops::batch_norm(&y, affine.0, affine.1, norm, mode);
     }
@@ -119,7 +119,7 @@ impl Op {
             let again = match self.on_gpu.get() {
                 Some(_) => None,
                 None => Some(cuda::conv::forward_of::<T>(
-                    device, &self.conv, (true, true), at, (None, false))?),
+                    device, &self.conv, (true, true), at, (None, Activation::None))?),
             };
             let kept = self.on_gpu.get().map(|kept| kept.at());
             let convolved = kept.or(again.as_ref().map(Output::at)).unwrap_or(0);
@@ -164,11 +164,11 @@ impl CustomOp3 for Op {
             let (gamma, beta) = halves(values::<T>(s3, l3)?);
             if self.folds {
                 let (weight, bias) = self.norm.folded(weight, gamma, beta)?;
-                let after = (Some(&*bias), self.norm.relu);
-                let y = self.conv.forward(x, &weight, after, Kernel::Auto);
+                let after = (Some(&*bias), self.norm.activation);
+                let y = self.conv.forward(x, &weight, after, true, Kernel::Auto);
                 return Ok((T::to_cpu_storage_owned(y), self.conv.shape()));
             }
-            let convolved = self.conv.forward(x, weight, (None, false), Kernel::Auto);
+            let convolved = self.conv.forward(x, weight, (None, Activation::None), true, Kernel::Auto);
             let y = self.norm.forward(&convolved, gamma, beta)?;
             // candle runs an op value once.
             let _ = self.convolved.set(T::to_cpu_storage_owned(convolved));
@@ -193,7 +193,7 @@ impl CustomOp3 for Op {
             let affine = self.affine::<T>(cuda::conv::parameter::<T>((s3, l3))?);
             let from = (x.at, weight);
             let convolved =
-                cuda::conv::forward_of::<T>(device, &self.conv, (true, true), from, (None, false))?;
+                cuda::conv::forward_of::<T>(device, &self.conv, (true, true), from, (None, Activation::None))?;
             let from = (self.extent(), (convolved.at(), None));
             let y = self.norm.forward_on_gpu::<T>(device, from, affine)?;
             if !self.folds {
@@ -214,7 +214,7 @@ impl CustomOp3 for Op {
         x: &Tensor,
         weight: &Tensor,
         affine: &Tensor,
-        y: &Tensor,
+        _y: &Tensor,
         dy: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
@@ -222,22 +222,22 @@ impl CustomOp3 for Op {
         if x.device().is_cuda() {
             return self.backward_on_gpu((x, weight, affine), &dy);
         }
-        let (xs, ws, gs, ys, dys) = (read(x), read(weight), read(affine), read(y), read(&dy));
+        let (xs, ws, gs, dys) = (read(x), read(weight), read(affine), read(&dy));
         let device = x.device();
         dispatch!("conv_norm", x.dtype(), T => {
-            let (gamma, _) = halves(gs.values::<T>()?);
+            let affine_of = halves(gs.values::<T>()?);
             let convolved = match self.convolved.get() {
                 Some(convolved) => Cow::Borrowed(convolved.as_slice::<T>()?),
                 None => {
                     let (x, weight) = (xs.values::<T>()?, ws.values()?);
-                    Cow::Owned(self.conv.forward(x, weight, (None, false), Kernel::Auto))
+                    Cow::Owned(self.conv.forward(x, weight, (None, Activation::None), true, Kernel::Auto))
                 }
             };
             let (between, mut dgamma, dbeta) =
-                self.norm.backward(&convolved, gamma, ys.values()?, dys.values()?)?;
+                self.norm.backward(&convolved, affine_of, dys.values()?)?;
             let (x_values, wants_dx) = (xs.values::<T>()?, x.track_op());
             let (dx, dw) =
-                self.conv.backward(x_values, ws.values()?, &between, wants_dx, Kernel::Auto);
+                self.conv.backward(x_values, ws.values()?, &between, wants_dx, true, Kernel::Auto);
             let dw = Tensor::from_vec(dw, weight.shape(), device)?;
             dgamma.extend(dbeta);
             Ok((

@@ -1,4 +1,5 @@
-//! The two inner loops of a convolution over blocked channels, compiled for each instruction set.
+//! The two inner loops of a convolution over blocked channels, and the ways into blocks and out of them, compiled for
+//! each instruction set.
 //!
 //! [`Gather`] computes output pixels: a tile of pixels by one or two panels of output channels is
 //! held in registers, and for each block of 16 source channels a pixel's values are broadcast
@@ -12,6 +13,7 @@ use isqrt_linalg::Kernel;
 use isqrt_linalg::simd::{Element, Quad, Vector};
 
 use super::winograd::{self, Grid, Transforms};
+use crate::ops::Clip;
 
 /// `y[pixel] = bias + sum over blocks of x[pixel + block] . weight[block]`.
 #[derive(Clone, Copy)]
@@ -30,8 +32,8 @@ pub(super) struct Gather<'a, T> {
     pub y_panel: usize,
     /// A value for each channel of these panels, or null.
     pub bias: *const T,
-    /// Whether negative sums become 0.
-    pub relu: bool,
+    /// Where the sums are cut off.
+    pub clip: Clip<T>,
 }
 
 /// `dw[c][o] += sum over pixels of x[pixel][c] dy[pixel][o]`, for `WIDTH` channels `c`.
@@ -130,10 +132,10 @@ unsafe fn gather_tile<V: Vector, const MR: usize, const NV: usize>(
                 }
             }
         }
-        if job.relu && to == job.blocks.len() {
+        if job.clip.on && to == job.blocks.len() {
             for r in 0..MR {
                 for v in 0..NV {
-                    acc[r][v] = acc[r][v].relu();
+                    acc[r][v] = acc[r][v].relu().at_most(V::splat(job.clip.upper));
                 }
             }
         }
@@ -235,7 +237,10 @@ unsafe fn depthwise<V: Vector, const MR: usize, const NV: usize>(job: &Gather<'_
                 let y = job.y.add(pixels[r].1);
                 for v in 0..NV {
                     let sum = acc[r][v];
-                    let sum = if job.relu { sum.relu() } else { sum };
+                    let sum = match job.clip.on {
+                        true => sum.relu().at_most(V::splat(job.clip.upper)),
+                        false => sum,
+                    };
                     sum.store(y.add(v * lanes));
                 }
             }
@@ -284,6 +289,55 @@ unsafe fn correlate_depthwise<V: Vector, const MR: usize, const NV: usize>(
     }
 }
 
+/// Pixels whose channels change places at once.
+const GROUP: usize = 8;
+
+/// Planes of `pixels` to pixels of `WIDTH` channels. Returns how many pixels that was: whole groups of them.
+///
+/// # Safety
+/// Both hold `pixels * WIDTH` values, and the processor has the instruction set.
+#[inline(always)]
+unsafe fn interleave<V: Vector>(planes: *const V::T, pixels: usize, panel: *mut V::T) -> usize {
+    let (width, lanes) = (V::T::WIDTH, V::LANES);
+    let done = pixels - pixels % lanes;
+    for pixel in (0..done).step_by(lanes) {
+        for channel in (0..width).step_by(GROUP) {
+            // SAFETY: these channels and pixels are inside, as promised by the caller.
+            unsafe {
+                let mut rows = [V::splat(V::T::default()); GROUP];
+                for r in 0..GROUP {
+                    rows[r] = V::load(planes.add((channel + r) * pixels + pixel));
+                }
+                V::store_transposed(&rows, panel.add(pixel * width + channel), width);
+            }
+        }
+    }
+    done
+}
+
+/// The inverse of [`interleave`].
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn separate<V: Vector>(panel: *const V::T, pixels: usize, planes: *mut V::T) -> usize {
+    let (width, lanes) = (V::T::WIDTH, V::LANES);
+    let done = pixels - pixels % GROUP;
+    for pixel in (0..done).step_by(GROUP) {
+        for channel in (0..width).step_by(lanes) {
+            // SAFETY: these channels and pixels are inside, as promised by the caller.
+            unsafe {
+                let mut rows = [V::splat(V::T::default()); GROUP];
+                for r in 0..GROUP {
+                    rows[r] = V::load(panel.add((pixel + r) * width + channel));
+                }
+                V::store_transposed(&rows, planes.add(channel * pixels + pixel), pixels);
+            }
+        }
+    }
+    done
+}
+
 /// The loops of one instruction set.
 pub(crate) struct Isa<T: 'static> {
     /// Panels of output channels that one pass computes.
@@ -292,10 +346,36 @@ pub(crate) struct Isa<T: 'static> {
     correlate: unsafe fn(&Correlate<'_, T>),
     depthwise: unsafe fn(&Gather<'_, T>),
     correlate_depthwise: unsafe fn(&Correlate<'_, T>),
+    interleave: unsafe fn(*const T, usize, *mut T) -> usize,
+    separate: unsafe fn(*const T, usize, *mut T) -> usize,
     pub(super) transforms: Transforms<T>,
 }
 
-impl<T> Isa<T> {
+impl<T: Element> Isa<T> {
+    /// Planes of `pixels`, as many as a panel has channels, to that panel.
+    pub(super) fn interleave(&self, planes: &[T], pixels: usize, panel: &mut [T]) {
+        assert!(planes.len() == pixels * T::WIDTH && panel.len() == planes.len());
+        // SAFETY: an `Isa` is handed out only where it is supported, and both are of this size.
+        let done = unsafe { (self.interleave)(planes.as_ptr(), pixels, panel.as_mut_ptr()) };
+        for pixel in done..pixels {
+            for c in 0..T::WIDTH {
+                panel[pixel * T::WIDTH + c] = planes[c * pixels + pixel];
+            }
+        }
+    }
+
+    /// A panel to planes of `pixels`.
+    pub(super) fn separate(&self, panel: &[T], pixels: usize, planes: &mut [T]) {
+        assert!(panel.len() == pixels * T::WIDTH && planes.len() == panel.len());
+        // SAFETY: as above.
+        let done = unsafe { (self.separate)(panel.as_ptr(), pixels, planes.as_mut_ptr()) };
+        for pixel in done..pixels {
+            for c in 0..T::WIDTH {
+                planes[c * pixels + pixel] = panel[pixel * T::WIDTH + c];
+            }
+        }
+    }
+
     /// # Safety
     /// The job describes memory that exists and that nobody else writes.
     pub(super) unsafe fn gather(&self, job: &Gather<'_, T>) {
@@ -347,6 +427,8 @@ macro_rules! isa {
                 correlate,
                 depthwise,
                 correlate_depthwise,
+                interleave,
+                separate,
                 transforms: Transforms { source, result, weight, spread, collect },
             };
             // SAFETY (all): the caller promises the instruction set and the pointers.
@@ -378,6 +460,14 @@ macro_rules! isa {
             $(#[$feature])?
             unsafe fn correlate_depthwise(job: &Correlate<'_, T>) {
                 unsafe { super::correlate_depthwise::<V, 4, $one>(job) }
+            }
+            $(#[$feature])?
+            unsafe fn interleave(planes: *const T, pixels: usize, panel: *mut T) -> usize {
+                unsafe { super::interleave::<V>(planes, pixels, panel) }
+            }
+            $(#[$feature])?
+            unsafe fn separate(panel: *const T, pixels: usize, planes: *mut T) -> usize {
+                unsafe { super::separate::<V>(panel, pixels, planes) }
             }
             transforms!($(#[$feature])? source result weight spread collect);
         }

@@ -24,12 +24,13 @@ use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, WithDType, backend::BackendStorage,
 };
+use isqrt_linalg::Kernel;
 use rayon::prelude::*;
 
 use crate::Result;
 #[cfg(feature = "cuda")]
 use crate::cuda;
-use crate::element::{Unwritten, dispatch, read, values};
+use crate::element::{Unwritten, dispatch, read, values, with_scratch};
 use crate::error::shape_error;
 use crate::ops::dims4;
 use crate::tape;
@@ -144,30 +145,38 @@ impl Relayout {
     }
 }
 
-/// Transposes each panel: `W` planes of pixels to pixels of `W` channels, or back.
-pub(crate) fn relayout<T: Lanes>(x: &[T], pixels: usize, into_blocks: bool) -> Vec<T> {
-    let width = T::WIDTH;
-    let mut y = Unwritten::new(x.len());
-    let panels = y.places().par_chunks_exact_mut(pixels * width);
-    panels
-        .zip(x.par_chunks_exact(pixels * width))
-        .for_each(|(y, x)| match into_blocks {
-            true => {
-                for (pixel, y) in y.chunks_exact_mut(width).enumerate() {
-                    for (c, y) in y.iter_mut().enumerate() {
-                        *y = x[c * pixels + pixel];
-                    }
-                }
-            }
-            false => {
-                for (c, y) in y.chunks_exact_mut(pixels).enumerate() {
-                    for (pixel, y) in y.iter_mut().enumerate() {
-                        *y = x[pixel * width + c];
-                    }
-                }
-            }
+/// Transposes each panel, `W` planes of pixels to pixels of `W` channels, or back. In the last panel of an image channels
+/// may be missing: there are zeros in their place, or it is they that are left out.
+pub(crate) fn relayout<T: Lanes>(
+    x: &[T],
+    (channels, pixels): (usize, usize),
+    into_blocks: bool,
+) -> Vec<T> {
+    let (isa, panel) = (T::isa(Kernel::Auto), pixels * T::WIDTH);
+    let (planes, panels) = (channels * pixels, channels.div_ceil(T::WIDTH) * panel);
+    let (from, to) = match into_blocks {
+        true => (planes, panels),
+        false => (panels, planes),
+    };
+    let mut y = Unwritten::new(x.len() / from * to);
+    let images = y.places().par_chunks_exact_mut(to);
+    images.zip(x.par_chunks_exact(from)).for_each(|(y, x)| {
+        let panels = y.par_chunks_mut(panel).zip(x.par_chunks(panel));
+        panels.for_each(|(y, x)| match into_blocks {
+            true if x.len() == panel => isa.interleave(x, pixels, y),
+            true => with_scratch(panel, |whole| {
+                whole[..x.len()].copy_from_slice(x);
+                whole[x.len()..].fill(T::ZERO);
+                isa.interleave(whole, pixels, y);
+            }),
+            false if y.len() == panel => isa.separate(x, pixels, y),
+            false => with_scratch(panel, |whole| {
+                isa.separate(x, pixels, whole);
+                y.copy_from_slice(&whole[..y.len()]);
+            }),
         });
-    // SAFETY: maps consist of whole panels, and every value of each was written.
+    });
+    // SAFETY: every value of each panel was written.
     unsafe { y.written() }
 }
 
@@ -185,9 +194,10 @@ impl CustomOp1 for Relayout {
         let dims = l.dims();
         let pixels = dims[2] * dims[3];
         dispatch!("block", s.dtype(), T => {
-            let y = relayout::<T>(values(s, l)?, pixels, self.into_blocks);
-            let width = <T as isqrt_linalg::simd::Element>::WIDTH;
-            Ok((T::to_cpu_storage_owned(y), Shape::from(self.shape(dims, width))))
+            let shape = self.shape(dims, <T as isqrt_linalg::simd::Element>::WIDTH);
+            let channels = if self.into_blocks { dims[1] } else { shape[1] };
+            let y = relayout::<T>(values(s, l)?, (channels, pixels), self.into_blocks);
+            Ok((T::to_cpu_storage_owned(y), Shape::from(shape)))
         })
     }
 
@@ -199,9 +209,10 @@ impl CustomOp1 for Relayout {
             return Ok(Some(dy.apply_op1_no_bwd(&Relayout { into_blocks })?));
         }
         let pixels = x.dim(2)? * x.dim(3)?;
-        let dys = read(&dy);
+        let plain = if self.into_blocks { x } else { &dy };
+        let (channels, dys) = (plain.dim(1)?, read(&dy));
         dispatch!("block", x.dtype(), T => {
-            let dx = relayout::<T>(dys.values()?, pixels, !self.into_blocks);
+            let dx = relayout::<T>(dys.values()?, (channels, pixels), !self.into_blocks);
             Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
         })
     }

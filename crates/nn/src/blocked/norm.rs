@@ -6,7 +6,7 @@
 
 use super::Lanes;
 use crate::element::{Element, vectorised};
-use crate::ops::{Line, through};
+use crate::ops::{Clip, Line};
 
 /// Values that are worked on at once.
 const ROW: usize = 16;
@@ -46,39 +46,67 @@ pub(crate) fn statistics<T: Lanes>(x: &[T]) -> Vec<(f64, f64)> {
         .collect()
 }
 
-/// `Σ dy` and `Σ dy·(x − mean)` for each channel of a panel.
+/// The lines of a panel's channels, each repeated to a row.
+struct Lines<T> {
+    mean: [T; ROW],
+    scale: [T; ROW],
+    shift: [T; ROW],
+    offset: [T; ROW],
+    slope: [T; ROW],
+}
+
+impl<T: Lanes> Lines<T> {
+    fn of(lines: &[Line<T>]) -> Self {
+        let row = |of: fn(&Line<T>) -> T| std::array::from_fn(|i| of(&lines[i % T::WIDTH]));
+        Self {
+            mean: row(|line| line.mean),
+            scale: row(|line| line.scale),
+            shift: row(|line| line.shift),
+            offset: row(|line| line.offset),
+            slope: row(|line| line.slope),
+        }
+    }
+}
+
+impl<T: Element> Lines<T> {
+    #[inline(always)]
+    fn at(&self, i: usize) -> Line<T> {
+        Line {
+            mean: self.mean[i],
+            scale: self.scale[i],
+            shift: self.shift[i],
+            offset: self.offset[i],
+            slope: self.slope[i],
+        }
+    }
+}
+
+/// `Σ dy` and `Σ dy·(x − mean)` for each channel of a panel, of what its activation let pass.
 pub(crate) fn sums<T: Lanes>(
     x: &[T],
-    y: &[T],
     dy: &[T],
-    mean: impl Fn(usize) -> f64,
-    relu: bool,
+    lines: &[Line<T>],
+    clip: Clip<T>,
 ) -> Vec<(f64, f64)> {
-    let (first, second) = products(x, y, dy, &row(mean), relu);
+    let (first, second) = products(x, dy, &Lines::of(lines), clip);
     let (first, second) = (by_channel::<T>(&first), by_channel::<T>(&second));
     first.into_iter().zip(second).collect()
 }
 
-/// `(x - mean)·scale + shift`, for each channel of a panel.
-pub(crate) fn normalise<T: Lanes>(
-    y: &mut [T],
-    x: &[T],
-    line: impl Fn(usize) -> (f64, f64, f64),
-    relu: bool,
-) {
-    let (mean, scale, shift) = (row(|c| line(c).0), row(|c| line(c).1), row(|c| line(c).2));
-    apply(y, x, &mean, &scale, &shift, relu);
+/// What becomes of a panel, with a line for each channel.
+pub(crate) fn normalise<T: Lanes>(y: &mut [T], x: &[T], lines: &[Line<T>], clip: Clip<T>) {
+    apply(y, x, &Lines::of(lines), clip);
 }
 
 /// The gradient of a panel.
 pub(crate) fn gradient<T: Lanes>(
     dx: &mut [T],
-    (x, y, dy): (&[T], &[T], &[T]),
-    line: impl Fn(usize) -> Line<T>,
-    relu: bool,
+    x: &[T],
+    dy: &[T],
+    lines: &[Line<T>],
+    clip: Clip<T>,
 ) {
-    let lines: [Line<T>; ROW] = std::array::from_fn(|i| line(i % T::WIDTH));
-    write_gradient(dx, x, y, dy, &lines, relu);
+    write_gradient(dx, x, dy, &Lines::of(lines), clip);
 }
 
 vectorised! {
@@ -110,28 +138,25 @@ vectorised! {
 
     fn products<T: Element>(
         x: &[T],
-        y: &[T],
         dy: &[T],
-        mean: &[T; ROW],
-        relu: bool,
+        lines: &Lines<T>,
+        clip: Clip<T>,
     ) -> ([f64; ROW], [f64; ROW]) {
         let mut totals = ([0.0; ROW], [0.0; ROW]);
-        let runs = x.chunks(ROW * RUN).zip(y.chunks(ROW * RUN)).zip(dy.chunks(ROW * RUN));
-        for ((x, y), dy) in runs {
+        for (x, dy) in x.chunks(ROW * RUN).zip(dy.chunks(ROW * RUN)) {
             let mut sums = ([T::ZERO; ROW], [T::ZERO; ROW]);
-            let ((xs, x), (ys, y)) = (x.as_chunks::<ROW>(), y.as_chunks::<ROW>());
-            let (dys, dy) = dy.as_chunks::<ROW>();
-            for ((x, y), dy) in xs.iter().zip(ys).zip(dys) {
+            let ((xs, x), (dys, dy)) = (x.as_chunks::<ROW>(), dy.as_chunks::<ROW>());
+            for (x, dy) in xs.iter().zip(dys) {
                 for i in 0..ROW {
-                    let upstream = through(y[i], dy[i], relu);
+                    let upstream = lines.at(i).upstream(x[i], dy[i], clip);
                     sums.0[i] += upstream;
-                    sums.1[i] += upstream * (x[i] - mean[i]);
+                    sums.1[i] += upstream * (x[i] - lines.mean[i]);
                 }
             }
             for i in 0..x.len() {
-                let upstream = through(y[i], dy[i], relu);
+                let upstream = lines.at(i).upstream(x[i], dy[i], clip);
                 sums.0[i] += upstream;
-                sums.1[i] += upstream * (x[i] - mean[i]);
+                sums.1[i] += upstream * (x[i] - lines.mean[i]);
             }
             for i in 0..ROW {
                 totals.0[i] += sums.0[i].to_f64();
@@ -141,38 +166,34 @@ vectorised! {
         totals
     }
 
-    fn apply<T: Element>(
-        y: &mut [T],
-        x: &[T],
-        mean: &[T; ROW],
-        scale: &[T; ROW],
-        shift: &[T; ROW],
-        relu: bool,
-    ) {
-        for (y, x) in y.chunks_mut(ROW).zip(x.chunks(ROW)) {
-            for (i, (y, &x)) in y.iter_mut().zip(x).enumerate() {
-                let value = (x - mean[i]) * scale[i] + shift[i];
-                // Not `max`: a NaN must stay one.
-                *y = if relu && value <= T::ZERO { T::ZERO } else { value };
+    fn apply<T: Element>(y: &mut [T], x: &[T], lines: &Lines<T>, clip: Clip<T>) {
+        let ((ys, y), (xs, x)) = (y.as_chunks_mut::<ROW>(), x.as_chunks::<ROW>());
+        for (y, x) in ys.iter_mut().zip(xs) {
+            for i in 0..ROW {
+                y[i] = clip.of(lines.at(i).value(x[i]));
             }
+        }
+        for i in 0..y.len() {
+            y[i] = clip.of(lines.at(i).value(x[i]));
         }
     }
 
     fn write_gradient<T: Element>(
         dx: &mut [T],
         x: &[T],
-        y: &[T],
         dy: &[T],
-        lines: &[Line<T>; ROW],
-        relu: bool,
+        lines: &Lines<T>,
+        clip: Clip<T>,
     ) {
-        let rows = dx.chunks_mut(ROW).zip(x.chunks(ROW)).zip(y.chunks(ROW)).zip(dy.chunks(ROW));
-        for (((dx, x), y), dy) in rows {
-            for i in 0..dx.len() {
-                let line = lines[i];
-                let upstream = through(y[i], dy[i], relu);
-                dx[i] = line.scale * (upstream - line.offset - (x[i] - line.mean) * line.slope);
+        let (dxs, dx) = dx.as_chunks_mut::<ROW>();
+        let ((xs, x), (dys, dy)) = (x.as_chunks::<ROW>(), dy.as_chunks::<ROW>());
+        for ((dx, x), dy) in dxs.iter_mut().zip(xs).zip(dys) {
+            for i in 0..ROW {
+                dx[i] = lines.at(i).gradient(x[i], dy[i], clip);
             }
+        }
+        for i in 0..dx.len() {
+            dx[i] = lines.at(i).gradient(x[i], dy[i], clip);
         }
     }
 }

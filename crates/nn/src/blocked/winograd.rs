@@ -26,7 +26,7 @@ use rayon::prelude::*;
 use super::conv::{Shared, pack, unpack};
 use super::kernel::{Correlate, Gather, Isa, Lanes};
 use crate::element::{Unwritten, with_scratch};
-use crate::ops::{ConvAxis, ConvShapes as Shapes};
+use crate::ops::{Clip, ConvAxis, ConvShapes as Shapes};
 
 /// Output pixels of a tile, on a side.
 const TILE: usize = 4;
@@ -60,13 +60,13 @@ pub(super) struct Grid<T> {
     pub from_apart: (isize, isize),
     pub to: *mut T,
     pub to_apart: (isize, isize),
-    /// Of the results: a value for each channel, or null, and whether negative sums become 0.
+    /// Of the results: a value for each channel, or null, and where they are cut off.
     pub bias: *const T,
-    pub relu: bool,
+    pub clip: Clip<T>,
 }
 
-impl<T> Grid<T> {
-    /// Without bias and ReLU.
+impl<T: Copy + Default + PartialOrd> Grid<T> {
+    /// Without bias and activation.
     fn new(
         from: *const T,
         from_apart: (isize, isize),
@@ -79,7 +79,7 @@ impl<T> Grid<T> {
             to,
             to_apart,
             bias: std::ptr::null(),
-            relu: false,
+            clip: Clip::off(),
         }
     }
 }
@@ -104,7 +104,7 @@ pub(super) struct Transforms<T> {
 trait Line<const IN: usize, const OUT: usize> {
     /// Whether the result is added to what is there.
     const ADDS: bool = false;
-    /// Whether bias and ReLU follow.
+    /// Whether bias and activation follow.
     const ENDS: bool = false;
     /// # Safety
     /// The processor has the instruction set of `V`.
@@ -151,8 +151,8 @@ unsafe fn transform<V: Vector, L: Line<IN, OUT>, const IN: usize, const OUT: usi
                     if L::ENDS && !grid.bias.is_null() {
                         row[j] = plus(row[j], 1.0, V::load(grid.bias.add(lane * V::LANES)));
                     }
-                    if L::ENDS && grid.relu {
-                        row[j] = row[j].relu();
+                    if L::ENDS && grid.clip.on {
+                        row[j] = row[j].relu().at_most(V::splat(grid.clip.upper));
                     }
                     row[j].store(to);
                 }
@@ -416,7 +416,7 @@ impl Winograd {
         &self,
         x: &[T],
         weight: &[T],
-        after: (Option<&[T]>, bool),
+        after: (Option<&[T]>, Clip<T>),
         isa: &Isa<T>,
     ) -> Vec<T> {
         let packed = pack(&self.shapes, weight, false);
@@ -434,7 +434,7 @@ impl Winograd {
             padding: 2 - self.padding,
             ..*self
         };
-        adjoint.convolve(dy, &packed, true, (None, false), isa)
+        adjoint.convolve(dy, &packed, true, (None, Clip::off()), isa)
     }
 
     /// `packed` weights as [`pack`] leaves them, one output panel after the other.
@@ -443,7 +443,7 @@ impl Winograd {
         x: &[T],
         packed: &[T],
         rotated: bool,
-        (bias, relu): (Option<&[T]>, bool),
+        (bias, clip): (Option<&[T]>, Clip<T>),
         isa: &Isa<T>,
     ) -> Vec<T> {
         let w = T::WIDTH;
@@ -508,7 +508,7 @@ impl Winograd {
                             weight_panel: kernel_points,
                             y_panel: piece * w,
                             bias: std::ptr::null(),
-                            relu: false,
+                            clip: Clip::off(),
                         };
                         // SAFETY: tiles `from..from + count` of every panel and this point have
                         // been transformed, and so have the weights; the sums are this task's.
@@ -522,7 +522,7 @@ impl Winograd {
                             let from = sums.at(0, panel, tile);
                             let grid = Grid {
                                 bias: bias.unwrap_or(std::ptr::null()),
-                                relu,
+                                clip,
                                 ..Grid::new(from, sums.apart(), nowhere.0, nowhere.1)
                             };
                             // SAFETY: all points of the tile were summed; a tile and panel are
@@ -716,7 +716,7 @@ mod tests {
     use super::*;
     use crate::blocked::{block, unblock};
     use crate::element::{read, values};
-    use crate::ops::Conv;
+    use crate::ops::{Activation, Conv};
     use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType};
     use isqrt_linalg::Kernel;
     use isqrt_testkit::{Gradcheck, gradcheck, randn, relative_error};
@@ -737,13 +737,13 @@ mod tests {
         let [xs, ws, dys] = [&xs, &ws, &dys].map(|t| t.values::<T>().unwrap());
         let [y, dx, dw] = match tiled {
             true => [
-                winograd.forward(xs, ws, (None, false), isa),
+                winograd.forward(xs, ws, (None, Clip::off()), isa),
                 winograd.input_gradient(dys, ws, isa),
                 winograd.weight_gradient(xs, dys, isa),
             ],
             false => {
-                let y = g.forward(xs, ws, (None, false), kernel);
-                let (dx, dw) = g.backward(xs, ws, dys, true, kernel);
+                let y = g.forward(xs, ws, (None, Activation::None), true, kernel);
+                let (dx, dw) = g.backward(xs, ws, dys, true, true, kernel);
                 [y, dx.unwrap(), dw]
             }
         };
@@ -861,7 +861,7 @@ mod tests {
             let isa = f64::isa(Kernel::Auto);
             let winograd = Winograd::new(&self.0).unwrap();
             let (x, weight) = (values::<f64>(s1, l1)?, values(s2, l2)?);
-            let y = winograd.forward(x, weight, (None, false), isa);
+            let y = winograd.forward(x, weight, (None, Clip::off()), isa);
             Ok((f64::to_cpu_storage_owned(y), self.0.shape()))
         }
         fn bwd(

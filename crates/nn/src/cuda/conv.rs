@@ -9,9 +9,9 @@ use isqrt_device::cuda::{
 };
 
 use super::norm::{Extent, channel_sums};
-use super::{Maps, Operand, allocate, device_of, of_maps, run};
+use super::{Maps, Operand, allocate, clip, device_of, of_maps, run};
 use crate::blocked::is_blocked;
-use crate::ops::{ConvAxis, ConvShapes};
+use crate::ops::{Activation, ConvAxis, ConvShapes};
 
 const OP: &str = "conv2d";
 
@@ -211,10 +211,10 @@ fn shape(shapes: &ConvShapes, last: bool) -> Shape {
     }
 }
 
-/// Bias and rectifier after a convolution.
+/// Bias and activation after a convolution.
 pub(crate) struct After<'a> {
     pub bias: Option<Operand<'a>>,
-    pub relu: bool,
+    pub activation: Activation,
 }
 
 /// A convolution; the result has the channels of a pixel beside each other (`last`) or not.
@@ -228,7 +228,7 @@ pub(crate) fn forward(
     let y = of_maps!(OP, x.dtype(), T => {
         let (xs, ws) = (input::<T>(x, lx)?, parameter::<T>((w, lw))?);
         let bias = after.bias.map(parameter::<T>).transpose()?;
-        let y = forward_of::<T>(x.device(), shapes, (lx.dims().len() == 5, last), (xs.at, ws), (bias, after.relu))?;
+        let y = forward_of::<T>(x.device(), shapes, (lx.dims().len() == 5, last), (xs.at, ws), (bias, after.activation))?;
         Ok(y.into_storage())
     })?;
     Ok((y, shape(shapes, last)))
@@ -245,7 +245,7 @@ pub(crate) fn forward_of<T: Maps>(
     shapes: &ConvShapes,
     (x_last, last): (bool, bool),
     from: (u64, u64),
-    (bias, relu): (Option<u64>, bool),
+    (bias, activation): (Option<u64>, Activation),
 ) -> Result<Output<T>> {
     let native = Native::new::<T>(device, shapes, last, Pass::Forward)?;
     let (x, _x) = native.turned::<T>(from.0, x_last, native.input_extent())?;
@@ -254,18 +254,20 @@ pub(crate) fn forward_of<T: Maps>(
     // SAFETY: all of it was made for these shapes.
     let ran = unsafe { native.run::<T>(Pass::Forward, (x, weight, y.at())) };
     if native.gives_way::<T>(Pass::Forward, &ran)? {
-        return forward_of(device, shapes, (x_last, last), from, (bias, relu));
+        return forward_of(device, shapes, (x_last, last), from, (bias, activation));
     }
     ran?;
     let (channels, pixels) = native.output_extent();
-    if bias.is_some() || relu {
+    if bias.is_some() || activation != Activation::None {
+        let [clips, upper] = clip(activation);
         let arguments = [
             pointer(y.at()),
             pointer(bias.unwrap_or(0)),
             long(y.len()),
             int(channels),
             int(if native.last { 1 } else { pixels }),
-            int(usize::from(relu)),
+            clips,
+            upper,
         ];
         run::<T>(
             device,

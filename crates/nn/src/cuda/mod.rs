@@ -16,7 +16,9 @@ pub(crate) mod windows;
 
 use candle_core::{CpuStorage, CudaDevice, CudaStorage, CustomOp1, CustomOp2, CustomOp3};
 use candle_core::{Device, Layout, Result, Shape, Tensor};
-use isqrt_device::cuda::{Argument, Grid, Module, Output, Real, launch};
+use isqrt_device::cuda::{Argument, Grid, Module, Output, Real, int, launch, real};
+
+use crate::ops::Activation;
 
 /// A storage and where its values lie.
 pub(crate) type Operand<'a> = (&'a CudaStorage, &'a Layout);
@@ -46,6 +48,12 @@ impl<T: Real> Held for Output<T> {
     fn at(&self) -> u64 {
         Output::at(self)
     }
+}
+
+/// An activation, as kernels take it.
+fn clip(activation: Activation) -> [Argument; 2] {
+    let on = activation != Activation::None;
+    [int(usize::from(on)), real(activation.upper())]
 }
 
 /// The GPU that a tensor is on.

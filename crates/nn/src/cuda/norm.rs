@@ -4,8 +4,8 @@ use candle_core::{CudaDevice, Result, Tensor};
 use isqrt_device::cuda::kernels::NORM;
 use isqrt_device::cuda::{Grid, Output, address, int, long, pointer, real};
 
-use super::{Held, Maps, allocate, run};
-use crate::ops::BatchNorm;
+use super::{Held, Maps, allocate, clip, run};
+use crate::ops::{Activation, BatchNorm};
 
 const OP: &str = "batch_norm";
 
@@ -152,7 +152,7 @@ pub(crate) struct Norm {
     constant: bool,
     momentum: f64,
     epsilon: f64,
-    relu: bool,
+    activation: Activation,
 }
 
 impl Norm {
@@ -171,7 +171,7 @@ impl Norm {
             constant,
             momentum: norm.momentum,
             epsilon: norm.epsilon,
-            relu: norm.relu,
+            activation: norm.activation,
         })
     }
 
@@ -239,6 +239,10 @@ impl Norm {
         )?;
 
         let y = allocate::<T>(OP, device, &[extent.outer, channels, extent.inner])?;
+        let [clips, upper] = match beside {
+            Some(_) => clip(Activation::Relu),
+            None => clip(self.activation),
+        };
         let mut arguments = vec![
             pointer(x),
             pointer(lines.at()),
@@ -246,7 +250,8 @@ impl Norm {
             long(extent.len()),
             int(channels),
             pointer(beside.unwrap_or(0)),
-            int(usize::from(self.relu || beside.is_some())),
+            clips,
+            upper,
         ];
         if extent.wide::<T>(&[x, beside.unwrap_or(0)]) {
             let grid = Grid::over(extent.len() / (16 / size_of::<T>()));
@@ -271,7 +276,7 @@ impl Norm {
         (x, dy): (u64, u64),
     ) -> Result<Gradients<T>> {
         let (channels, lines) = (extent.channels, pointer(kept.lines.at()));
-        let relu = int(usize::from(self.relu));
+        let [clips, upper] = clip(self.activation);
         let partial = partial_sums(device, extent)?;
         let arguments = [
             pointer(x),
@@ -282,7 +287,8 @@ impl Norm {
             int(channels),
             int(extent.inner),
             int(extent.lanes()),
-            relu,
+            clips,
+            upper,
         ];
         run::<T>(device, &NORM, "gradients", extent.grid(), &arguments)?;
         let dgamma = allocate::<T::Parameter>(OP, device, &[channels])?;
@@ -316,11 +322,11 @@ impl Norm {
             int(channels),
         ];
         if extent.wide::<T>(&[x, dy]) {
-            arguments.push(relu);
+            arguments.extend([clips, upper]);
             let grid = Grid::over(extent.len() / (16 / size_of::<T>()));
             run::<T>(device, &NORM, "spread_gradient_wide", grid, &arguments)?;
         } else {
-            arguments.extend([int(extent.inner), relu]);
+            arguments.extend([int(extent.inner), clips, upper]);
             let grid = Grid::over(extent.len());
             run::<T>(device, &NORM, "spread_gradient", grid, &arguments)?;
         }

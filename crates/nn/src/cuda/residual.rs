@@ -9,7 +9,7 @@ use isqrt_device::cuda::{Output, address, input};
 use super::norm::Extent;
 use super::{Held, Maps, conv, device_of, of_maps, relu};
 use crate::checkpoint::{Aside, lay_aside, needs_backward};
-use crate::ops::{BatchNorm, BatchNormOp, Conv, ConvShapes, check_affine};
+use crate::ops::{Activation, BatchNorm, BatchNormOp, Conv, ConvShapes, check_affine};
 use crate::tape;
 use crate::{Mode, Result};
 
@@ -114,8 +114,13 @@ impl Part {
         beside: Option<u64>,
     ) -> candle_core::Result<Output<T>> {
         let from = (x, self.weight::<T>()?);
-        let convolved =
-            conv::forward_of::<T>(device, &self.conv, (true, true), from, (None, false))?;
+        let convolved = conv::forward_of::<T>(
+            device,
+            &self.conv,
+            (true, true),
+            from,
+            (None, Activation::None),
+        )?;
         let (gamma, beta) = &self.affine;
         let affine = (
             address::<T::Parameter>(gamma)?,
@@ -201,7 +206,7 @@ impl Residual {
         needs_backward(&first.aside)?;
         let (device, at) = (device_of(x)?, address::<T>(x)?);
         let from = (address::<T>(y)?, address::<T>(dy)?);
-        let masked = relu::between_of::<T>(device, from, y.elem_count(), f64::INFINITY)?;
+        let masked = relu::between_of::<T>(device, from, y.elem_count(), Activation::Relu.upper())?;
         let mut through: Option<Output<T>> = None;
         for (part, before) in parts.iter().zip(&self.parts).rev() {
             let Some(given) = before.normalised.get() else {

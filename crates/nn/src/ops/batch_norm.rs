@@ -1,5 +1,5 @@
-//! Batch normalisation over batch, height and width of each channel, optionally with the ReLU
-//! that follows, in one node.
+//! Batch normalisation over batch, height and width of each channel, with the activation that follows, in one
+//! node. Backward, what the activation let pass is computed anew, which takes less time than to read it.
 //!
 //! `y = γ·(x − μ)/√(σ² + ε) + β`. In training μ, σ² are the batch's (biased) and the running ones
 //! move towards them by `momentum`, with the unbiased variance, as in PyTorch. In evaluation, and in
@@ -23,6 +23,7 @@ use crate::blocked::{self, Lanes, norm};
 use crate::cuda;
 use crate::element::{Element, Unwritten, dispatch, lane_sums, read, values, vectorised};
 use crate::error::shape_error;
+use crate::ops::{Activation, Clip};
 use crate::tape;
 use crate::{Buffer, Mode, Result};
 
@@ -37,8 +38,8 @@ pub struct BatchNorm {
     pub momentum: f64,
     /// Added to the variance; PyTorch's default is 1e-5.
     pub epsilon: f64,
-    /// Whether a ReLU follows, with derivative 0 at 0.
-    pub relu: bool,
+    /// What follows.
+    pub activation: Activation,
 }
 
 /// Batch normalisation of `x` with scale `gamma` and shift `beta`.
@@ -126,7 +127,7 @@ pub(crate) struct BatchNormOp {
     lanes: usize,
     plane: usize,
     epsilon: f64,
-    pub relu: bool,
+    pub activation: Activation,
     /// Running statistics, where these are used.
     fixed: Option<Statistics>,
     /// The statistics that the forward pass used.
@@ -182,7 +183,7 @@ impl BatchNormOp {
             lanes,
             plane,
             epsilon: norm.epsilon,
-            relu: norm.relu,
+            activation: norm.activation,
             fixed,
             used: Arc::default(),
             #[cfg(feature = "cuda")]
@@ -300,7 +301,8 @@ impl BatchNormOp {
     ) -> candle_core::Result<Vec<T>> {
         self.used
             .get_or_init(|| self.fixed.clone().unwrap_or_else(|| self.measure(x)));
-        let normalisers = self.normalisers()?;
+        let lines = self.lines(&self.normalisers()?, gamma, beta);
+        let clip = self.activation.clip();
         let mut y = Unwritten::new(x.len());
         let images = y.places().par_chunks_exact_mut(self.image());
         images
@@ -309,27 +311,34 @@ impl BatchNormOp {
                 if self.lanes > 1 {
                     let size = self.plane * self.lanes;
                     let panels = y.chunks_exact_mut(size).zip(x.chunks_exact(size));
-                    for (panel, (y, x)) in panels.enumerate() {
-                        let line = |c: usize| {
-                            let c = panel * self.lanes + c;
-                            let (mean, inverse) = normalisers[c];
-                            (mean, gamma[c].to_f64() * inverse, beta[c].to_f64())
-                        };
-                        norm::normalise(y, x, line, self.relu);
+                    for ((y, x), lines) in panels.zip(lines.chunks_exact(self.lanes)) {
+                        norm::normalise(y, x, lines, clip);
                     }
                     return;
                 }
                 let planes = y
                     .chunks_exact_mut(self.plane)
                     .zip(x.chunks_exact(self.plane));
-                for (c, (y, x)) in planes.enumerate() {
-                    let (mean, inverse) = normalisers[c];
-                    let scale = T::from_f64(gamma[c].to_f64() * inverse);
-                    normalise(y, x, T::from_f64(mean), scale, beta[c], self.relu);
+                for ((y, x), &line) in planes.zip(&lines) {
+                    normalise(y, x, line, clip);
                 }
             });
         // SAFETY: `x` consists of whole images and these of whole planes, all written.
         Ok(unsafe { y.written() })
+    }
+
+    /// What the forward pass makes of the values of each channel.
+    fn lines<T: Lanes>(&self, normalisers: &[(f64, f64)], gamma: &[T], beta: &[T]) -> Vec<Line<T>> {
+        let affine = gamma.iter().zip(beta);
+        let lines = normalisers.iter().zip(affine);
+        let line = |(&(mean, inverse), (gamma, &shift)): (&(f64, f64), (&T, &T))| Line {
+            mean: T::from_f64(mean),
+            scale: T::from_f64(gamma.to_f64() * inverse),
+            shift,
+            offset: T::ZERO,
+            slope: T::ZERO,
+        };
+        lines.map(line).collect()
     }
 
     /// With running statistics: `weight` (`channels` rows) and bias of the convolution that gives
@@ -366,35 +375,32 @@ impl BatchNormOp {
     pub(crate) fn backward<T: Lanes>(
         &self,
         x: &[T],
-        gamma: &[T],
-        y: &[T],
+        (gamma, beta): (&[T], &[T]),
         dy: &[T],
     ) -> candle_core::Result<(Vec<T>, Vec<T>, Vec<T>)> {
         let normalisers = self.normalisers()?;
+        let mut lines = self.lines(&normalisers, gamma, beta);
+        let clip = self.activation.clip();
         let (image, plane) = (self.image(), self.plane);
 
         // Of each plane: Σ dy and Σ dy·(x − μ).
         let mut planes = vec![(0.0, 0.0); x.len() / plane];
         planes
             .par_chunks_mut(self.channels)
-            .zip(x.par_chunks_exact(image))
-            .zip(y.par_chunks_exact(image).zip(dy.par_chunks_exact(image)))
-            .for_each(|((planes, x), (y, dy))| {
+            .zip(x.par_chunks_exact(image).zip(dy.par_chunks_exact(image)))
+            .for_each(|(planes, (x, dy))| {
+                let size = plane * self.lanes;
+                let maps = x.chunks_exact(size).zip(dy.chunks_exact(size));
                 if self.lanes > 1 {
-                    let size = plane * self.lanes;
-                    for (panel, out) in planes.chunks_exact_mut(self.lanes).enumerate() {
-                        let place = panel * size..(panel + 1) * size;
-                        let (x, y, dy) = (&x[place.clone()], &y[place.clone()], &dy[place]);
-                        let mean = |c: usize| normalisers[panel * self.lanes + c].0;
-                        out.copy_from_slice(&norm::sums(x, y, dy, mean, self.relu));
+                    let panels = planes.chunks_exact_mut(self.lanes);
+                    let panels = panels.zip(lines.chunks_exact(self.lanes));
+                    for ((out, lines), (x, dy)) in panels.zip(maps) {
+                        out.copy_from_slice(&norm::sums(x, dy, lines, clip));
                     }
                     return;
                 }
-                for (c, out) in planes.iter_mut().enumerate() {
-                    let place = c * plane..(c + 1) * plane;
-                    let (x, y, dy) = (&x[place.clone()], &y[place.clone()], &dy[place]);
-                    let mean = T::from_f64(normalisers[c].0);
-                    *out = plane_sums(x, y, dy, mean, self.relu);
+                for ((out, &line), (x, dy)) in planes.iter_mut().zip(&lines).zip(maps) {
+                    *out = plane_sums(x, dy, line, clip);
                 }
             });
         let mut sums = vec![(0.0, 0.0); self.channels];
@@ -407,35 +413,25 @@ impl BatchNormOp {
         let count = x.len() as f64 / self.channels as f64;
         // Statistics of the batch move with x:
         // dx = γ/σ · (dy − mean(dy) − (x − μ)/σ² · mean(dy·(x − μ))).
-        let line = |c: usize| {
-            let (mean, inverse) = normalisers[c];
-            let (offset, slope) = match self.fixed {
-                None => (sums[c].0 / count, sums[c].1 * inverse * inverse / count),
-                Some(_) => (0.0, 0.0),
-            };
-            Line {
-                scale: T::from_f64(gamma[c].to_f64() * inverse),
-                mean: T::from_f64(mean),
-                offset: T::from_f64(offset),
-                slope: T::from_f64(slope),
+        if self.fixed.is_none() {
+            let channels = sums.iter().zip(&normalisers);
+            for (line, (sum, (_, inverse))) in lines.iter_mut().zip(channels) {
+                line.offset = T::from_f64(sum.0 / count);
+                line.slope = T::from_f64(sum.1 * inverse * inverse / count);
             }
-        };
+        }
         let mut dx = Unwritten::new(x.len());
         dx.places()
             .par_chunks_exact_mut(image)
-            .zip(x.par_chunks_exact(image))
-            .zip(y.par_chunks_exact(image).zip(dy.par_chunks_exact(image)))
-            .for_each(|((dx, x), (y, dy))| {
+            .zip(x.par_chunks_exact(image).zip(dy.par_chunks_exact(image)))
+            .for_each(|(dx, (x, dy))| {
                 let size = plane * self.lanes;
-                for first in (0..self.channels).step_by(self.lanes) {
-                    let place = first * plane..first * plane + size;
-                    let (x, y, dy) = (&x[place.clone()], &y[place.clone()], &dy[place.clone()]);
-                    let dx = &mut dx[place];
-                    if self.lanes > 1 {
-                        let line = |c: usize| line(first + c);
-                        norm::gradient(dx, (x, y, dy), line, self.relu);
-                    } else {
-                        plane_gradient(dx, x, y, dy, line(first), self.relu);
+                let maps = x.chunks_exact(size).zip(dy.chunks_exact(size));
+                let maps = dx.chunks_exact_mut(size).zip(maps);
+                for ((dx, (x, dy)), lines) in maps.zip(lines.chunks_exact(self.lanes)) {
+                    match *lines {
+                        [line] => plane_gradient(dx, x, dy, line, clip),
+                        _ => norm::gradient(dx, x, dy, lines, clip),
                     }
                 }
             });
@@ -451,19 +447,37 @@ impl BatchNormOp {
     }
 }
 
-/// The gradient of a plane: `scale·(dy − offset − (x − mean)·slope)`.
+/// What becomes of a channel's values, `(x − mean)·scale + shift`, and of their gradients,
+/// `scale·(dy − offset − (x − mean)·slope)`.
 #[derive(Clone, Copy)]
 pub(crate) struct Line<T> {
-    pub scale: T,
     pub mean: T,
+    pub scale: T,
+    pub shift: T,
     pub offset: T,
     pub slope: T,
 }
 
-/// The upstream gradient, through the ReLU where it let the value pass.
-#[inline(always)]
-pub(crate) fn through<T: Element>(y: T, dy: T, relu: bool) -> T {
-    if relu && y <= T::ZERO { T::ZERO } else { dy }
+impl<T: Element> Line<T> {
+    #[inline(always)]
+    pub(crate) fn value(self, x: T) -> T {
+        (x - self.mean) * self.scale + self.shift
+    }
+
+    /// What comes from above, through the activation.
+    #[inline(always)]
+    pub(crate) fn upstream(self, x: T, dy: T, clip: Clip<T>) -> T {
+        match clip.on {
+            true => clip.gradient(self.value(x), dy),
+            false => dy,
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn gradient(self, x: T, dy: T, clip: Clip<T>) -> T {
+        let upstream = self.upstream(x, dy, clip);
+        self.scale * (upstream - self.offset - (x - self.mean) * self.slope)
+    }
 }
 
 vectorised! {
@@ -478,41 +492,24 @@ vectorised! {
         (center.to_f64() + rest, squares.to_f64() - n * rest * rest)
     }
 
-    fn normalise<T: Element>(y: &mut [T], x: &[T], mean: T, scale: T, shift: T, relu: bool) {
-        if relu {
-            for (y, &x) in y.iter_mut().zip(x) {
-                let value = (x - mean) * scale + shift;
-                // Not `max`: a NaN must stay one.
-                *y = if value <= T::ZERO { T::ZERO } else { value };
-            }
-        } else {
-            for (y, &x) in y.iter_mut().zip(x) {
-                *y = (x - mean) * scale + shift;
-            }
+    fn normalise<T: Element>(y: &mut [T], x: &[T], line: Line<T>, clip: Clip<T>) {
+        for (y, &x) in y.iter_mut().zip(x) {
+            *y = clip.of(line.value(x));
         }
     }
 
     /// Σ dy and Σ dy·(x − mean) of a plane.
-    fn plane_sums<T: Element>(x: &[T], y: &[T], dy: &[T], mean: T, relu: bool) -> (f64, f64) {
-        let [sum, product] = lane_sums([x, y, dy], |[x, y, dy]| {
-            let upstream = through(y, dy, relu);
-            [upstream, upstream * (x - mean)]
+    fn plane_sums<T: Element>(x: &[T], dy: &[T], line: Line<T>, clip: Clip<T>) -> (f64, f64) {
+        let [sum, product] = lane_sums([x, dy], |[x, dy]| {
+            let upstream = line.upstream(x, dy, clip);
+            [upstream, upstream * (x - line.mean)]
         });
         (sum.to_f64(), product.to_f64())
     }
 
-    fn plane_gradient<T: Element>(
-        dx: &mut [T],
-        x: &[T],
-        y: &[T],
-        dy: &[T],
-        line: Line<T>,
-        relu: bool,
-    ) {
-        let (x, y, dy) = (&x[..dx.len()], &y[..dx.len()], &dy[..dx.len()]);
-        for (i, dx) in dx.iter_mut().enumerate() {
-            let upstream = through(y[i], dy[i], relu);
-            *dx = line.scale * (upstream - line.offset - (x[i] - line.mean) * line.slope);
+    fn plane_gradient<T: Element>(dx: &mut [T], x: &[T], dy: &[T], line: Line<T>, clip: Clip<T>) {
+        for (dx, (&x, &dy)) in dx.iter_mut().zip(x.iter().zip(dy)) {
+            *dx = line.gradient(x, dy, clip);
         }
     }
 }
@@ -561,8 +558,8 @@ impl CustomOp3 for BatchNormOp {
         &self,
         x: &Tensor,
         gamma: &Tensor,
-        _beta: &Tensor,
-        y: &Tensor,
+        beta: &Tensor,
+        _y: &Tensor,
         dy: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
@@ -579,11 +576,11 @@ impl CustomOp3 for BatchNormOp {
                 ))
             });
         }
-        let (xs, gammas, ys, dys) = (read(x), read(gamma), read(y), read(&dy));
+        let (xs, gammas, betas, dys) = (read(x), read(gamma), read(beta), read(&dy));
         let device = x.device();
         dispatch!("batch_norm", x.dtype(), T => {
-            let (dx, dgamma, dbeta) = self.backward::<T>(
-                xs.values()?, gammas.values()?, ys.values()?, dys.values()?)?;
+            let affine = (gammas.values()?, betas.values()?);
+            let (dx, dgamma, dbeta) = self.backward::<T>(xs.values()?, affine, dys.values()?)?;
             Ok((
                 Some(Tensor::from_vec(dx, x.shape(), device)?),
                 Some(Tensor::from_vec(dgamma, self.channels, device)?),

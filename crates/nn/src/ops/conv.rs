@@ -1,9 +1,9 @@
 //! Two-dimensional convolution (cross-correlation, as everywhere in the field).
 //!
 //! Plain maps go through matrix products (`conv/plain.rs`), blocked ones through loops of their
-//! own (`blocked/conv.rs`); options, shapes and the node of the tape are the same. A depthwise
-//! convolution of plain maps would be products of one row: its maps are blocked for it, with channels
-//! of zeros where theirs do not fill blocks.
+//! own (`blocked/conv.rs`); options, shapes and the node of the tape are the same. Where one side is blocked, or
+//! products would be of one row (depthwise), the other is blocked for it, with channels of zeros where its own do
+//! not fill blocks; but images, of which these would be most, are not.
 
 mod plain;
 
@@ -18,7 +18,7 @@ use isqrt_linalg::Kernel;
 use rayon::prelude::*;
 
 use super::dims4;
-use super::relu::backward as through_relu;
+use super::relu::{Activation, backward as through_activation};
 use crate::blocked::{self, Lanes};
 use crate::checkpoint::{Aside, past_the_tape};
 #[cfg(feature = "cuda")]
@@ -40,8 +40,8 @@ pub struct Conv {
     /// Parts of the channels that do not see each other: output channels of a part are made of
     /// the input channels of the same part.
     pub groups: usize,
-    /// Whether a ReLU follows, with derivative 0 at 0.
-    pub relu: bool,
+    /// What follows.
+    pub activation: Activation,
 }
 
 impl Default for Conv {
@@ -59,7 +59,7 @@ impl Conv {
             padding: (padding, padding),
             dilation: (1, 1),
             groups: 1,
-            relu: false,
+            activation: Activation::None,
         }
     }
 }
@@ -114,6 +114,22 @@ pub(crate) fn into_blocks_of(
     apply(x, weight, bias, (options, true), aside)
 }
 
+/// [`conv2d`] of blocked maps into plain ones, of a layer whose gradients may go past the tape: where a network leaves
+/// blocks, since so many channels do not fill them.
+pub(crate) fn out_of_blocks_of(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    options: Conv,
+    aside: Option<&Aside>,
+) -> Result<Tensor> {
+    if options.groups > 1 {
+        return conv2d_of(&blocked::unblock(x)?, weight, bias, options, aside);
+    }
+    blocked::dims("conv2d", x)?;
+    apply(x, weight, bias, (options, false), aside)
+}
+
 /// [`conv2d`] of a layer whose gradients may go past the tape.
 pub(crate) fn conv2d_of(
     x: &Tensor,
@@ -128,7 +144,7 @@ pub(crate) fn conv2d_of(
         let y = conv2d_of(&blocked::unblock(x)?, weight, bias, options, aside)?;
         return blocked::block(&y);
     }
-    apply(x, weight, bias, (options, false), aside)
+    apply(x, weight, bias, (options, x.rank() == 5), aside)
 }
 
 fn apply(
@@ -142,7 +158,7 @@ fn apply(
     let (x, weight) = (x.contiguous()?, weight.contiguous()?);
     let op = ConvOp {
         shapes,
-        relu: options.relu,
+        activation: options.activation,
         into_blocks,
         kernel: Kernel::Auto,
         aside: aside.cloned(),
@@ -245,9 +261,8 @@ impl Shapes {
         let columns = axis(width, kw, stride.1, padding.1, dilation.1);
         let depthwise = groups == channels && groups == out;
         // On a GPU a block holds all channels, of whatever number.
-        let in_blocks = depthwise
-            || weight.device().is_cuda()
-            || (channels / groups).is_multiple_of(lanes) && (out / groups).is_multiple_of(lanes);
+        let in_blocks =
+            depthwise || weight.device().is_cuda() || (channels / groups).is_multiple_of(lanes);
         let fits = Some(channels) == in_group.checked_mul(groups) && out % groups == 0 && in_blocks;
         match (rows, columns) {
             (Some(rows), Some(columns)) if fits => Ok(Self {
@@ -280,33 +295,67 @@ impl Shapes {
         self.groups > 1 && (self.groups, self.groups) == self.channels
     }
 
-    /// A depthwise convolution with more channels, so many that they fill blocks.
+    /// For blocked maps, with more channels where these do not fill blocks; of one group or depthwise.
     fn filled<T: Lanes>(&self) -> Self {
         let lanes = <T as isqrt_linalg::simd::Element>::WIDTH;
-        let channels = self.channels.0.next_multiple_of(lanes);
+        let (inputs, outputs) = self.channels;
+        let channels = (
+            inputs.next_multiple_of(lanes),
+            outputs.next_multiple_of(lanes),
+        );
         Self {
             lanes,
-            channels: (channels, channels),
-            groups: channels,
+            channels,
+            groups: match self.is_depthwise() {
+                true => channels.0,
+                false => self.groups,
+            },
             ..*self
         }
     }
 
-    /// Plain maps of `pixels` as those of `filled`, blocked.
-    fn fill<T: Lanes>(&self, filled: &Self, x: &[T], pixels: usize) -> Vec<T> {
-        let (from, to) = (self.channels.0 * pixels, filled.channels.0 * pixels);
-        blocked::relayout(&resized(x, from, to), pixels, true)
+    /// The weights for [`filled`](Self::filled) maps.
+    fn fill_weight<'a, T: Lanes>(&self, filled: &Self, weight: &'a [T]) -> Cow<'a, [T]> {
+        let ((from, to), outputs) = (self.rows_of_weight(filled), self.channels.1);
+        match resized(weight, from, to) {
+            Cow::Borrowed(rows) => resized(rows, outputs * to, filled.channels.1 * to),
+            Cow::Owned(rows) => {
+                Cow::Owned(resized(&rows, outputs * to, filled.channels.1 * to).into_owned())
+            }
+        }
     }
 
-    /// The inverse of [`fill`](Self::fill).
-    fn empty<T: Lanes>(&self, filled: &Self, y: &[T], pixels: usize) -> Vec<T> {
-        let (from, to) = (filled.channels.0 * pixels, self.channels.0 * pixels);
-        resized(&blocked::relayout(y, pixels, false), from, to).into_owned()
+    /// The inverse of [`fill_weight`](Self::fill_weight).
+    fn empty_weight<T: Lanes>(&self, filled: &Self, weight: Vec<T>) -> Vec<T> {
+        if filled.channels == self.channels {
+            return weight;
+        }
+        let ((to, from), outputs) = (self.rows_of_weight(filled), self.channels.1);
+        let rows = resized(&weight, filled.channels.1 * from, outputs * from);
+        resized(&rows, from, to).into_owned()
+    }
+
+    /// What an output channel has of weights, here and there.
+    fn rows_of_weight(&self, filled: &Self) -> (usize, usize) {
+        let row = |shapes: &Self| shapes.channels.0 / shapes.groups * shapes.taps();
+        (row(self), row(filled))
+    }
+
+    /// Whether the convolution is by matrix products, between plain maps.
+    fn is_plain<T: Lanes>(&self, into_blocks: bool) -> bool {
+        let few = self.channels.0 < <T as isqrt_linalg::simd::Element>::WIDTH;
+        let in_groups = self.groups > 1 && !self.is_depthwise();
+        self.lanes == 1 && !self.is_depthwise() && (!into_blocks || few || in_groups)
     }
 
     /// Pixels of an output plane.
     pub(crate) fn pixels(&self) -> usize {
         self.rows.output * self.columns.output
+    }
+
+    /// Pixels of an input plane.
+    fn in_pixels(&self) -> usize {
+        self.rows.input * self.columns.input
     }
 
     /// Size of an image of the input.
@@ -332,26 +381,35 @@ impl Shapes {
         }
     }
 
-    /// `bias` and ReLU after the convolution, where they are wanted.
+    /// `bias` and activation after the convolution, where they are wanted.
     pub(crate) fn forward<T: Lanes>(
         &self,
         x: &[T],
         weight: &[T],
-        (bias, relu): (Option<&[T]>, bool),
+        (bias, activation): (Option<&[T]>, Activation),
+        into_blocks: bool,
         kernel: Kernel,
     ) -> Vec<T> {
-        match self.lanes {
-            1 if self.is_depthwise() => {
-                let (filled, channels) = (self.filled::<T>(), self.channels.0);
-                let x = self.fill(&filled, x, self.rows.input * self.columns.input);
-                let taps = self.taps();
-                let weight = resized(weight, channels * taps, filled.groups * taps);
-                let bias = bias.map(|bias| resized(bias, channels, filled.groups));
-                let y = filled.forward(&x, &weight, (bias.as_deref(), relu), kernel);
-                self.empty(&filled, &y, self.pixels())
-            }
-            1 => plain::forward(self, x, weight, (bias, relu)),
-            _ => blocked::conv::forward(self, x, weight, (bias, relu), T::isa(kernel)),
+        let ((inputs, outputs), clip) = (self.channels, activation.clip());
+        if self.is_plain::<T>(into_blocks) {
+            let y = plain::forward(self, x, weight, (bias, clip));
+            return match into_blocks {
+                true => blocked::relayout(&y, (outputs, self.pixels()), true),
+                false => y,
+            };
+        }
+        let filled = self.filled::<T>();
+        let x = match self.lanes {
+            1 => Cow::Owned(blocked::relayout(x, (inputs, self.in_pixels()), true)),
+            _ => Cow::Borrowed(x),
+        };
+        let weight = self.fill_weight(&filled, weight);
+        let bias = bias.map(|bias| resized(bias, outputs, filled.channels.1));
+        let after = (bias.as_deref(), clip);
+        let y = blocked::conv::forward(&filled, &x, &weight, after, T::isa(kernel));
+        match into_blocks {
+            true => y,
+            false => blocked::relayout(&y, (outputs, self.pixels()), false),
         }
     }
 
@@ -362,36 +420,50 @@ impl Shapes {
         weight: &[T],
         dy: &[T],
         wants_dx: bool,
+        into_blocks: bool,
         kernel: Kernel,
     ) -> (Option<Vec<T>>, Vec<T>) {
-        if self.lanes == 1 && self.is_depthwise() {
-            let (filled, channels) = (self.filled::<T>(), self.channels.0);
-            let (plane, taps) = (self.rows.input * self.columns.input, self.taps());
-            let x = self.fill(&filled, x, plane);
-            let dy = self.fill(&filled, dy, self.pixels());
-            let (from, to) = (channels * taps, filled.groups * taps);
-            let weight = resized(weight, from, to);
-            let (dx, dw) = filled.backward(&x, &weight, &dy, wants_dx, kernel);
-            let dx = dx.map(|dx| self.empty(&filled, &dx, plane));
-            return (dx, resized(&dw, to, from).into_owned());
+        let ((inputs, outputs), pixels) = (self.channels, self.in_pixels());
+        if self.is_plain::<T>(into_blocks) {
+            let dy = match into_blocks {
+                true => Cow::Owned(blocked::relayout(dy, (outputs, self.pixels()), false)),
+                false => Cow::Borrowed(dy),
+            };
+            return plain::backward(self, x, weight, &dy, wants_dx);
         }
-        if self.lanes == 1 {
-            return plain::backward(self, x, weight, dy, wants_dx);
-        }
-        let isa = T::isa(kernel);
-        let dw = blocked::conv::weight_gradient(self, x, dy, isa);
-        let dx = wants_dx.then(|| blocked::conv::input_gradient(self, dy, weight, isa));
-        (dx, dw)
+        let (filled, isa) = (self.filled::<T>(), T::isa(kernel));
+        let x = match self.lanes {
+            1 => Cow::Owned(blocked::relayout(x, (inputs, pixels), true)),
+            _ => Cow::Borrowed(x),
+        };
+        let dy = match into_blocks {
+            true => Cow::Borrowed(dy),
+            false => Cow::Owned(blocked::relayout(dy, (outputs, self.pixels()), true)),
+        };
+        let dw = blocked::conv::weight_gradient(&filled, &x, &dy, isa);
+        let dx = wants_dx.then(|| {
+            let weight = self.fill_weight(&filled, weight);
+            let dx = blocked::conv::input_gradient(&filled, &dy, &weight, isa);
+            match self.lanes {
+                1 => blocked::relayout(&dx, (inputs, pixels), false),
+                _ => dx,
+            }
+        });
+        (dx, self.empty_weight(&filled, dw))
     }
 
-    /// Sums of each output channel, plane by plane in the order of the images.
-    fn bias_gradient<T: Lanes>(&self, dy: &[T]) -> Vec<T> {
+    /// Sums of each output channel of blocked or plain maps, plane by plane in the order of the images.
+    fn bias_gradient<T: Lanes>(&self, dy: &[T], in_blocks: bool) -> Vec<T> {
+        let lanes = match in_blocks {
+            true => <T as isqrt_linalg::simd::Element>::WIDTH,
+            false => 1,
+        };
         let mut planes = vec![0.0; self.batch * self.channels.1];
-        let dy = dy.par_chunks_exact(self.pixels() * self.lanes);
+        let dy = dy.par_chunks_exact(self.pixels() * lanes);
         planes
-            .par_chunks_exact_mut(self.lanes)
+            .par_chunks_exact_mut(lanes)
             .zip(dy)
-            .for_each(|(out, dy)| match self.lanes {
+            .for_each(|(out, dy)| match lanes {
                 1 => out[0] = lane_sums([dy], |[d]| [d])[0].to_f64(),
                 _ => out.copy_from_slice(&blocked::norm::channel_sums(dy)),
             });
@@ -416,8 +488,8 @@ fn resized<T: Lanes>(values: &[T], from: usize, to: usize) -> Cow<'_, [T]> {
 /// The node on the tape, of two tensors or, with a bias, of three.
 pub(crate) struct ConvOp {
     pub shapes: Shapes,
-    pub relu: bool,
-    /// Whether plain maps come out blocked.
+    pub activation: Activation,
+    /// Whether maps come out blocked.
     pub into_blocks: bool,
     pub kernel: Kernel,
     pub aside: Option<Aside>,
@@ -432,14 +504,13 @@ impl ConvOp {
         let (y, shape) = dispatch!("conv2d", x.0.dtype(), T => {
             let (x, weight) = (values(x.0, x.1)?, values(weight.0, weight.1)?);
             let bias = bias.map(|(s, l)| values(s, l)).transpose()?;
-            let mut y = self.shapes.forward::<T>(x, weight, (bias, self.relu), self.kernel);
-            let mut shape = self.shapes.shape();
-            if self.into_blocks {
-                y = blocked::relayout(&y, self.shapes.pixels(), true);
-                let lanes = <T as isqrt_linalg::simd::Element>::WIDTH;
-                shape = Shapes { lanes, ..self.shapes }.shape();
-            }
-            Ok((T::to_cpu_storage_owned(y), shape))
+            let after = (bias, self.activation);
+            let y = self.shapes.forward::<T>(x, weight, after, self.into_blocks, self.kernel);
+            let lanes = match self.into_blocks {
+                true => <T as isqrt_linalg::simd::Element>::WIDTH,
+                false => 1,
+            };
+            Ok((T::to_cpu_storage_owned(y), Shapes { lanes, ..self.shapes }.shape()))
         })?;
         Ok((y, shape))
     }
@@ -450,14 +521,13 @@ impl ConvOp {
         (x, weight): ((&CudaStorage, &Layout), (&CudaStorage, &Layout)),
         bias: Option<(&CudaStorage, &Layout)>,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
-        let last = self.into_blocks || x.1.dims().len() == 5;
-        let relu = self.relu;
+        let activation = self.activation;
         cuda::conv::forward(
             &self.shapes,
-            last,
+            self.into_blocks,
             x,
             weight,
-            &cuda::conv::After { bias, relu },
+            &cuda::conv::After { bias, activation },
         )
     }
 
@@ -469,11 +539,7 @@ impl ConvOp {
         dy: &Tensor,
         biased: bool,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let dy = if self.relu {
-            through_relu(y, dy)?
-        } else {
-            dy.contiguous()?
-        };
+        let dy = through_activation(self.activation, y, dy)?;
         #[cfg(feature = "cuda")]
         if x.device().is_cuda() {
             let (dx, dw, db) = cuda::conv::backward(&self.shapes, (x, weight, &dy), biased)?;
@@ -482,16 +548,13 @@ impl ConvOp {
         let (xs, ws, dys) = (read(x), read(weight), read(&dy));
         let device = x.device();
         dispatch!("conv2d", x.dtype(), T => {
-            let mut dys = Cow::Borrowed(dys.values::<T>()?);
-            if self.into_blocks {
-                dys = Cow::Owned(blocked::relayout(&dys, self.shapes.pixels(), false));
-            }
+            let dys = dys.values::<T>()?;
             // The first layer's images need no gradient.
             let wants_dx = x.track_op();
-            let (dx, dw) =
-                self.shapes.backward(xs.values()?, ws.values()?, &dys, wants_dx, self.kernel);
+            let (dx, dw) = self.shapes.backward(
+                xs.values()?, ws.values()?, dys, wants_dx, self.into_blocks, self.kernel);
             let dw = Tensor::from_vec(dw, weight.shape(), device)?;
-            let db = biased.then(|| self.shapes.bias_gradient(&dys));
+            let db = biased.then(|| self.shapes.bias_gradient(dys, self.into_blocks));
             Ok((
                 dx.map(|dx| Tensor::from_vec(dx, x.shape(), device)).transpose()?,
                 past_the_tape(self.aside.as_ref(), weight, dw)?,

@@ -19,7 +19,9 @@ pub use avg_pool::{adaptive_avg_pool2d, avg_pool2d, global_avg_pool};
 pub use batch_norm::{BatchNorm, batch_norm};
 #[cfg(test)]
 pub(crate) use conv::ConvOp;
-pub(crate) use conv::{Axis as ConvAxis, Shapes as ConvShapes, conv2d_of, into_blocks_of};
+pub(crate) use conv::{
+    Axis as ConvAxis, Shapes as ConvShapes, conv2d_of, into_blocks_of, out_of_blocks_of,
+};
 pub use conv::{Conv, conv2d, conv2d_into_blocks};
 pub use cross_entropy::cross_entropy;
 pub use dropout::{MaskKey, dropout};
@@ -27,12 +29,13 @@ pub use linear::linear;
 pub(crate) use linear::linear_of;
 pub use local_response_norm::{LocalResponseNorm, local_response_norm};
 pub use max_pool::max_pool2d;
-pub use relu::{add, add_relu, relu, relu6};
+pub(crate) use relu::Clip;
+pub use relu::{Activation, add, add_relu, relu, relu6};
 pub use shuffle::channel_shuffle;
 pub use window::{Pool, Window};
 
 pub use crate::blocked::{block, can_block, conv_norm, is_blocked, unblock};
-pub(crate) use batch_norm::{BatchNormOp, Line, check_affine, through};
+pub(crate) use batch_norm::{BatchNormOp, Line, check_affine};
 
 use candle_core::Tensor;
 

@@ -1,5 +1,5 @@
-//! ReLU, alone and after a residual sum, and ReLU6. The derivative at 0 (and 6) is 0, as in PyTorch
-//! (candle: 1).
+//! ReLU, alone, in the node of another op and after a residual sum, and ReLU6. The derivative at 0 (and 6) is 0,
+//! as in PyTorch (candle: 1).
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -20,12 +20,84 @@ use crate::tape;
 /// Values that one task works through.
 const BLOCK: usize = 1 << 14;
 
+/// What follows a convolution or a normalisation in its node.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Activation {
+    /// Nothing.
+    #[default]
+    None,
+    /// `max(x, 0)`.
+    Relu,
+    /// `min(max(x, 0), 6)`.
+    Relu6,
+}
+
+impl Activation {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::None, Self::Relu, Self::Relu6];
+
+    /// Where it cuts values off; NaN, which no value is above, for a bound that it does not have.
+    pub(crate) fn upper(self) -> f64 {
+        match self {
+            Self::None | Self::Relu => f64::NAN,
+            Self::Relu6 => 6.0,
+        }
+    }
+
+    pub(crate) fn clip<T: WithDType>(self) -> Clip<T> {
+        Clip {
+            on: self != Self::None,
+            upper: T::from_f64(self.upper()),
+        }
+    }
+}
+
+/// An activation as loops have it.
+#[derive(Clone, Copy)]
+pub(crate) struct Clip<T> {
+    /// Whether it does anything.
+    pub on: bool,
+    pub upper: T,
+}
+
+impl<T: Copy + Default + PartialOrd> Clip<T> {
+    /// That does nothing.
+    pub(crate) fn off() -> Self {
+        let (on, upper) = (false, T::default());
+        Self { on, upper }
+    }
+
+    /// Not by `max` and `min`: a NaN must stay one.
+    #[inline(always)]
+    pub(crate) fn of(self, x: T) -> T {
+        if !self.on {
+            return x;
+        }
+        let positive = if x <= T::default() { T::default() } else { x };
+        if positive >= self.upper {
+            self.upper
+        } else {
+            positive
+        }
+    }
+
+    /// What comes from above, where it let `x` pass; its result tells that as well.
+    #[inline(always)]
+    pub(crate) fn gradient(self, x: T, dy: T) -> T {
+        if self.on && (x <= T::default() || x >= self.upper) {
+            T::default()
+        } else {
+            dy
+        }
+    }
+}
+
 /// `max(x, 0)`, of any shape.
 ///
 /// # Errors
 /// Where `x` is not f32 or f64 on the CPU.
 pub fn relu(x: &Tensor) -> Result<Tensor> {
-    let y = tape::apply1(&x.contiguous()?, Clip { upper: UNBOUNDED })?;
+    let y = tape::apply1(&x.contiguous()?, Activation::Relu)?;
     note_op("relu", &y);
     Ok(y)
 }
@@ -35,7 +107,7 @@ pub fn relu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// Where `x` is not f32 or f64 on the CPU.
 pub fn relu6(x: &Tensor) -> Result<Tensor> {
-    let y = tape::apply1(&x.contiguous()?, Clip { upper: 6.0 })?;
+    let y = tape::apply1(&x.contiguous()?, Activation::Relu6)?;
     note_op("relu6", &y);
     Ok(y)
 }
@@ -76,32 +148,29 @@ fn same_shape(op: &'static str, x: &Tensor, shortcut: &Tensor) -> Result<()> {
     )
 }
 
-pub(super) fn clip<T: Element>(value: T) -> T {
-    // Not `max`: a NaN must stay one.
-    if value <= T::ZERO { T::ZERO } else { value }
-}
-
-/// `dy` where `y` is positive.
-pub(super) fn backward(y: &Tensor, dy: &Tensor) -> candle_core::Result<Tensor> {
-    between(y, dy, UNBOUNDED)
-}
-
-/// `dy` where `y` is positive and below `upper`.
-fn between(y: &Tensor, dy: &Tensor, upper: f64) -> candle_core::Result<Tensor> {
+/// `dy` where the activation let its result `y` pass.
+pub(super) fn backward(
+    activation: Activation,
+    y: &Tensor,
+    dy: &Tensor,
+) -> candle_core::Result<Tensor> {
     let dy = dy.contiguous()?;
+    if activation == Activation::None {
+        return Ok(dy);
+    }
     #[cfg(feature = "cuda")]
     if y.device().is_cuda() {
-        return cuda::relu::between(y, &dy, upper);
+        return cuda::relu::between(y, &dy, activation.upper());
     }
     let (ys, dys) = (read(y), read(&dy));
     dispatch!("relu", y.dtype(), T => {
         let (ys, dys) = (ys.values::<T>()?, dys.values::<T>()?);
-        let upper = <T as WithDType>::from_f64(upper);
+        let clip = activation.clip::<T>();
         let mut dx = vec![T::ZERO; ys.len()];
         dx.par_chunks_mut(BLOCK).zip(ys.par_chunks(BLOCK).zip(dys.par_chunks(BLOCK))).for_each(
             |(dx, (y, dy))| {
                 for ((dx, &y), &dy) in dx.iter_mut().zip(y).zip(dy) {
-                    *dx = if y <= 0.0 || y >= upper { 0.0 } else { dy };
+                    *dx = clip.gradient(y, dy);
                 }
             },
         );
@@ -109,14 +178,7 @@ fn between(y: &Tensor, dy: &Tensor, upper: f64) -> candle_core::Result<Tensor> {
     })
 }
 
-/// No value is above or at it.
-const UNBOUNDED: f64 = f64::NAN;
-
-struct Clip {
-    upper: f64,
-}
-
-impl CustomOp1 for Clip {
+impl CustomOp1 for Activation {
     fn name(&self) -> &'static str {
         "relu"
     }
@@ -124,11 +186,10 @@ impl CustomOp1 for Clip {
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let y = dispatch!("relu", s.dtype(), T => {
             let x = values::<T>(s, l)?;
-            let upper = <T as WithDType>::from_f64(self.upper);
-            let bounded = |x: T| if x >= upper { upper } else { clip(x) };
+            let clip = self.clip::<T>();
             let mut y = vec![T::ZERO; x.len()];
             y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).for_each(|(y, x)| {
-                y.iter_mut().zip(x).for_each(|(y, &x)| *y = bounded(x));
+                y.iter_mut().zip(x).for_each(|(y, &x)| *y = clip.of(x));
             });
             Ok(T::to_cpu_storage_owned(y))
         })?;
@@ -137,11 +198,11 @@ impl CustomOp1 for Clip {
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, s: &CudaStorage, l: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        cuda::relu::clip((s, l), self.upper)
+        cuda::relu::clip((s, l), self.upper())
     }
 
     fn bwd(&self, _x: &Tensor, y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        Ok(Some(between(y, dy, self.upper)?))
+        Ok(Some(backward(*self, y, dy)?))
     }
 }
 
@@ -201,11 +262,12 @@ impl CustomOp2 for AddRelu {
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let y = dispatch!("add_relu", s1.dtype(), T => {
             let (a, b) = (values::<T>(s1, l1)?, values::<T>(s2, l2)?);
+            let clip = Activation::Relu.clip::<T>();
             let mut y = vec![T::ZERO; a.len()];
             y.par_chunks_mut(BLOCK).zip(a.par_chunks(BLOCK).zip(b.par_chunks(BLOCK))).for_each(
                 |(y, (a, b))| {
                     let terms = a.iter().zip(b);
-                    y.iter_mut().zip(terms).for_each(|(y, (&a, &b))| *y = clip(a + b));
+                    y.iter_mut().zip(terms).for_each(|(y, (&a, &b))| *y = clip.of(a + b));
                 },
             );
             Ok(T::to_cpu_storage_owned(y))
@@ -231,7 +293,7 @@ impl CustomOp2 for AddRelu {
         y: &Tensor,
         dy: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let dx = backward(y, dy)?;
+        let dx = backward(Activation::Relu, y, dy)?;
         Ok((Some(dx.clone()), Some(dx)))
     }
 }

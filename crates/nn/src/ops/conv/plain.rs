@@ -14,7 +14,7 @@ use super::{Axis, Shapes};
 use crate::element::{
     Element, Matrix, Unwritten, images_per_task, product, sum_partials, with_scratch,
 };
-use crate::ops::relu::clip;
+use crate::ops::Clip;
 
 impl Axis {
     /// Remainders that the kernel's pixels have.
@@ -220,7 +220,7 @@ pub(super) fn forward<T: Element>(
     shapes: &Shapes,
     x: &[T],
     weight: &[T],
-    (bias, relu): (Option<&[T]>, bool),
+    (bias, clip): (Option<&[T]>, Clip<T>),
 ) -> Vec<T> {
     let mut y = Unwritten::new(shapes.batch * shapes.out_image());
     y.places()
@@ -237,15 +237,12 @@ pub(super) fn forward<T: Element>(
                     shapes.multiply(weight, columns, y);
                 });
             }
-            if bias.is_none() && !relu {
+            if bias.is_none() && !clip.on {
                 return;
             }
             for (c, y) in y.chunks_exact_mut(shapes.pixels()).enumerate() {
                 let shift = bias.map_or(T::ZERO, |bias| bias[c]);
-                match relu {
-                    true => y.iter_mut().for_each(|y| *y = clip(*y + shift)),
-                    false => y.iter_mut().for_each(|y| *y += shift),
-                }
+                y.iter_mut().for_each(|y| *y = clip.of(*y + shift));
             }
         });
     // SAFETY: one image after the other, all written as products.
