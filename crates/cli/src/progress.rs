@@ -303,6 +303,8 @@ impl Console for Training {
             duration(metrics.seconds)
         );
         self.say(&text);
+        // What is shown within an epoch is of that epoch.
+        (self.images, self.seconds, self.waited, self.loss) = (0, 0.0, 0.0, 0.0);
         match STOP.load(Ordering::SeqCst) {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),

@@ -23,6 +23,10 @@ pub(crate) fn nearest_above<'a>(
     known
         .map(|k| (strsim::jaro_winkler(name, k), k))
         .filter(|(score, _)| *score > least)
-        .max_by(|a, b| a.0.total_cmp(&b.0))
+        // `resnet51` is nearer to `resnet50` than to `resnet152`, which begins alike for as long.
+        .max_by(|a, b| {
+            let edits = |k: &str| strsim::damerau_levenshtein(name, k);
+            edits(b.1).cmp(&edits(a.1)).then(a.0.total_cmp(&b.0))
+        })
         .map(|(_, k)| k)
 }

@@ -287,12 +287,16 @@ fn convolutions_with_norms() {
         let operands = [
             numbers(&x, 0.1),
             numbers(&w, 0.7),
-            numbers(&[c], 0.8),
+            // Some values are above 6.
+            (numbers(&[c], 0.8) * 5.0).unwrap(),
             numbers(&[c], 0.5),
         ];
-        for mode in [Mode::Train, Mode::Eval, Mode::Frozen] {
-            same(&gpu, &format!("conv_norm {mode:?}"), &operands, |x| {
-                let norm = norm(&x[0], c, true);
+        let modes = [Mode::Train, Mode::Eval, Mode::Frozen];
+        let all = modes.map(|mode| Activation::ALL.map(|activation| (mode, activation)));
+        for (mode, activation) in all.into_iter().flatten() {
+            let what = format!("conv_norm {mode:?} {activation:?}");
+            same(&gpu, &what, &operands, |x| {
+                let norm = norm(&x[0], c, activation);
                 let y = match x[0].device().is_cuda() {
                     true => {
                         let maps = ops::block(&x[0])?;
@@ -660,7 +664,7 @@ fn maps_in_bf16() {
         let w = Var::from_tensor(&place(&numbers(&[16, 3, 3, 3], 0.7), DType::F32)).unwrap();
         let gamma = Var::from_tensor(&place(&numbers(&[16], 0.8), DType::F32)).unwrap();
         let beta = Var::from_tensor(&place(&numbers(&[16], 0.5), DType::F32)).unwrap();
-        let norm = norm(&w, 16, true);
+        let norm = norm(&w, 16, Activation::Relu);
         let maps = ops::block(&x).unwrap();
         let y = ops::conv_norm(
             &maps,

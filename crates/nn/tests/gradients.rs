@@ -113,7 +113,10 @@ fn conv2d_with_dilation_groups_bias_and_activation() {
                     .unwrap()
                     .abs()
                     .unwrap();
-                assert!(off.max_all().unwrap().to_scalar::<f64>().unwrap() < 1e-12);
+                let off = off.max_all().unwrap().to_scalar::<f64>().unwrap();
+                // Enough channels go through blocks, others through the same products.
+                let enough = options.groups == 1 && x[1] >= 8;
+                assert!(off <= if enough { 1e-12 } else { 0.0 });
             }
             if x[1] == 16 {
                 let inputs = [

@@ -126,7 +126,7 @@ fn machine(found: &Found, opened: &Opened, json: bool) -> anyhow::Result<()> {
         }));
     }
     match why {
-        Some(why) => output::line(&format!("device     {name}, since {why}")),
+        Some(why) => output::line(&format!("device     {name}, as no GPU can be used: {why}")),
         None => output::line(&format!("device     {name}")),
     }
 }

@@ -325,7 +325,7 @@ impl Reproduce {
             }
         }
         output::table(
-            &["experiment", "to run", "done", "not run", "estimate"],
+            &["experiment", "to run", "done", "not run", "one by one"],
             rows,
             1,
         )?;
@@ -352,13 +352,23 @@ impl Reproduce {
         }
         let threads = run::threads();
         let left = plan.seconds_left(threads);
+        let cells = plan.experiments.iter().flat_map(|p| &p.cells);
+        let missing = cells
+            .filter(|c| matches!(c.state, State::NotRun(_)))
+            .count();
+        let without = match missing {
+            0 => String::new(),
+            n => format!(", without the {n} not run"),
+        };
         if matches!(self.profile, ProfileArg::Paper) {
-            let text = "estimate: {} hours on this device (cpu, {} threads), from a measured step of each network";
-            let text = text.replacen("{}", &format!("{:.1}", left / 3600.0), 1);
-            return output::line(&text.replacen("{}", &threads.to_string(), 1));
+            return output::line(&format!(
+                "estimate: {:.1} hours on this device (cpu, {threads} threads), from a measured step of each \
+                 network{without}",
+                left / 3600.0
+            ));
         }
         output::line(&format!(
-            "estimate: {}, trainings side by side on {threads} threads",
+            "estimate: {}, trainings side by side on {threads} threads{without}",
             duration(left)
         ))
     }

@@ -562,10 +562,11 @@ mod tests {
     use isqrt_testkit::{randn, relative_error};
 
     use super::Shapes;
-    use crate::blocked::{block, unblock};
+    use crate::blocked::{block, can_block, unblock};
     use crate::ops::{Activation, Conv, ConvOp, conv2d};
 
-    /// Output and gradients of `sum(conv(x, w, b) * g)`, by this op or by the one of plain maps.
+    /// Output and gradients of `sum(conv(x, w, b) * g)`, by this op, with maps in blocks where they fill them, or by the one
+    /// of plain maps.
     fn run(kernel: Option<Kernel>, tensors: [&Tensor; 3], options: Conv) -> [Tensor; 4] {
         let [x, w, b] = tensors.map(|t| Var::from_tensor(t).unwrap());
         let y = match kernel {
@@ -586,15 +587,20 @@ mod tests {
                 Tensor::cat(&parts.collect::<Vec<_>>(), 1).unwrap()
             }
             Some(kernel) => {
-                let x = block(&x).unwrap();
+                let mut x = x.as_tensor().clone();
+                if can_block(x.dim(1).unwrap(), &x) {
+                    x = block(&x).unwrap();
+                }
+                let into_blocks = can_block(w.dim(0).unwrap(), &w);
                 let op = ConvOp {
                     shapes: Shapes::new(&x, &w, options).unwrap(),
                     activation: options.activation,
-                    into_blocks: true,
+                    into_blocks,
                     kernel,
                     aside: None,
                 };
-                unblock(&x.apply_op3(&w, &b, op).unwrap()).unwrap()
+                let y = x.apply_op3(&w, &b, op).unwrap();
+                if into_blocks { unblock(&y).unwrap() } else { y }
             }
         };
         let g = randn(y.dims(), 9, y.dtype()).unwrap();
@@ -638,22 +644,39 @@ mod tests {
             ([1, 48, 6, 5], [48, 1, 5, 2], grouped(48, conv(1, 2))),
             ([3, 16, 11, 9], [16, 1, 2, 3], grouped(16, uneven)),
             ([5, 16, 40, 8], [16, 1, 3, 3], grouped(16, conv(1, 1))),
+            // Into blocks, out of them, neither.
+            ([2, 24, 7, 5], [96, 24, 1, 1], conv(1, 0)),
+            ([2, 96, 5, 7], [24, 96, 1, 1], conv(1, 0)),
+            ([1, 20, 9, 8], [32, 20, 3, 3], conv(2, 1)),
+            ([1, 32, 9, 8], [12, 32, 3, 3], conv(2, 1)),
+            ([3, 20, 7, 9], [20, 1, 3, 3], grouped(20, conv(1, 1))),
+            ([2, 20, 6, 5], [12, 20, 3, 3], conv(1, 1)),
             // In f32 by Winograd's convolution.
+            ([2, 20, 21, 17], [48, 20, 3, 3], conv(1, 1)),
+            ([2, 32, 16, 20], [20, 32, 3, 3], conv(1, 1)),
             ([2, 32, 21, 17], [48, 32, 3, 3], conv(1, 1)),
             ([2, 16, 16, 20], [16, 16, 3, 3], conv(1, 2)),
         ];
         for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 2e-6)] {
-            for (i, (x, w, options)) in cases.into_iter().enumerate() {
+            let all = Activation::ALL.map(|activation| {
+                cases.map(|(x, w, options)| {
+                    (
+                        x,
+                        w,
+                        Conv {
+                            activation,
+                            ..options
+                        },
+                    )
+                })
+            });
+            for (i, (x, w, options)) in all.into_iter().flatten().enumerate() {
                 let seed = i as u64;
                 let (b, w) = (
                     randn(&[w[0]], 200 + seed, dtype),
                     randn(&w, 100 + seed, dtype),
                 );
                 let tensors = [&randn(&x, seed, dtype).unwrap(), &w.unwrap(), &b.unwrap()];
-                let options = Conv {
-                    activation: Activation::ALL[i % 3],
-                    ..options
-                };
                 let known = run(None, tensors, options);
                 for kernel in [Kernel::Portable, Kernel::Avx2, Kernel::Avx512] {
                     if kernel.resolve().is_err() {
@@ -674,12 +697,17 @@ mod tests {
 
     #[test]
     fn nan_passes_through_every_activation() {
-        let x = Tensor::full(f32::NAN, (1, 16, 1, 1), &candle_core::Device::Cpu).unwrap();
-        let w = Tensor::ones((16, 16, 1, 1), DType::F32, x.device()).unwrap();
-        for activation in Activation::ALL {
+        let x = Tensor::full(f32::NAN, (2, 16, 16, 16), &candle_core::Device::Cpu).unwrap();
+        let weight = |inputs, side| Tensor::ones((16, inputs, side, side), DType::F32, x.device());
+        // Direct, depthwise, by Winograd's convolution.
+        let kinds = [(16, 1, 1), (1, 3, 16), (16, 3, 1)];
+        let all = Activation::ALL.map(|activation| kinds.map(|kind| (activation, kind)));
+        for (activation, (inputs, side, groups)) in all.into_iter().flatten() {
+            let w = weight(inputs, side).unwrap();
             let options = Conv {
                 activation,
-                ..Conv::default()
+                groups,
+                ..Conv::new(1, side / 2)
             };
             for x in [block(&x).unwrap(), x.clone()] {
                 let y = conv2d(&x, &w, None, options).unwrap();

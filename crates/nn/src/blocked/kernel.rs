@@ -53,6 +53,19 @@ pub(super) struct Correlate<'a, T> {
     pub dy_panel: usize,
 }
 
+/// [`Clip::of`].
+///
+/// # Safety
+/// The processor has the instruction set of `V`.
+#[inline(always)]
+pub(super) unsafe fn clipped<V: Vector>(values: V, clip: Clip<V::T>) -> V {
+    match clip.on {
+        // SAFETY: as promised by the caller.
+        true => unsafe { values.relu().at_most(V::splat(clip.upper)) },
+        false => values,
+    }
+}
+
 /// Blocks whose weights stay in the first-level cache while the pixels pass by.
 const CHUNK: usize = 16;
 
@@ -132,10 +145,10 @@ unsafe fn gather_tile<V: Vector, const MR: usize, const NV: usize>(
                 }
             }
         }
-        if job.clip.on && to == job.blocks.len() {
+        if to == job.blocks.len() {
             for r in 0..MR {
                 for v in 0..NV {
-                    acc[r][v] = acc[r][v].relu().at_most(V::splat(job.clip.upper));
+                    acc[r][v] = clipped(acc[r][v], job.clip);
                 }
             }
         }
@@ -237,11 +250,7 @@ unsafe fn depthwise<V: Vector, const MR: usize, const NV: usize>(job: &Gather<'_
                 let y = job.y.add(pixels[r].1);
                 for v in 0..NV {
                     let sum = acc[r][v];
-                    let sum = match job.clip.on {
-                        true => sum.relu().at_most(V::splat(job.clip.upper)),
-                        false => sum,
-                    };
-                    sum.store(y.add(v * lanes));
+                    clipped(sum, job.clip).store(y.add(v * lanes));
                 }
             }
         }

@@ -17,7 +17,7 @@ mod winograd;
 
 pub use conv_norm::conv_norm;
 pub(crate) use conv_norm::conv_norm_of;
-pub(crate) use kernel::Lanes;
+pub(crate) use kernel::{Isa, Lanes};
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -151,8 +151,9 @@ pub(crate) fn relayout<T: Lanes>(
     x: &[T],
     (channels, pixels): (usize, usize),
     into_blocks: bool,
+    isa: &Isa<T>,
 ) -> Vec<T> {
-    let (isa, panel) = (T::isa(Kernel::Auto), pixels * T::WIDTH);
+    let panel = pixels * T::WIDTH;
     let (planes, panels) = (channels * pixels, channels.div_ceil(T::WIDTH) * panel);
     let (from, to) = match into_blocks {
         true => (planes, panels),
@@ -196,7 +197,8 @@ impl CustomOp1 for Relayout {
         dispatch!("block", s.dtype(), T => {
             let shape = self.shape(dims, <T as isqrt_linalg::simd::Element>::WIDTH);
             let channels = if self.into_blocks { dims[1] } else { shape[1] };
-            let y = relayout::<T>(values(s, l)?, (channels, pixels), self.into_blocks);
+            let (sizes, isa) = ((channels, pixels), T::isa(Kernel::Auto));
+            let y = relayout::<T>(values(s, l)?, sizes, self.into_blocks, isa);
             Ok((T::to_cpu_storage_owned(y), Shape::from(shape)))
         })
     }
@@ -212,7 +214,8 @@ impl CustomOp1 for Relayout {
         let plain = if self.into_blocks { x } else { &dy };
         let (channels, dys) = (plain.dim(1)?, read(&dy));
         dispatch!("block", x.dtype(), T => {
-            let dx = relayout::<T>(dys.values()?, (channels, pixels), !self.into_blocks);
+            let (sizes, isa) = ((channels, pixels), T::isa(Kernel::Auto));
+            let dx = relayout::<T>(dys.values()?, sizes, !self.into_blocks, isa);
             Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
         })
     }

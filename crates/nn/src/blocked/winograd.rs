@@ -24,7 +24,7 @@ use isqrt_linalg::simd::{Element, Vector};
 use rayon::prelude::*;
 
 use super::conv::{Shared, pack, unpack};
-use super::kernel::{Correlate, Gather, Isa, Lanes};
+use super::kernel::{Correlate, Gather, Isa, Lanes, clipped};
 use crate::element::{Unwritten, with_scratch};
 use crate::ops::{Clip, ConvAxis, ConvShapes as Shapes};
 
@@ -151,8 +151,8 @@ unsafe fn transform<V: Vector, L: Line<IN, OUT>, const IN: usize, const OUT: usi
                     if L::ENDS && !grid.bias.is_null() {
                         row[j] = plus(row[j], 1.0, V::load(grid.bias.add(lane * V::LANES)));
                     }
-                    if L::ENDS && grid.clip.on {
-                        row[j] = row[j].relu().at_most(V::splat(grid.clip.upper));
+                    if L::ENDS {
+                        row[j] = clipped(row[j], grid.clip);
                     }
                     row[j].store(to);
                 }

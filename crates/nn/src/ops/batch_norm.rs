@@ -371,16 +371,17 @@ impl BatchNormOp {
         Ok((unsafe { scaled.written() }, bias.collect()))
     }
 
-    /// Gradients of `x`, `gamma` and `beta`.
+    /// Gradients of `x`, `gamma` and `beta`, through this activation of what the forward pass computes.
     pub(crate) fn backward<T: Lanes>(
         &self,
         x: &[T],
         (gamma, beta): (&[T], &[T]),
         dy: &[T],
+        activation: Activation,
     ) -> candle_core::Result<(Vec<T>, Vec<T>, Vec<T>)> {
         let normalisers = self.normalisers()?;
         let mut lines = self.lines(&normalisers, gamma, beta);
-        let clip = self.activation.clip();
+        let clip = activation.clip();
         let (image, plane) = (self.image(), self.plane);
 
         // Of each plane: Σ dy and Σ dy·(x − μ).
@@ -580,7 +581,8 @@ impl CustomOp3 for BatchNormOp {
         let device = x.device();
         dispatch!("batch_norm", x.dtype(), T => {
             let affine = (gammas.values()?, betas.values()?);
-            let (dx, dgamma, dbeta) = self.backward::<T>(xs.values()?, affine, dys.values()?)?;
+            let (dx, dgamma, dbeta) = self.backward::<T>(
+                xs.values()?, affine, dys.values()?, self.activation)?;
             Ok((
                 Some(Tensor::from_vec(dx, x.shape(), device)?),
                 Some(Tensor::from_vec(dgamma, self.channels, device)?),

@@ -18,7 +18,7 @@ use isqrt_linalg::Kernel;
 use rayon::prelude::*;
 
 use super::dims4;
-use super::relu::{Activation, backward as through_activation};
+use super::{Activation, through_activation};
 use crate::blocked::{self, Lanes};
 use crate::checkpoint::{Aside, past_the_tape};
 #[cfg(feature = "cuda")]
@@ -74,7 +74,7 @@ impl Conv {
 ///   `height' = (height + 2·padding − dilation·(kernel − 1) − 1) / stride + 1`
 ///
 /// # Accuracy
-/// Blocked maps in f32 may take Winograd's convolution (3x3, stride 1; by the shapes, the batch's
+/// With blocked maps on either side f32 may take Winograd's convolution (3x3, stride 1; by the shapes, the batch's
 /// size too), whose rounding is about twice that of the direct sums (1e-6 in the 2-norm), and where
 /// an infinity reaches a tile of 4x4 outputs as NaN.
 ///
@@ -87,7 +87,7 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv)
 }
 
 /// [`conv2d`] of plain maps into blocked ones, as one node: how a network enters blocks, since
-/// images have too few channels for them.
+/// images have too few channels for them. Maps with more channels are blocked for it; see there for accuracy.
 ///
 /// # Errors
 /// As there; [`Error::Shape`] for output channels that do not fill blocks too.
@@ -123,10 +123,12 @@ pub(crate) fn out_of_blocks_of(
     options: Conv,
     aside: Option<&Aside>,
 ) -> Result<Tensor> {
-    if options.groups > 1 {
-        return conv2d_of(&blocked::unblock(x)?, weight, bias, options, aside);
-    }
     blocked::dims("conv2d", x)?;
+    // Channels of zeros are for one group, and at most as many as there are others.
+    let width = blocked::width(x.dtype()).unwrap_or(1);
+    if options.groups > 1 || 2 * weight.dim(0)? < width {
+        return apply(&blocked::unblock(x)?, weight, bias, (options, false), aside);
+    }
     apply(x, weight, bias, (options, false), aside)
 }
 
@@ -141,8 +143,7 @@ pub(crate) fn conv2d_of(
     if x.rank() == 5 && !blocked::fills_blocks(weight, options.groups) {
         let [out, ..] = dims4("conv2d weight", weight)?;
         blocked::check_fills("conv2d", "output channels", out, x)?;
-        let y = conv2d_of(&blocked::unblock(x)?, weight, bias, options, aside)?;
-        return blocked::block(&y);
+        return apply(&blocked::unblock(x)?, weight, bias, (options, true), aside);
     }
     apply(x, weight, bias, (options, x.rank() == 5), aside)
 }
@@ -316,13 +317,15 @@ impl Shapes {
 
     /// The weights for [`filled`](Self::filled) maps.
     fn fill_weight<'a, T: Lanes>(&self, filled: &Self, weight: &'a [T]) -> Cow<'a, [T]> {
-        let ((from, to), outputs) = (self.rows_of_weight(filled), self.channels.1);
-        match resized(weight, from, to) {
-            Cow::Borrowed(rows) => resized(rows, outputs * to, filled.channels.1 * to),
-            Cow::Owned(rows) => {
-                Cow::Owned(resized(&rows, outputs * to, filled.channels.1 * to).into_owned())
-            }
+        if filled.channels == self.channels {
+            return Cow::Borrowed(weight);
         }
+        let (from, to) = self.rows_of_weight(filled);
+        let mut out = vec![T::ZERO; filled.channels.1 * to];
+        for (to, from) in out.chunks_exact_mut(to).zip(weight.chunks_exact(from)) {
+            to[..from.len()].copy_from_slice(from);
+        }
+        Cow::Owned(out)
     }
 
     /// The inverse of [`fill_weight`](Self::fill_weight).
@@ -330,9 +333,9 @@ impl Shapes {
         if filled.channels == self.channels {
             return weight;
         }
-        let ((to, from), outputs) = (self.rows_of_weight(filled), self.channels.1);
-        let rows = resized(&weight, filled.channels.1 * from, outputs * from);
-        resized(&rows, from, to).into_owned()
+        let (to, from) = self.rows_of_weight(filled);
+        let rows = weight.chunks_exact(from).take(self.channels.1);
+        rows.flat_map(|row| &row[..to]).copied().collect()
     }
 
     /// What an output channel has of weights, here and there.
@@ -391,25 +394,30 @@ impl Shapes {
         kernel: Kernel,
     ) -> Vec<T> {
         let ((inputs, outputs), clip) = (self.channels, activation.clip());
+        let isa = T::isa(kernel);
         if self.is_plain::<T>(into_blocks) {
             let y = plain::forward(self, x, weight, (bias, clip));
             return match into_blocks {
-                true => blocked::relayout(&y, (outputs, self.pixels()), true),
+                true => blocked::relayout(&y, (outputs, self.pixels()), true, isa),
                 false => y,
             };
         }
         let filled = self.filled::<T>();
         let x = match self.lanes {
-            1 => Cow::Owned(blocked::relayout(x, (inputs, self.in_pixels()), true)),
+            1 => Cow::Owned(blocked::relayout(x, (inputs, self.in_pixels()), true, isa)),
             _ => Cow::Borrowed(x),
         };
         let weight = self.fill_weight(&filled, weight);
-        let bias = bias.map(|bias| resized(bias, outputs, filled.channels.1));
+        let bias = bias.map(|bias| {
+            let mut bias = bias.to_vec();
+            bias.resize(filled.channels.1, T::ZERO);
+            bias
+        });
         let after = (bias.as_deref(), clip);
-        let y = blocked::conv::forward(&filled, &x, &weight, after, T::isa(kernel));
+        let y = blocked::conv::forward(&filled, &x, &weight, after, isa);
         match into_blocks {
             true => y,
-            false => blocked::relayout(&y, (outputs, self.pixels()), false),
+            false => blocked::relayout(&y, (outputs, self.pixels()), false, isa),
         }
     }
 
@@ -424,28 +432,29 @@ impl Shapes {
         kernel: Kernel,
     ) -> (Option<Vec<T>>, Vec<T>) {
         let ((inputs, outputs), pixels) = (self.channels, self.in_pixels());
+        let isa = T::isa(kernel);
         if self.is_plain::<T>(into_blocks) {
             let dy = match into_blocks {
-                true => Cow::Owned(blocked::relayout(dy, (outputs, self.pixels()), false)),
+                true => Cow::Owned(blocked::relayout(dy, (outputs, self.pixels()), false, isa)),
                 false => Cow::Borrowed(dy),
             };
             return plain::backward(self, x, weight, &dy, wants_dx);
         }
-        let (filled, isa) = (self.filled::<T>(), T::isa(kernel));
+        let filled = self.filled::<T>();
         let x = match self.lanes {
-            1 => Cow::Owned(blocked::relayout(x, (inputs, pixels), true)),
+            1 => Cow::Owned(blocked::relayout(x, (inputs, pixels), true, isa)),
             _ => Cow::Borrowed(x),
         };
         let dy = match into_blocks {
             true => Cow::Borrowed(dy),
-            false => Cow::Owned(blocked::relayout(dy, (outputs, self.pixels()), true)),
+            false => Cow::Owned(blocked::relayout(dy, (outputs, self.pixels()), true, isa)),
         };
         let dw = blocked::conv::weight_gradient(&filled, &x, &dy, isa);
         let dx = wants_dx.then(|| {
             let weight = self.fill_weight(&filled, weight);
             let dx = blocked::conv::input_gradient(&filled, &dy, &weight, isa);
             match self.lanes {
-                1 => blocked::relayout(&dx, (inputs, pixels), false),
+                1 => blocked::relayout(&dx, (inputs, pixels), false, isa),
                 _ => dx,
             }
         });
@@ -470,19 +479,6 @@ impl Shapes {
         let sum = |c: usize| planes.iter().skip(c).step_by(self.channels.1).sum();
         (0..self.channels.1).map(|c| T::from_f64(sum(c))).collect()
     }
-}
-
-/// Rows of `from` values with `to` of them each: the first ones, or zeros after them.
-fn resized<T: Lanes>(values: &[T], from: usize, to: usize) -> Cow<'_, [T]> {
-    if from == to {
-        return Cow::Borrowed(values);
-    }
-    let mut out = Vec::with_capacity(values.len() / from.max(1) * to);
-    for (i, row) in (1..).zip(values.chunks_exact(from)) {
-        out.extend_from_slice(&row[..from.min(to)]);
-        out.resize(i * to, T::from_f64(0.0));
-    }
-    Cow::Owned(out)
 }
 
 /// The node on the tape, of two tensors or, with a bias, of three.

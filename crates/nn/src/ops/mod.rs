@@ -29,8 +29,8 @@ pub use linear::linear;
 pub(crate) use linear::linear_of;
 pub use local_response_norm::{LocalResponseNorm, local_response_norm};
 pub use max_pool::max_pool2d;
-pub(crate) use relu::Clip;
 pub use relu::{Activation, add, add_relu, relu, relu6};
+pub(crate) use relu::{Clip, backward as through_activation};
 pub use shuffle::channel_shuffle;
 pub use window::{Pool, Window};
 

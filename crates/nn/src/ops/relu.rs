@@ -97,7 +97,7 @@ impl<T: Copy + Default + PartialOrd> Clip<T> {
 /// # Errors
 /// Where `x` is not f32 or f64 on the CPU.
 pub fn relu(x: &Tensor) -> Result<Tensor> {
-    let y = tape::apply1(&x.contiguous()?, Activation::Relu)?;
+    let y = tape::apply1(&x.contiguous()?, Alone(Activation::Relu))?;
     note_op("relu", &y);
     Ok(y)
 }
@@ -107,7 +107,7 @@ pub fn relu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// Where `x` is not f32 or f64 on the CPU.
 pub fn relu6(x: &Tensor) -> Result<Tensor> {
-    let y = tape::apply1(&x.contiguous()?, Activation::Relu6)?;
+    let y = tape::apply1(&x.contiguous()?, Alone(Activation::Relu6))?;
     note_op("relu6", &y);
     Ok(y)
 }
@@ -149,7 +149,7 @@ fn same_shape(op: &'static str, x: &Tensor, shortcut: &Tensor) -> Result<()> {
 }
 
 /// `dy` where the activation let its result `y` pass.
-pub(super) fn backward(
+pub(crate) fn backward(
     activation: Activation,
     y: &Tensor,
     dy: &Tensor,
@@ -178,7 +178,10 @@ pub(super) fn backward(
     })
 }
 
-impl CustomOp1 for Activation {
+/// An activation, but none, as a node of its own.
+struct Alone(Activation);
+
+impl CustomOp1 for Alone {
     fn name(&self) -> &'static str {
         "relu"
     }
@@ -186,7 +189,7 @@ impl CustomOp1 for Activation {
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let y = dispatch!("relu", s.dtype(), T => {
             let x = values::<T>(s, l)?;
-            let clip = self.clip::<T>();
+            let clip = self.0.clip::<T>();
             let mut y = vec![T::ZERO; x.len()];
             y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).for_each(|(y, x)| {
                 y.iter_mut().zip(x).for_each(|(y, &x)| *y = clip.of(x));
@@ -198,11 +201,11 @@ impl CustomOp1 for Activation {
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, s: &CudaStorage, l: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        cuda::relu::clip((s, l), self.upper())
+        cuda::relu::clip((s, l), self.0.upper())
     }
 
     fn bwd(&self, _x: &Tensor, y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        Ok(Some(backward(*self, y, dy)?))
+        Ok(Some(backward(self.0, y, dy)?))
     }
 }
 
