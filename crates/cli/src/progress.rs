@@ -221,6 +221,11 @@ impl Training {
         })
     }
 
+    /// Counts anew.
+    fn restart(&mut self) {
+        (self.images, self.seconds, self.waited, self.loss) = (0, 0.0, 0.0, 0.0);
+    }
+
     /// Removes the bar.
     pub fn end(&self) {
         if let Some(bar) = &self.bar {
@@ -281,7 +286,7 @@ impl Console for Training {
                 None => say(&text),
             }
             self.shown = Instant::now();
-            (self.images, self.seconds, self.waited, self.loss) = (0, 0.0, 0.0, 0.0);
+            self.restart();
         }
         match STOP.load(Ordering::SeqCst) {
             true => ControlFlow::Break(()),
@@ -304,7 +309,7 @@ impl Console for Training {
         );
         self.say(&text);
         // What is shown within an epoch is of that epoch.
-        (self.images, self.seconds, self.waited, self.loss) = (0, 0.0, 0.0, 0.0);
+        self.restart();
         match STOP.load(Ordering::SeqCst) {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),

@@ -92,10 +92,7 @@ impl Conv2d {
     /// # Errors
     /// As there.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (bias, aside) = (self.bias.as_ref(), Some(&self.aside));
-        let y = ops::conv2d_of(x, &self.weight, bias, self.options, aside)?;
-        self.note(&y);
-        Ok(y)
+        self.forward_by(ops::conv2d_of, x)
     }
 
     /// See [`ops::conv2d_into_blocks`].
@@ -103,16 +100,17 @@ impl Conv2d {
     /// # Errors
     /// As there.
     pub fn forward_into_blocks(&self, x: &Tensor) -> Result<Tensor> {
-        let (bias, aside) = (self.bias.as_ref(), Some(&self.aside));
-        let y = ops::into_blocks_of(x, &self.weight, bias, self.options, aside)?;
-        self.note(&y);
-        Ok(y)
+        self.forward_by(ops::into_blocks_of, x)
     }
 
     /// Of blocked maps, plain: for channels that do not fill blocks.
     fn forward_out_of_blocks(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward_by(ops::out_of_blocks_of, x)
+    }
+
+    fn forward_by(&self, convolve: ops::Convolve, x: &Tensor) -> Result<Tensor> {
         let (bias, aside) = (self.bias.as_ref(), Some(&self.aside));
-        let y = ops::out_of_blocks_of(x, &self.weight, bias, self.options, aside)?;
+        let y = convolve(x, &self.weight, bias, self.options, aside)?;
         self.note(&y);
         Ok(y)
     }

@@ -100,6 +100,10 @@ pub fn conv2d_into_blocks(
     into_blocks_of(x, weight, bias, options, None)
 }
 
+/// [`conv2d`] between some layouts, of a layer whose gradients may go past the tape.
+pub(crate) type Convolve =
+    fn(&Tensor, &Tensor, Option<&Tensor>, Conv, Option<&Aside>) -> Result<Tensor>;
+
 /// [`conv2d_into_blocks`] of a layer whose gradients may go past the tape.
 pub(crate) fn into_blocks_of(
     x: &Tensor,

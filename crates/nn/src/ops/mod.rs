@@ -20,7 +20,7 @@ pub use batch_norm::{BatchNorm, batch_norm};
 #[cfg(test)]
 pub(crate) use conv::ConvOp;
 pub(crate) use conv::{
-    Axis as ConvAxis, Shapes as ConvShapes, conv2d_of, into_blocks_of, out_of_blocks_of,
+    Axis as ConvAxis, Convolve, Shapes as ConvShapes, conv2d_of, into_blocks_of, out_of_blocks_of,
 };
 pub use conv::{Conv, conv2d, conv2d_into_blocks};
 pub use cross_entropy::cross_entropy;
