@@ -23,10 +23,10 @@ pub(crate) fn nearest_above<'a>(
     known
         .map(|k| (strsim::jaro_winkler(name, k), k))
         .filter(|(score, _)| *score > least)
-        // `resnet51` is nearer to `resnet50` than to `resnet152`, which begins alike for as long.
-        .max_by(|a, b| {
+        // The first with the fewest letters changed: `resnet51` is nearer to `resnet50` than to `resnet152`.
+        .min_by(|a, b| {
             let edits = |k: &str| strsim::damerau_levenshtein(name, k);
-            edits(b.1).cmp(&edits(a.1)).then(a.0.total_cmp(&b.0))
+            edits(a.1).cmp(&edits(b.1)).then(b.0.total_cmp(&a.0))
         })
         .map(|(_, k)| k)
 }
