@@ -48,6 +48,15 @@ pub enum Error {
         /// The largest one.
         largest: usize,
     },
+    /// A covariance of a single position.
+    #[error(
+        "{head} pools a covariance, and over the 1 position that the backbone leaves of such images it is \
+         zero whatever they show: take larger images, a backbone that reduces them less, or the head gap"
+    )]
+    OnePosition {
+        /// Name of the representation.
+        head: String,
+    },
     /// An error of a training op or of parameters.
     #[error(transparent)]
     Nn(#[from] isqrt_nn::Error),

@@ -211,8 +211,13 @@ impl Network {
     /// [`features`](Self::features) gives them.
     ///
     /// # Errors
-    /// Where they are not finite or of another shape.
+    /// Where they are not finite or of another shape; [`Error::OnePosition`].
     pub fn pool(&self, features: &Tensor, mode: Mode) -> Result<Tensor> {
+        let positions: usize = features.dims().iter().skip(2).product();
+        if positions == 1 && self.representation.is_centred() {
+            let head = self.spec.representation.name.clone();
+            return Err(Error::OnePosition { head });
+        }
         self.representation.forward(features, mode)
     }
 

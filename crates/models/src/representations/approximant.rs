@@ -8,7 +8,7 @@ use isqrt_linalg::approximant::{Approximant, Form};
 use isqrt_nn::Scope;
 use serde::Deserialize;
 
-use super::{Options, Representation, RepresentationEntry, symmetric_root};
+use super::{Options, Representation, RepresentationEntry, of_covariance};
 use crate::Result;
 
 pub(super) const MTP: Entry = Entry(Form::Taylor);
@@ -53,7 +53,7 @@ impl RepresentationEntry for Entry {
         pool.degree = degree.unwrap_or(pool.degree);
         pool.iterations = iterations.unwrap_or(pool.iterations);
         pool.validate()?;
-        Ok(symmetric_root(true, pool.output, channels, move |x| {
+        Ok(of_covariance(true, pool.output, channels, move |x| {
             pool.forward(x)
         }))
     }

@@ -73,6 +73,10 @@ impl Representation for Covariance {
         matches!(self.pool.output, Output::Triangle).then_some(self.channels)
     }
 
+    fn is_centred(&self) -> bool {
+        true
+    }
+
     /// Without post-compensation the output is the root of the covariance over its norm.
     fn approximates_root(&self) -> bool {
         self.pool.root.as_ref().is_some_and(|root| {

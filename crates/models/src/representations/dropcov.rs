@@ -129,6 +129,10 @@ impl Representation for DropCov {
     fn triangle(&self) -> Option<usize> {
         Some(self.channels)
     }
+
+    fn is_centred(&self) -> bool {
+        true
+    }
 }
 
 #[cfg(test)]

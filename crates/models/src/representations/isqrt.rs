@@ -106,6 +106,10 @@ impl Representation for Normalised {
     fn triangle(&self) -> Option<usize> {
         self.root.triangle()
     }
+
+    fn is_centred(&self) -> bool {
+        self.root.is_centred()
+    }
 }
 
 /// The keys in a spec.

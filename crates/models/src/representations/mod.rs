@@ -75,6 +75,12 @@ pub trait Representation: Send + Sync {
     fn approximates_root(&self) -> bool {
         false
     }
+
+    /// Whether it is of a covariance about the mean, which over a single position is zero whatever the
+    /// features are.
+    fn is_centred(&self) -> bool {
+        false
+    }
 }
 
 /// A representation that can be asked for by name.
@@ -135,12 +141,18 @@ fn symmetric<F>(output: Output, side: usize, forward: F) -> Box<dyn Representati
 where
     F: Fn(&Tensor) -> isqrt_linalg::Result<Tensor> + Send + Sync + 'static,
 {
-    symmetric_root(false, output, side, forward)
+    Box::new(Symmetric {
+        output,
+        side,
+        is_root: false,
+        is_centred: false,
+        forward,
+    })
 }
 
-/// The same, which says whether it [approximates the root](Representation::approximates_root) of the
-/// covariance.
-fn symmetric_root<F>(
+/// The same of a covariance about the mean, which says whether it
+/// [approximates its root](Representation::approximates_root).
+fn of_covariance<F>(
     is_root: bool,
     output: Output,
     side: usize,
@@ -153,6 +165,7 @@ where
         output,
         side,
         is_root,
+        is_centred: true,
         forward,
     })
 }
@@ -161,6 +174,7 @@ struct Symmetric<F> {
     output: Output,
     side: usize,
     is_root: bool,
+    is_centred: bool,
     forward: F,
 }
 
@@ -182,6 +196,10 @@ where
 
     fn approximates_root(&self) -> bool {
         self.is_root
+    }
+
+    fn is_centred(&self) -> bool {
+        self.is_centred
     }
 }
 
@@ -267,5 +285,29 @@ mod tests {
             }
         }
         assert!(found >= 8, "{found}");
+    }
+
+    /// One that forgets to say so would train on zeros.
+    #[test]
+    fn covariances_say_that_a_single_position_tells_them_nothing() {
+        let maps = |values: [f32; 3]| Tensor::new(&values, &Device::Cpu)?.reshape((1, 3, 1, 1));
+        let (one, other) = (
+            maps([0.5, 1.0, 2.0]).unwrap(),
+            maps([1.5, 0.2, 0.1]).unwrap(),
+        );
+        let mut centred = 0;
+        for entry in REPRESENTATIONS {
+            let mut vars = Vars::new(1, DType::F32, &Device::Cpu);
+            let options = Options::default();
+            let head = entry.build(&options, 3, vars.root()).unwrap();
+            let seen = |x| {
+                let y = head.forward(x, Mode::Eval).unwrap();
+                y.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            };
+            let is_blind = seen(&one) == seen(&other);
+            assert_eq!(head.is_centred(), is_blind, "{}", entry.name());
+            centred += usize::from(is_blind);
+        }
+        assert!(centred >= 6, "{centred}");
     }
 }

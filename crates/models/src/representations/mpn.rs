@@ -7,7 +7,7 @@ use isqrt_linalg::eig::MpnCov;
 use isqrt_nn::Scope;
 use serde::Deserialize;
 
-use super::{Options, Representation, RepresentationEntry, symmetric_root};
+use super::{Options, Representation, RepresentationEntry, of_covariance};
 use crate::Result;
 
 pub(super) const MPN: Entry = Entry;
@@ -40,7 +40,7 @@ impl RepresentationEntry for Entry {
         };
         pool.validate()?;
         let is_root = power == 0.5;
-        Ok(symmetric_root(is_root, pool.output, channels, move |x| {
+        Ok(of_covariance(is_root, pool.output, channels, move |x| {
             pool.forward(x)
         }))
     }

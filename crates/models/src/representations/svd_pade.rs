@@ -6,7 +6,7 @@
 use isqrt_linalg::eig::SvdPade;
 use isqrt_nn::Scope;
 
-use super::{NoOptions, Options, Representation, RepresentationEntry, symmetric_root};
+use super::{NoOptions, Options, Representation, RepresentationEntry, of_covariance};
 use crate::Result;
 
 pub(super) const SVD_PADE: Entry = Entry;
@@ -34,7 +34,7 @@ impl RepresentationEntry for Entry {
     ) -> Result<Box<dyn Representation>> {
         options.read::<NoOptions>(self.name())?;
         let pool = SvdPade::default();
-        Ok(symmetric_root(true, pool.output, channels, move |x| {
+        Ok(of_covariance(true, pool.output, channels, move |x| {
             pool.forward(x)
         }))
     }
