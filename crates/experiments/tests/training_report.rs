@@ -66,7 +66,7 @@ fn finished(parent: &Path, name: &str) -> PathBuf {
     let folder = run(parent, name, &text(&lines));
     let result = json!({
         "status": "finished", "epochs": 3, "steps": 60, "parameters": 123_456,
-        "best": { "epoch": 2, "eval_error": 20.0 },
+        "best": { "epoch": 2, "eval_error": 20.0, "test": { "error": 22.25, "correct": 156 } },
         "final": { "error": 24.5, "error5": 6.5, "correct": 151, "correct5": 187, "total": 200,
             "loss": 0.7125, "calibration_error": 0.0625, "per_class": [[80, 100], [71, 100]] },
         "wall_seconds": 200.0, "cpu_seconds": 390.0, "images_per_second": 91.5,
@@ -75,7 +75,7 @@ fn finished(parent: &Path, name: &str) -> PathBuf {
     let environment = json!({
         "commit": "0123456789ab", "dirty": true, "cpu": "A processor", "cores": 4, "threads": 2,
         "device": "cpu", "os": "linux x86_64", "version": "0.1.0", "started": 951_782_400,
-        "data": { "name": "e10", "fingerprint": "feed", "train": 800, "eval": 200, "classes": 2 },
+        "data": { "name": "e10", "fingerprint": "feed", "train": 800, "eval": 200, "test": 200, "classes": 2 },
     });
     fs::write(folder.join("result.json"), result.to_string()).unwrap();
     fs::write(folder.join("environment.json"), environment.to_string()).unwrap();
@@ -115,6 +115,8 @@ fn a_finished_run_shows_every_number_that_it_wrote() {
                 "epoch 2",
                 "6.00 %", // top-5
                 "5.00 %",
+                "22.25 %", // best, final part
+                "on the test part, 156 of 200 right",
                 "24.50 %", // final
                 "151 of 200 right",
                 "6.50 %",
@@ -126,7 +128,7 @@ fn a_finished_run_shows_every_number_that_it_wrote() {
                 "3 min 20 s",
                 "6 min 30 s",
                 "321 MB",
-                "800 train, 200 eval, 2 classes",
+                "800 train, 200 eval, 200 test, 2 classes",
                 "0123456789ab, with changes",
                 "A processor",
                 "4, 2 threads used",
@@ -226,7 +228,7 @@ fn runs_lie_beside_each_other() {
     };
     assert_eq!(
         row("| top-1 error, last epoch"),
-        "| top-1 error, last epoch | 24.00 % | 66.75 % | – |"
+        "| top-1 error, last epoch | 24.00 % on the validation part | 66.75 % | – |"
     );
     assert_eq!(
         row("| epochs done"),

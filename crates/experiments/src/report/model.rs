@@ -229,16 +229,23 @@ fn data_text(d: &DataInfo) -> String {
     )
 }
 
+/// In place of what a result has to say.
+const SMALLEST: &str =
+    "Run at the smallest size, only to see that it runs: these numbers decide no claim.";
+
 impl Section {
     fn new(planned: &Planned, store: &Store, results: &Results<'_>) -> Self {
         let e = &planned.experiment;
         let table = table(planned, results);
+        // At the smallest size nothing is decided and no rate was used that is of any interest.
+        let is_result = !planned.smoke;
         Self {
             id: e.id.clone(),
             title: e.title.clone(),
             paper_item: e.paper_item.clone(),
             about: e.about.clone(),
             caveat: match is_of_own_images(planned) && !e.own_caveat.is_empty() {
+                _ if !is_result => SMALLEST.to_owned(),
                 true => format!("{} {}", e.caveat, e.own_caveat),
                 false => e.caveat.clone(),
             },
@@ -246,12 +253,14 @@ impl Section {
             csv: tables::csv(planned, results),
             latex: tables::latex(e, &table),
             table,
-            orderings: e
-                .columns
-                .iter()
+            orderings: (e.columns.iter())
+                .filter(|_| is_result)
                 .filter_map(|column| claims::ordering(e, column, results))
                 .collect(),
-            verdicts: claims::decide(e, results),
+            verdicts: match is_result {
+                true => claims::decide(e, results),
+                false => Vec::new(),
+            },
             figures: e
                 .figures
                 .iter()
@@ -260,7 +269,10 @@ impl Section {
                     svg: draw(e, f, results),
                 })
                 .collect(),
-            rates: rates(planned, store),
+            rates: match is_result {
+                true => rates(planned, store),
+                false => Vec::new(),
+            },
             not_run: not_run(planned, results),
             numbers: numbers(planned, results),
             command: planned.command.clone(),
@@ -299,10 +311,10 @@ fn facts(planned: &Planned, results: &Results<'_>) -> Vec<(String, String)> {
             facts.push((
                 format!("training on {name}"),
                 format!(
-                    "{} where the row names no other, {} epochs, batch {}, SGD momentum {}, weight decay \
+                    "{} where the row names no other, {}, batch {}, SGD momentum {}, weight decay \
                      {}, cosine schedule; images {} in training, {} in evaluation{start}",
                     r.backbone,
-                    r.epochs,
+                    isqrt_train::counted(r.epochs, "epoch"),
                     r.batch,
                     r.momentum,
                     r.weight_decay,

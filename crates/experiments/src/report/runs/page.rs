@@ -137,7 +137,7 @@ fn label(text: &str) -> Entry {
 type Row = (&'static str, fn(&Run) -> Option<Entry>);
 
 /// Rows that no run can fill are left out.
-const ROWS: [Row; 20] = [
+const ROWS: [Row; 21] = [
     ("status", |run| Some(label(&status(run)))),
     ("model", |run| model(run).map(|text| label(&text))),
     ("parameters", |run| {
@@ -153,19 +153,21 @@ const ROWS: [Row; 20] = [
         Some(plain(format!("{done}{planned}")))
     }),
     ("top-1 error, last epoch", |run| {
-        percent(last(run, |e| e.eval_error))
+        let error = percent(last(run, |e| e.eval_error));
+        with_note(error, part(run).map(str::to_owned))
     }),
     ("top-1 error, best epoch", |run| {
         let (epoch, error) = best(run)?;
-        with_note(percent(Some(error)), Some(format!("epoch {epoch}")))
+        with_note(percent(Some(error)), Some(part_and_epoch(run, epoch)))
     }),
     ("top-5 error, last epoch", |run| {
-        percent(last(run, |e| e.eval_error5))
+        let error = percent(last(run, |e| e.eval_error5));
+        with_note(error, part(run).map(str::to_owned))
     }),
     ("top-5 error, best epoch", |run| {
         let (epoch, _) = best(run)?;
         let line = run.epochs.iter().find(|e| e.epoch == epoch)?;
-        percent(line.eval_error5)
+        with_note(percent(line.eval_error5), Some(part_and_epoch(run, epoch)))
     }),
     ("final top-1 error", |run| {
         let error = number(&run.result, "/final/error");
@@ -174,6 +176,10 @@ const ROWS: [Row; 20] = [
     ("final top-5 error", |run| {
         let error = number(&run.result, "/final/error5");
         with_note(percent(error), right(run, "/final/correct5"))
+    }),
+    ("final top-1 error, best epoch", |run| {
+        let error = number(&run.result, "/best/test/error");
+        with_note(percent(error), right(run, "/best/test/correct"))
     }),
     ("final loss", |run| {
         number(&run.result, "/final/loss").map(|x| plain(show(x, None)))
@@ -304,9 +310,26 @@ fn best(run: &Run) -> Option<(u64, f64)> {
     })
 }
 
+/// The part that epochs are evaluated on: validation, where the test part is another one.
+fn part(run: &Run) -> Option<&'static str> {
+    let data = run.environment.pointer("/data")?;
+    Some(match number(data, "/test").is_some_and(|test| test > 0.0) {
+        true => "on the validation part",
+        false => "on the test part",
+    })
+}
+
+/// What is said of an error of the best epoch.
+fn part_and_epoch(run: &Run, epoch: u64) -> String {
+    let parts = [Some(format!("epoch {epoch}")), part(run).map(str::to_owned)];
+    parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+/// Final numbers are of the test part.
 fn right(run: &Run, path: &str) -> Option<String> {
     let (right, total) = number(&run.result, path).zip(number(&run.result, "/final/total"))?;
-    Some(format!("{} of {} right", grouped(right), grouped(total)))
+    let (right, total) = (grouped(right), grouped(total));
+    Some(format!("on the test part, {right} of {total} right"))
 }
 
 /// Of the result, or else the mean of the epochs, or of the first epoch's lines.
@@ -444,7 +467,7 @@ fn curves(
 
 fn over_epochs(runs: &[Run]) -> Option<Group> {
     let note = "Training error and loss are means over an epoch, each batch before its update and as it was \
-                augmented; the evaluation follows the epoch.";
+                augmented; the evaluation follows the epoch, on the part that the table above names.";
     let figures = curves(runs, "epoch", |e| Some(e.epoch as f64));
     group("Over epochs", note.to_owned(), figures)
 }
