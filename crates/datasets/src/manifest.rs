@@ -158,7 +158,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(Manifest::of("image-folder").unwrap(), None);
+        assert_eq!(Manifest::of("folder").unwrap(), None);
     }
 
     #[test]

@@ -347,7 +347,7 @@ mod tests {
     fn each_set_is_read_by_the_loader_of_its_layout() {
         let home = tempfile::tempdir().unwrap();
         let sources = [
-            ("e10", "image-folder"),
+            ("e10", "folder"),
             ("mini-imagenet", "imagenet-1k"),
             ("mini-imagenet-large", "imagenet-1k"),
             ("mini-cub", "cub-200-2011"),

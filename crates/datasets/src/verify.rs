@@ -169,13 +169,12 @@ pub fn verify(
     // Also what miniatures are called.
     let name = match MINIATURES.iter().find(|miniature| miniature.name == name) {
         Some(miniature) => miniature.source,
-        None if name == "folder" => "image-folder",
         None => name,
     };
     let manifest = Manifest::of(name)?;
     if manifest.is_none() && SOURCES.iter().all(|source| source.name != name) {
         let names: Vec<&str> = SOURCES.iter().map(|source| source.name).collect();
-        let names = names.join(", ").replace("image-folder", "folder");
+        let names = names.join(", ");
         return Err(Error::Config(format!(
             "no data set {name:?}; known are: {names}"
         )));
@@ -276,7 +275,7 @@ fn list(name: &str, dir: &Path, options: &ListOptions) -> Result<(&'static str, 
 impl Report {
     /// A known set may also lie in a layout of no particular set; what is called by its layout may not.
     fn check_layout(&mut self, is_known: bool) {
-        let anybodys = ["image-folder", "list", "shards"];
+        let anybodys = ["folder", "list", "shards"];
         let Some(layout) = self.layout else { return };
         let fits = layout == self.name
             || is_known && anybodys.contains(&layout)

@@ -628,7 +628,7 @@ fn every_layout_of_imagenet_gives_the_same_samples() {
     put_kaggle_lists(&kaggle);
     put_imagenet(&sorted.join("ILSVRC/Data/CLS-LOC"), false);
     let expected = all(&folders);
-    assert_eq!(source(&folders), "image-folder");
+    assert_eq!(source(&folders), "folder");
     assert_eq!(expected[4].0, "val/n00000001/ILSVRC2012_val_00000002.JPEG");
     for root in [
         flat,
@@ -798,7 +798,7 @@ fn what_lies_beside_class_folders_does_not_matter() {
         root,
         &[("train.csv", "id,whatever\n1,2\n"), ("all.tar.gz", "x")],
     );
-    assert_eq!(source(root), "image-folder");
+    assert_eq!(source(root), "folder");
     assert_eq!(all(root), expected);
 }
 

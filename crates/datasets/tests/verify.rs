@@ -114,7 +114,7 @@ fn a_folder_has_no_expectations_but_sound_images() {
     assert!(report.is_ok(), "{report:?}");
     assert_eq!(
         (report.layout, report.expected.as_ref()),
-        (Some("image-folder"), None)
+        (Some("folder"), None)
     );
     assert_eq!((report.found["train"], report.found["test"]), (6, 6));
     let mut steps = steps.into_inner().unwrap();
@@ -137,7 +137,7 @@ fn a_folder_has_no_expectations_but_sound_images() {
         );
     }
     put(&root.join("train/dog/7.png"), &png_bytes(8, 8, 1));
-    let report = look("image-folder", root, Level::Decode);
+    let report = look("folder", root, Level::Decode);
     assert_eq!(
         (kinds(&report), report.findings[0].count),
         (vec![Kind::BrokenImage], 7)
@@ -164,7 +164,7 @@ fn a_known_set_in_class_folders_is_held_to_its_counts() {
     }
     let report = look("imagenet-1k", home.path(), Level::Layout);
     assert!(
-        report.is_ok() && report.layout == Some("image-folder"),
+        report.is_ok() && report.layout == Some("folder"),
         "{report:?}"
     );
     let report = look("imagenet-1k", home.path(), Level::Count);
@@ -203,7 +203,7 @@ fn what_cannot_be_looked_at_says_what_was_expected() {
             .to_string()
     };
     assert!(error("coco", Level::Count).contains("known are: cub-200-2011, stanford-cars"));
-    assert!(error("folder", Level::Checksum).contains("no checksums of image-folder are known"));
+    assert!(error("folder", Level::Checksum).contains("no checksums of folder are known"));
 }
 
 #[test]

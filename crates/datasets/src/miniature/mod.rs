@@ -73,7 +73,7 @@ pub const MINIATURES: &[Miniature] = &[
     },
     Miniature {
         name: "imagenet-folder",
-        source: "image-folder",
+        source: "folder",
         held_out: Part::Val,
         class: imagenet::wnid,
         write: imagenet::write_folders,

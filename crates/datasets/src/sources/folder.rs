@@ -25,7 +25,7 @@ const LAYOUT: &str = "train/<class>/<image>.jpg|png, beside it val/ or test/ wit
 
 /// This layout; the one for whatever no other source recognises.
 pub(crate) const SOURCE: Source = Source {
-    name: "image-folder",
+    name: "folder",
     layout: LAYOUT,
     recognises: |_| true,
     list: |root, options| {
