@@ -27,8 +27,9 @@ echo "== the program starts without CUDA's libraries"
 echo "== tests, on the stand-in"
 export LD_LIBRARY_PATH=$folder/stand-in
 tests() {
-    cargo test --release --target "$target" --features isqrt-train/cuda --package isqrt-linalg --package isqrt-nn \
-        --package isqrt-train --test cuda \
+    # With the program's own package, so that features are those of cargo gpu and nothing is compiled twice.
+    cargo test --release --target "$target" --features isqrt/cuda --package isqrt --package isqrt-linalg \
+        --package isqrt-nn --package isqrt-train --test cuda \
         --config "target.$target.rustflags = [\"--cfg\", \"feature=\\\"dynamic-loading\\\"\"]" -- "$@"
 }
 STAND_IN_DEVICES=2 tests
