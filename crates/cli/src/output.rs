@@ -1,6 +1,6 @@
 //! Standard output: lines, JSON lines and tables. A closed pipe is not an error.
 
-use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
+use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
 use std::io::Write;
 
 /// Prints a line.
@@ -17,18 +17,32 @@ pub fn json(object: &impl serde::Serialize) -> anyhow::Result<()> {
 
 /// Prints a table; the first columns, as many as `left`, are aligned to the left.
 pub fn table(head: &[&str], rows: Vec<Vec<String>>, left: usize) -> anyhow::Result<()> {
-    let mut table = Table::new();
-    // A line under the head and nothing else.
-    let style = TableStyle::new();
-    table.load_style(style.header_separator(LineStyle::none().fill('─').junction('─')));
-    table.set_header(head);
-    table.add_rows(rows);
+    let mut table = ruled(head, rows);
     for (i, column) in table.column_iter_mut().enumerate() {
         if i >= left {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
     line(&table.to_string())
+}
+
+/// Prints a table whose last column is sentences, broken into lines.
+pub fn prose(head: &[&str], rows: Vec<Vec<String>>) -> anyhow::Result<()> {
+    const COLUMNS: u16 = 110;
+    let mut table = ruled(head, rows);
+    table.set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_width(COLUMNS);
+    line(&table.to_string())
+}
+
+/// With a line under the head and no other.
+fn ruled(head: &[&str], rows: Vec<Vec<String>>) -> Table {
+    let mut table = Table::new();
+    let style = TableStyle::new();
+    table.load_style(style.header_separator(LineStyle::none().fill('─').junction('─')));
+    table.set_header(head);
+    table.add_rows(rows);
+    table
 }
 
 /// Whether the error is that nobody reads our output any more.

@@ -108,6 +108,16 @@ fn wrong_input_is_one_clear_line() {
         &["reproduce", "--device", "cuda:0"],
         &["cuda:0", "without CUDA", "choose cpu"],
     );
+    fails(
+        &[
+            "reproduce",
+            "--profile",
+            "paper",
+            "--data",
+            "no/such/folder",
+        ],
+        &["no/such/folder"],
+    );
     fails(&["report", "."], &["holds no run"]);
     fails(
         &["models", "resnet50x"],
@@ -142,6 +152,7 @@ fn wrong_input_is_one_clear_line() {
     );
     fails(&["bench", "decomposition", "--dim", "3000000000"], &parts);
     fails(&["iterations", "--dim", "0"], &["dim 0", "at least 1"]);
+    fails(&["iterations", "--plot", "a.png"], &["a.png", ".svg"]);
     fails(&["reproduce", "--experiments", "nowhere"], &["nowhere"]);
 }
 

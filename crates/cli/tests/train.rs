@@ -318,7 +318,18 @@ fn mistakes_are_told_with_file_line_and_key() {
             "optimiser.momentun=0.9",
             &["`optimiser.momentun`", "`momentum`"],
         ),
-        ("epochs=2.5", &["`epochs`", "--set epochs=2.5"]),
+        (
+            "epochs=2.5",
+            &["`epochs`", "--set epochs=2.5", "a whole number"],
+        ),
+        (
+            "model.representation.iterashons=3",
+            &["`model.representation`", "did you mean `iterations`?"],
+        ),
+        (
+            "model.backbone=mobilenet_v2",
+            &["`model.representation`", "1 position", "larger images"],
+        ),
         ("label_smoothing=10", &["`label_smoothing`", "share"]),
         ("batch=100000", &["`batch`", "training images"]),
         ("accumulate=3", &["`accumulate`", "divisor"]),
@@ -455,4 +466,60 @@ fn sixty_updates_on_the_embedded_textures_leave_all_files() {
     let page = ran(isqrt().arg("report").arg(&out).arg("--json"));
     let page: serde_json::Value = serde_json::from_slice(&page.stdout).unwrap();
     assert!(Path::new(page["report"].as_str().unwrap()).is_file());
+}
+
+#[test]
+fn a_run_tells_its_classes_and_checkpoints() {
+    let dir = tempfile::tempdir().unwrap();
+    let (photos, out) = (dir.path().join("photos"), dir.path().join("out"));
+    let sizes = isqrt_datasets::e10::Sizes {
+        train: 8,
+        val: 2,
+        test: 2,
+    };
+    isqrt_datasets::e10::generate(&photos, 1, sizes).unwrap();
+    let mut classes: Vec<String> = std::fs::read_dir(photos.join("test"))
+        .unwrap()
+        .map(|class| class.unwrap().file_name().into_string().unwrap())
+        .collect();
+    classes.sort();
+    let spec = experiments().join("smoke/folder-isqrt.toml");
+    let mut command = train(&spec, &out);
+    command.args(["--smoke", "1", "--set", "batch=20", "--data"]);
+    ran(command.arg(&photos));
+
+    let mut classify = isqrt();
+    classify.arg("classify").arg("--weights").arg(&out);
+    classify
+        .args(["--top", "10", "--images"])
+        .arg(photos.join("test"));
+    let text = String::from_utf8(ran(&mut classify).stdout).unwrap();
+    for class in &classes {
+        // Below each image; once in the path of two.
+        let named = text.lines().filter(|line| line.ends_with(class));
+        assert_eq!(named.count(), 20, "{class}: {text}");
+    }
+
+    let eval = |more: &[&str]| {
+        let mut command = isqrt();
+        command.arg("eval").arg(&out).args(more);
+        command
+    };
+    let message = refused(&mut eval(&["--checkpoint", "first"]));
+    assert!(message.contains("no checkpoint first"), "{message}");
+    assert!(message.contains("final, last"), "{message}");
+
+    let said = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    let same = said(&ran(&mut eval(&[])));
+    assert!(!same.contains("warning"), "{same}");
+    for part in ["train", "val", "test"] {
+        let class = photos.join(part).join(&classes[3]);
+        std::fs::rename(class, photos.join(part).join(format!("{}-b", classes[3]))).unwrap();
+    }
+    let other = said(&ran(&mut eval(&[])));
+    let told = format!(
+        "know the class {}, where the data have {}-b",
+        classes[3], classes[3]
+    );
+    assert!(other.contains(&told), "{other}");
 }

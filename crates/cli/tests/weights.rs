@@ -27,6 +27,7 @@ impl Scene {
                 crop: 32,
                 ..Preprocessing::IMAGENET
             }),
+            classes: ["elk", "fox", "gnu", "hen"].map(str::to_owned).to_vec(),
             training: Some(serde_json::json!({ "epochs": 3 })),
         };
         checkpoint::save(&network, &scene.at("own.safetensors"), &record).unwrap();
@@ -284,14 +285,31 @@ fn classify_prints_the_most_probable_classes() {
         assert!(top.len() == 3 && top.is_sorted_by(|a, b| a >= b), "{row}");
         assert!(top.iter().sum::<f64>() < 1.0, "{row}");
     }
+    // Names are those of the weights, or others.
+    let class = rows[0]["top"][0]["class"].as_u64().unwrap() as usize;
+    let own = ["elk", "fox", "gnu", "hen"][class];
+    assert_eq!(rows[0]["top"][0]["name"], own);
     std::fs::write(scene.at("names.txt"), "ant\nbee\ncat\ndog\n").unwrap();
     let text = scene.good(&[&run[..], &["--labels", "names.txt"]].concat());
-    let class = rows[0]["top"][0]["class"].as_u64().unwrap() as usize;
     let first = text.lines().nth(1).unwrap();
     assert!(
         first.ends_with(["ant", "bee", "cat", "dog"][class]),
         "{text}"
     );
+
+    // A broken image keeps nobody from the others.
+    std::fs::write(scene.at("photos/test/broken.png"), "no image").unwrap();
+    let output = scene.run(&run);
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(text.matches("photos/test").count(), 10, "{text}");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("broken.png"), "{said}");
+    assert!(
+        said.ends_with("1 of 11 images could not be read\n"),
+        "{said}"
+    );
+    std::fs::remove_file(scene.at("photos/test/broken.png")).unwrap();
     std::fs::write(scene.at("names.txt"), "ant\n").unwrap();
     scene.bad(
         &[&run[..], &["--labels", "names.txt"]].concat(),

@@ -22,7 +22,7 @@ pub use checkpoint::Layout;
 pub use classifier::ClassifierSpec;
 pub use describe::{Description, Stage, stage_of};
 pub use error::{Error, Result};
-pub use names::{hint, nearest};
+pub use names::{hint, in_words, nearest};
 pub use network::{ModelSpec, Network};
 pub use options::Options;
 pub use representations::{

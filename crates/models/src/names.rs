@@ -30,3 +30,38 @@ pub(crate) fn nearest_above<'a>(
         })
         .map(|(_, k)| k)
 }
+
+/// What serde says of a value, with types as people call them.
+#[must_use]
+pub fn in_words(message: &str) -> String {
+    let mut message = message.to_owned();
+    for (types, words) in [
+        (
+            &["usize", "u64", "u32", "u16", "u8"][..],
+            "a whole number from 0 on",
+        ),
+        (&["i64", "i32"], "a whole number"),
+        (&["f64", "f32"], "a number"),
+    ] {
+        for kind in types {
+            message = message.replace(&format!("expected {kind}"), &format!("expected {words}"));
+        }
+    }
+    message
+}
+
+#[cfg(test)]
+mod tests {
+    use super::in_words;
+
+    #[test]
+    fn types_have_names_that_people_use() {
+        let said = in_words("invalid type: floating point `2.5`, expected usize");
+        assert_eq!(
+            said,
+            "invalid type: floating point `2.5`, expected a whole number from 0 on"
+        );
+        let said = in_words("invalid type: string \"a\", expected f64");
+        assert_eq!(said, "invalid type: string \"a\", expected a number");
+    }
+}

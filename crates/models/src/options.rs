@@ -6,6 +6,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{DeserializeOwned, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::names::{hint, in_words, nearest};
 use crate::{Error, Result};
 
 /// Options as they were written, not yet checked.
@@ -21,9 +22,15 @@ impl Options {
     /// [`Error::Options`] that names the key and what is known or expected.
     pub fn read<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         serde_json::from_value(serde_json::Value::Object(self.0.clone())).map_err(|error| {
+            let mut message = in_words(&error.to_string());
+            if message.starts_with("unknown field") {
+                let mut quoted = message.split('`').skip(1).step_by(2);
+                let unknown = quoted.next().unwrap_or_default();
+                message += &hint(nearest(unknown, quoted).as_deref());
+            }
             Error::Options {
                 name: name.to_owned(),
-                message: error.to_string(),
+                message,
             }
         })
     }

@@ -73,14 +73,15 @@ impl FeatureFile {
         Ok(this)
     }
 
-    /// Writes the rows of a batch.
+    /// Writes the rows of a batch, whose images follow each other.
     ///
     /// # Errors
     /// [`Error::File`] where the disk is full, for one.
     pub fn write(&mut self, batch: &Prediction) -> Result<()> {
         let (rows, first, second) = self.sizes;
         let count = batch.logits.dims()[0];
-        if batch.first + count > rows {
+        let place = batch.indices.first().map_or(0, |&index| index as usize);
+        if place + count > rows {
             return Err(failed(
                 &self.path,
                 format!("is for {rows} images, not more"),
@@ -97,7 +98,7 @@ impl FeatureFile {
                     format!("is for rows of {columns} values"),
                 ));
             }
-            self.at(start + (batch.first * columns * 4) as u64, &bytes)?;
+            self.at(start + (place * columns * 4) as u64, &bytes)?;
         }
         Ok(())
     }

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use isqrt_models::{hint, nearest};
+use isqrt_models::{hint, in_words, nearest};
 use serde::de::DeserializeOwned;
 use toml::de::{DeTable, DeValue};
 
@@ -166,7 +166,7 @@ impl Layers {
     #[must_use]
     pub fn problem(&self, key: &str, message: &str) -> Error {
         let mut key = key.to_owned();
-        let mut message = one_line(message);
+        let mut message = in_words(&one_line(message));
         let quoted: Vec<String> = message
             .split('`')
             .skip(1)

@@ -93,14 +93,6 @@ impl Plan {
             }
             error => file.place(Error::from(error)),
         })?;
-        if let Some(start) = &spec.start
-            && !start.weights.is_file()
-        {
-            return Err(file.problem(
-                "start.weights",
-                &format!("is {}, and there is no such file", start.weights.display()),
-            ));
-        }
         let pass = config.batch / config.accumulate;
         let bytes = match config.precision {
             Precision::F64 => 2,

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use isqrt_datasets::{Loader, LoaderConfig, Pipeline, Root, Sample};
+use isqrt_datasets::{Broken, Loader, LoaderConfig, Pipeline, Root, Sample, Skipped};
 use isqrt_models::Network;
 use isqrt_models::checkpoint::Preprocessing;
 use isqrt_nn::Mode;
@@ -14,8 +14,8 @@ use crate::{Error, Result};
 /// Of one batch of images.
 #[derive(Debug)]
 pub struct Prediction {
-    /// Place of its first image among all.
-    pub first: usize,
+    /// Places of its images among all.
+    pub indices: Vec<u32>,
     /// `(batch, out_dim)`: what the classifier sees, in f32 on the CPU.
     pub representation: Tensor,
     /// `(batch, classes)`, the same.
@@ -26,19 +26,20 @@ pub struct Prediction {
 ///
 /// Images are decoded in parallel, a batch at a time, so that memory does not grow with their number.
 ///
+/// Gives the images that were left out, which `broken` may allow.
+///
 /// # Errors
-/// Of the first image that cannot be read, with its path; of the network where images do not fit;
-/// whatever `each` returns.
+/// Of the first image that cannot be read and must not be left out, with its path; of the network where
+/// images do not fit; whatever `each` returns.
 pub fn predict<E: From<Error>>(
     network: &Network,
     preprocessing: &Preprocessing,
     images: &[PathBuf],
-    batch: usize,
+    (batch, broken): (usize, Broken),
     mut each: impl FnMut(Prediction) -> std::result::Result<(), E>,
-) -> std::result::Result<(), E> {
-    let loader = loader(preprocessing, images, batch)?;
+) -> std::result::Result<Vec<Skipped>, E> {
+    let loader = loader(preprocessing, images, (batch, broken))?;
     let feeder = Feeder::new(&loader, network)?;
-    let mut first = 0;
     for batch in loader.epoch(0).map_err(Error::from)? {
         let batch = batch.map_err(Error::from)?;
         let run = || -> Result<Prediction> {
@@ -49,19 +50,22 @@ pub fn predict<E: From<Error>>(
                 x.to_device(&Device::Cpu)
             };
             Ok(Prediction {
-                first,
+                indices: batch.indices.clone(),
                 representation: plain(representation)?,
                 logits: plain(logits)?,
             })
         };
         each(run()?)?;
-        first += batch.len();
     }
-    Ok(())
+    Ok(loader.skipped())
 }
 
-/// Images `(batch, 3, crop, crop)`, normalised, in order; the first broken one ends it.
-fn loader(preprocessing: &Preprocessing, images: &[PathBuf], batch: usize) -> Result<Loader> {
+/// Images `(batch, 3, crop, crop)`, normalised, in order.
+fn loader(
+    preprocessing: &Preprocessing,
+    images: &[PathBuf],
+    (batch, broken): (usize, Broken),
+) -> Result<Loader> {
     let &Preprocessing {
         resize,
         crop,
@@ -89,6 +93,9 @@ fn loader(preprocessing: &Preprocessing, images: &[PathBuf], batch: usize) -> Re
     Ok(Loader::new(
         samples,
         pipeline,
-        LoaderConfig::eval(batch.max(1)),
+        LoaderConfig {
+            broken,
+            ..LoaderConfig::eval(batch.max(1))
+        },
     )?)
 }

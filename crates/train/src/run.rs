@@ -228,6 +228,42 @@ impl Paths {
             .join(format!("{name}.safetensors"))
     }
 
+    /// The weights of this checkpoint, or those that the result reports on; of a run that goes on, its last.
+    ///
+    /// # Errors
+    /// [`Error::Run`] with those that there are.
+    pub fn weights(&self, name: Option<&str>) -> Result<PathBuf> {
+        let wanted = name.map_or_else(|| vec![FINAL, "last"], |name| vec![name]);
+        let paths = wanted.iter().map(|name| self.checkpoint(name));
+        if let Some(found) = paths.into_iter().find(|path| path.exists()) {
+            return Ok(found);
+        }
+        let files = std::fs::read_dir(self.root.join("checkpoints"));
+        let files = files.into_iter().flatten().flatten();
+        let mut there: Vec<String> = files
+            .filter_map(|file| {
+                Some(
+                    file.file_name()
+                        .to_str()?
+                        .strip_suffix(".safetensors")?
+                        .to_owned(),
+                )
+            })
+            .collect();
+        there.sort();
+        let there = match there.is_empty() {
+            true => "none yet".to_owned(),
+            false => there.join(", "),
+        };
+        Err(Error::Run {
+            path: self.root.clone(),
+            message: format!(
+                "has no checkpoint {}; there are: {there}",
+                wanted.join(" or ")
+            ),
+        })
+    }
+
     /// `metrics.jsonl`
     #[must_use]
     pub fn metrics(&self) -> PathBuf {
@@ -364,6 +400,7 @@ pub fn run(
     };
     let record = Record {
         preprocessing: preprocessing(&data.eval),
+        classes: data.classes.clone(),
         training: serde_json::to_value(&given.spec).ok(),
     };
     let mut recorder = Recorder {

@@ -344,6 +344,9 @@ impl SpecFile {
                 &format!("model.representation.{option}"),
                 &error.to_string(),
             ),
+            Error::Model(error @ isqrt_models::Error::OnePosition { .. }) => {
+                self.problem("model.representation", &error.to_string())
+            }
             Error::Model(error @ isqrt_models::Error::Unknown { what, .. }) => {
                 self.problem(&format!("model.{what}"), &error.to_string())
             }
@@ -355,6 +358,20 @@ impl SpecFile {
                 self.problem(part, &format!("{name}: {message}"))
             }
             _ => error,
+        }
+    }
+
+    /// Whether the weights to start from are there.
+    ///
+    /// # Errors
+    /// [`Error::Spec`] where they are not.
+    pub fn check_start(&self) -> Result<()> {
+        match &self.spec.start {
+            Some(start) if !start.weights.is_file() => Err(self.problem(
+                "start.weights",
+                &format!("is {}, and there is no such file", start.weights.display()),
+            )),
+            _ => Ok(()),
         }
     }
 

@@ -1,21 +1,25 @@
 //! `isqrt classify`: the most probable classes of images.
 
 use super::device::DeviceArg;
-use super::weights::{ImageArgs, WeightsArgs};
+use super::weights::{ImageArgs, Loaded, WeightsArgs, weights_file};
 use crate::output;
+use crate::progress::say;
 use anyhow::Context;
 use clap::Args;
-use isqrt_datasets::list_images;
-use isqrt_train::predict;
+use isqrt_datasets::{Broken, Skipped, list_images};
+use isqrt_train::{Prediction, predict};
 use std::path::PathBuf;
 
 /// Print the most probable classes of images
+///
+/// An image that cannot be read is told of at the end, and the exit is then not zero.
 #[derive(Args)]
-#[command(after_help = "Example:
+#[command(after_help = "Examples:
+  isqrt classify --weights runs/folder-isqrt --images photos
   isqrt classify --weights resnet50.safetensors --images photos --labels synset_words.txt")]
 pub struct Classify {
-    /// File with the weights: our own, or any that `isqrt convert` reads
-    #[arg(long, value_name = "FILE")]
+    /// File with the weights, our own or any that `isqrt convert` reads, or the folder of a run
+    #[arg(long, value_name = "PATH")]
     weights: PathBuf,
     #[command(flatten)]
     model: WeightsArgs,
@@ -23,7 +27,7 @@ pub struct Classify {
     images: ImageArgs,
     #[command(flatten)]
     device: DeviceArg,
-    /// Names of the classes, one a line
+    /// Names of the classes, one a line [default: those that the file of weights tells]
     #[arg(long, value_name = "FILE")]
     labels: Option<PathBuf>,
     /// Classes to print
@@ -34,13 +38,16 @@ pub struct Classify {
 impl Classify {
     pub fn run(&self, json: bool) -> anyhow::Result<()> {
         let images = list_images(&self.images.images)?;
-        let loaded = self.model.load_on(&self.weights, &self.device.open()?)?;
-        let names = self.names(loaded.network.spec().classes)?;
+        let weights = weights_file(&self.weights)?;
+        let loaded = self.model.load_on(&weights, &self.device.open()?)?;
+        let names = self.names(&loaded)?;
         let preprocessing = self.images.preprocessing(&loaded)?;
         let batch = usize::from(self.images.batch);
-        predict::<anyhow::Error>(&loaded.network, &preprocessing, &images, batch, |batch| {
+        let batches = (batch, Broken::Skip { most: 1.0 });
+        let classify = |batch: Prediction| {
             let logits = batch.logits.to_vec2::<f32>()?;
-            for (path, logits) in images[batch.first..].iter().zip(&logits) {
+            for (&index, logits) in batch.indices.iter().zip(&logits) {
+                let path = &images[index as usize];
                 anyhow::ensure!(
                     logits.iter().all(|x| x.is_finite()),
                     "{}: the network's output is not finite",
@@ -65,14 +72,27 @@ impl Classify {
                     output::line(line.trim_end())?;
                 }
             }
-            Ok(())
-        })
+            anyhow::Ok(())
+        };
+        let left_out = predict(&loaded.network, &preprocessing, &images, batches, classify)?;
+        for Skipped { problem, .. } in &left_out {
+            say(problem);
+        }
+        anyhow::ensure!(
+            left_out.is_empty(),
+            "{} of {} images could not be read",
+            left_out.len(),
+            images.len()
+        );
+        Ok(())
     }
 
-    /// As many names as there are classes, if there is a file of them.
-    fn names(&self, classes: usize) -> anyhow::Result<Option<Vec<String>>> {
+    /// As many names as there are classes, if there is a file of them or the weights tell them.
+    fn names(&self, loaded: &Loaded) -> anyhow::Result<Option<Vec<String>>> {
+        let classes = loaded.network.spec().classes;
         let Some(path) = &self.labels else {
-            return Ok(None);
+            let told = &loaded.record.classes;
+            return Ok((told.len() == classes).then(|| told.clone()));
         };
         let text = std::fs::read_to_string(path);
         let text = text.with_context(|| format!("cannot read {}", path.display()))?;

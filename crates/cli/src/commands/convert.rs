@@ -1,6 +1,6 @@
 //! `isqrt convert`: checkpoints of others to ours and back.
 
-use super::weights::{Order, WeightsArgs, differ};
+use super::weights::{Order, WeightsArgs, differ, weights_file};
 use crate::output;
 use clap::Args;
 use isqrt_models::checkpoint::{self, Format};
@@ -18,7 +18,7 @@ use std::path::PathBuf;
   isqrt convert mpncovresnet50-15991845.pth r50.safetensors --model resnet50+isqrt --triangle upper
   isqrt convert r50.safetensors checkpoint.pth --to trained")]
 pub struct Convert {
-    /// File to read
+    /// File to read, or the folder of a run
     src: PathBuf,
     /// File to write
     dst: PathBuf,
@@ -40,8 +40,9 @@ impl Convert {
              .safetensors",
             self.dst.display()
         );
-        differ(&self.src, &self.dst)?;
-        let loaded = self.weights.load(&self.src)?;
+        let src = weights_file(&self.src)?;
+        differ(&src, &self.dst)?;
+        let loaded = self.weights.load(&src)?;
         let (network, report) = (&loaded.network, &loaded.report);
         let layout = match &self.to {
             Some(to) => {
@@ -94,7 +95,7 @@ impl Convert {
         output::line(&format!(
             "read {} (layout {}{group}): {} tensors taken, {} missing, {} unused, {} of another shape\
              {passed_over}",
-            self.src.display(),
+            src.display(),
             report.layout,
             report.taken,
             report.missing.len(),

@@ -3,12 +3,12 @@
 use super::device::DeviceArg;
 use super::train::{Settings, svm_line};
 use crate::output;
-use crate::progress::Counter;
+use crate::progress::{Counter, say};
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use isqrt_models::checkpoint::{self, Checkpoint, LoadOptions};
 use isqrt_train::data::RunData;
-use isqrt_train::run::{FINAL, Outcome, Paths, count, svm};
+use isqrt_train::run::{Outcome, Paths, count, svm};
 use std::path::PathBuf;
 
 /// Evaluate the network of a run, or other weights, as its spec evaluates
@@ -67,15 +67,7 @@ impl Eval {
         let file = self.settings.read(&spec)?;
         let weights = match (&self.weights, is_run) {
             (Some(weights), _) => weights.clone(),
-            (None, true) => match &self.checkpoint {
-                Some(name) => paths.checkpoint(name),
-                None => {
-                    let last = paths.checkpoint("last");
-                    Some(paths.checkpoint(FINAL))
-                        .filter(|path| path.exists())
-                        .unwrap_or(last)
-                }
-            },
+            (None, true) => paths.weights(self.checkpoint.as_deref())?,
             (None, false) => anyhow::bail!(
                 "{} is a spec: say which weights with --weights, or give a run folder",
                 self.run.display()
@@ -89,6 +81,16 @@ impl Eval {
         }
         let data = RunData::open(&file, None)?;
         let weights_file = Checkpoint::open(&weights)?;
+        let known = checkpoint::record(&weights_file)?.classes;
+        let mut pairs = known.iter().zip(&data.classes);
+        if known.len() == data.classes.len()
+            && let Some((theirs, ours)) = pairs.find(|(theirs, ours)| theirs != ours)
+        {
+            say(&format!(
+                "warning: the weights know the class {theirs}, where the data have {ours}: what follows is of no \
+                 use unless the classes are the same under other names"
+            ));
+        }
         let config = file.spec.config(data.info.classes);
         let mut network =
             checkpoint::network(&weights_file, &config.model, &LoadOptions::default())?;

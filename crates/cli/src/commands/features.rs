@@ -1,10 +1,10 @@
 //! `isqrt features`: representations and logits of images in a file.
 
 use super::device::DeviceArg;
-use super::weights::{ImageArgs, WeightsArgs, differ};
+use super::weights::{ImageArgs, WeightsArgs, differ, weights_file};
 use crate::output;
 use clap::Args;
-use isqrt_datasets::list_images;
+use isqrt_datasets::{Broken, list_images};
 use isqrt_train::{FeatureFile, predict};
 use std::path::PathBuf;
 use std::time::Instant;
@@ -19,8 +19,8 @@ use std::time::Instant;
 #[command(after_help = "Example:
   isqrt features --weights r50.safetensors --images photos --out photos.safetensors")]
 pub struct Features {
-    /// File with the weights: our own, or any that `isqrt convert` reads
-    #[arg(long, value_name = "FILE")]
+    /// File with the weights, our own or any that `isqrt convert` reads, or the folder of a run
+    #[arg(long, value_name = "PATH")]
     weights: PathBuf,
     #[command(flatten)]
     model: WeightsArgs,
@@ -40,17 +40,19 @@ impl Features {
             "{}: the file is safetensors, so name it .safetensors",
             self.out.display()
         );
-        differ(&self.weights, &self.out)?;
+        let weights = weights_file(&self.weights)?;
+        differ(&weights, &self.out)?;
         differ(&self.images.images, &self.out)?;
         let images = list_images(&self.images.images)?;
-        let loaded = self.model.load_on(&self.weights, &self.device.open()?)?;
+        let loaded = self.model.load_on(&weights, &self.device.open()?)?;
         let network = &loaded.network;
         let preprocessing = self.images.preprocessing(&loaded)?;
         let sizes = (network.out_dim(), network.spec().classes);
         let start = Instant::now();
         let mut file = FeatureFile::create(&self.out, &images, sizes)?;
         let batch = usize::from(self.images.batch);
-        predict::<anyhow::Error>(network, &preprocessing, &images, batch, |batch| {
+        let batches = (batch, Broken::Fail);
+        predict::<anyhow::Error>(network, &preprocessing, &images, batches, |batch| {
             Ok(file.write(&batch)?)
         })?;
         file.finish()?;

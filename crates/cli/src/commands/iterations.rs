@@ -46,6 +46,13 @@ pub struct Iterations {
 
 impl Iterations {
     pub fn run(&self, json: bool) -> anyhow::Result<()> {
+        if let Some(path) = &self.plot {
+            anyhow::ensure!(
+                path.extension().is_some_and(|end| end == "svg"),
+                "{}: the plot is SVG, so name it .svg",
+                path.display()
+            );
+        }
         let features = match &self.features {
             Some(path) => read_features(path, self.tensor.as_deref())?,
             None => {

@@ -97,5 +97,5 @@ fn list(json: bool) -> anyhow::Result<()> {
         return Ok(());
     }
     let rows = all.map(|(kind, name, about)| vec![kind.into(), name.into(), about.into()]);
-    output::table(&["kind", "name", "about"], rows.collect(), 3)
+    output::prose(&["kind", "name", "about"], rows.collect())
 }

@@ -61,7 +61,7 @@ pub struct Reproduce {
     skip_broken: Option<f64>,
     #[command(flatten)]
     device: DeviceArg,
-    /// Output folder [default: out/reproduce, with the data's name added for --data; out/smoke]
+    /// Output folder [default: out/reproduce, or out/smoke; with --data the name of the data is added]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Seeds of each training [default: as the experiment says]
@@ -108,6 +108,9 @@ impl Reproduce {
         check_rows(&experiments, &self.rows)?;
         let out = self.out_dir();
         let paper = matches!(self.profile, ProfileArg::Paper);
+        if let Some(dir) = self.data.as_ref().filter(|dir| !dir.exists()) {
+            bail!("--data {}: there is no such file or folder", dir.display());
+        }
         // A dry run writes nothing that stays.
         let scratch = tempfile::tempdir().context("cannot make a folder")?;
         let specs = match self.dry_run {
@@ -191,24 +194,22 @@ impl Reproduce {
         if let Some(out) = &self.out {
             return out.clone();
         }
-        let paper = matches!(self.profile, ProfileArg::Paper);
-        // Another length is another run: the report of one does not hide that of the other.
-        let length = match (self.quick, self.thorough) {
-            (true, _) => "-quick",
-            (_, true) => "-thorough",
+        if matches!(self.profile, ProfileArg::Paper) {
+            return Path::new("out").join("paper");
+        }
+        // Other images or another length are another run: the report of one does not hide that of the other.
+        let kind = if self.smoke { "smoke" } else { "reproduce" };
+        let data = self.data.as_deref().map_or_else(String::new, |dir| {
+            let full = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+            let name = full.file_name().unwrap_or_default().to_string_lossy();
+            format!("-{name}")
+        });
+        let length = match (self.smoke, self.quick, self.thorough) {
+            (false, true, _) => "-quick",
+            (false, _, true) => "-thorough",
             _ => "",
         };
-        let name = match (&self.data, self.smoke) {
-            _ if paper => "paper".to_owned(),
-            (_, true) => "smoke".to_owned(),
-            (None, _) => format!("reproduce{length}"),
-            (Some(dir), _) => {
-                let full = dir.canonicalize().unwrap_or_else(|_| dir.clone());
-                let name = full.file_name().unwrap_or_default().to_string_lossy();
-                format!("reproduce-{name}{length}")
-            }
-        };
-        Path::new("out").join(name)
+        Path::new("out").join(format!("{kind}{data}{length}"))
     }
 
     /// The images, if anything is trained. A dry run writes none of the program's own.

@@ -100,6 +100,8 @@ impl Train {
                     "on {devices} GPUs: {pass} images of each pass on each, with activations for as many"
                 ))?;
             }
+            // After the plan, which can be read before the weights are there.
+            file.check_start()?;
             return Ok(false);
         }
         let scratch = match (self.smoke, &self.out) {
@@ -223,7 +225,10 @@ fn plan(file: &SpecFile, data: &RunData, json: bool) -> anyhow::Result<()> {
             .with_context(|| format!("the first {part} image"))?;
     }
     let total = plan.description.total();
-    let megabytes = |bytes: u64| format!("{:.0} MB", bytes as f64 / 1e6);
+    let megabytes = |bytes: u64| match bytes as f64 / 1e6 {
+        small @ ..10.0 => format!("{small:.2} MB"),
+        many => format!("{many:.0} MB"),
+    };
     if json {
         return output::json(&serde_json::json!({
             "model": plan.model,

@@ -7,6 +7,7 @@ use isqrt_models::checkpoint::{
     self, Checkpoint, LoadOptions, Preprocessing, Record, Report, Triangle,
 };
 use isqrt_models::{ModelSpec, Network};
+use isqrt_train::run::Paths;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -128,6 +129,17 @@ fn describe(spec: &ModelSpec) -> String {
     format!("{} + {}{head}", spec.backbone, spec.representation.name)
 }
 
+/// The file with the weights: itself, or that of a run's folder, the one that its result reports on.
+pub fn weights_file(path: &Path) -> anyhow::Result<PathBuf> {
+    let paths = Paths {
+        root: path.to_owned(),
+    };
+    match paths.spec().exists() {
+        true => Ok(paths.weights(None)?),
+        false => Ok(path.to_owned()),
+    }
+}
+
 /// An error where two paths are one file: what is written would replace what is read.
 pub fn differ(read: &Path, written: &Path) -> anyhow::Result<()> {
     let same = std::fs::canonicalize(read).ok() == std::fs::canonicalize(written).ok();
@@ -145,7 +157,9 @@ pub fn named(name: &str, classes: usize) -> anyhow::Result<ModelSpec> {
         return Ok(ModelSpec::named(name, classes)?);
     }
     let text = std::fs::read_to_string(name).with_context(|| format!("cannot read {name}"))?;
-    toml::from_str(&text).with_context(|| format!("{name} is no spec of a network"))
+    toml::from_str(&text).with_context(|| {
+        format!("{name} is no spec of a network (`isqrt train FILE --dry-run` shows that of an experiment)")
+    })
 }
 
 /// How images are made ready for a network.

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor, Var};
 use isqrt_nn::ops::{block, can_block, conv2d, unblock};
+use isqrt_train::counted;
 
 use super::{Checks, Error, Findings, Outcome, distance, home, place};
 
@@ -78,7 +79,7 @@ impl Worst {
         if self.cases == 0 {
             return Err("the golden file has no such case".into());
         }
-        let findings = Findings::told(format!("{} cases", self.cases));
+        let findings = Findings::told(counted(self.cases, "case"));
         Ok(findings.both("", self.figures, limits))
     }
 }

@@ -5,6 +5,7 @@ use isqrt_linalg::{
     CovPool, GpuKernel, Memory, Output, PreNormalization, Precision, Root, Schedule, Side, Tf32,
 };
 use isqrt_testkit::{Gradcheck, gradcheck};
+use isqrt_train::counted;
 
 use super::{Checks, Error, Findings, Outcome, distance, features, home, noise, place, within};
 
@@ -235,7 +236,8 @@ fn differences(device: &Device, side: Side) -> Outcome {
         }
     }
     Ok(Findings::told(format!(
-        "{count} gradients within 1e-7 of the largest value"
+        "{} within 1e-7 of the largest value",
+        counted(count, "gradient")
     )))
 }
 

@@ -12,6 +12,7 @@ use isqrt_nn::{
     clip_grad_norm, clip_grad_value,
 };
 use isqrt_testkit::{Gradcheck, gradcheck};
+use isqrt_train::counted;
 
 use super::{Checks, Error, Findings, Outcome, distance, home, noise, place, within};
 
@@ -314,7 +315,10 @@ fn tried<'a>(cases: impl Iterator<Item = &'a Case>, device: &Device) -> Outcome 
     }
     let findings = match gradients {
         0 => Findings::default(),
-        n => Findings::told(format!("{n} gradients within 1e-7 of differences")),
+        n => {
+            let gradients = counted(n, "gradient");
+            Findings::told(format!("{gradients} within 1e-7 of differences"))
+        }
     };
     Ok(findings.both("", worst, (1e-11, 2e-5)))
 }

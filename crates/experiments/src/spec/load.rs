@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use candle_core::{DType, Device};
 use isqrt_datasets::textures;
 use isqrt_linalg::{Root, Schedule};
-use isqrt_models::{BackboneSpec, RepresentationSpec, hint, nearest};
+use isqrt_models::{BackboneSpec, RepresentationSpec, hint, in_words, nearest};
 use isqrt_nn::Vars;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -213,7 +213,7 @@ fn spec_error(file: &str, text: &str, error: &toml::de::Error) -> Error {
     Error::Spec {
         file: file.to_owned(),
         line,
-        message: one_line(message),
+        message: in_words(&one_line(message)),
     }
 }
 

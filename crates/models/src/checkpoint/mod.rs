@@ -42,6 +42,8 @@ pub struct LoadOptions {
 pub struct Record {
     /// How images were made ready for the network.
     pub preprocessing: Option<Preprocessing>,
+    /// Names of the classes in the order of the classifier's outputs; empty where they are not known.
+    pub classes: Vec<String>,
     /// How it was trained, in the words of whoever trained it.
     pub training: Option<serde_json::Value>,
 }
@@ -75,6 +77,7 @@ impl Preprocessing {
 const FORMAT: (&str, &str) = ("format", "pt");
 const MODEL: &str = "isqrt.model";
 const PREPROCESSING: &str = "isqrt.preprocessing";
+const CLASSES: &str = "isqrt.classes";
 const TRAINING: &str = "isqrt.training";
 /// State of the run that a file of ours is of, and the beginning of the names of its tensors.
 const RUN: &str = "isqrt.run";
@@ -106,6 +109,7 @@ pub fn record(file: &Checkpoint) -> Result<Record> {
     }
     Ok(Record {
         preprocessing,
+        classes: told(file, CLASSES)?.unwrap_or_default(),
         training: told(file, TRAINING)?,
     })
 }
@@ -425,6 +429,9 @@ fn tell(path: &Path, record: &Record) -> Result<HashMap<String, String>> {
     let mut metadata = HashMap::new();
     if let Some(preprocessing) = &record.preprocessing {
         metadata.insert(PREPROCESSING.to_owned(), json(path, preprocessing)?);
+    }
+    if !record.classes.is_empty() {
+        metadata.insert(CLASSES.to_owned(), json(path, &record.classes)?);
     }
     if let Some(training) = &record.training {
         metadata.insert(TRAINING.to_owned(), json(path, training)?);
