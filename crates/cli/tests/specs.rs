@@ -2,6 +2,7 @@
 //! `isqrt train SPEC --dry-run` does.
 #![allow(clippy::unwrap_used)]
 
+use candle_core::Device;
 use isqrt_datasets::miniature;
 use isqrt_train::SpecFile;
 use isqrt_train::data::RunData;
@@ -36,7 +37,7 @@ fn plan(spec: &Path, data: &Path, weights: &Path) -> Plan {
     let planned = || {
         let file = SpecFile::read(spec, &settings)?;
         let data = RunData::open(&file, None)?;
-        Plan::new(&file, &data)
+        Plan::new(&file, &data, &Device::Cpu)
     };
     planned().unwrap_or_else(|error| panic!("{}: {error}\n{text}", spec.display()))
 }

@@ -164,7 +164,7 @@ impl std::fmt::Display for Precision {
 
 /// How a GPU computes, where there is more than one way; they differ in speed and in rounding. The CPU does not
 /// look at it, and a head without covariance not at `layer`. A kernel that does not take the features fails at
-/// the first batch.
+/// the first batch, or in a dry run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(
     default,

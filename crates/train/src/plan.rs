@@ -1,5 +1,6 @@
 //! What a run is going to do, without doing it.
 
+use candle_core::Device;
 use isqrt_models::{Description, Network};
 use serde::Serialize;
 
@@ -49,22 +50,18 @@ impl MemoryEstimate {
 }
 
 impl Plan {
-    /// Builds the network, runs one black image through it, counts the rest.
+    /// Builds the network, runs one black image through it on the device, counts the rest.
     ///
     /// # Errors
     /// What the run would end with: a network that cannot be, a batch that the images do not fill, a
     /// pattern that no parameter has.
-    pub fn new(file: &SpecFile, data: &RunData) -> Result<Self> {
+    pub fn new(file: &SpecFile, data: &RunData, device: &Device) -> Result<Self> {
         let spec = &file.spec;
         let config = spec.config(data.info.classes);
         config.check().map_err(|error| file.place(error))?;
-        let network = Network::new(
-            &config.model,
-            config.seed,
-            candle_core::DType::F32,
-            &candle_core::Device::Cpu,
-        )
-        .map_err(|error| file.place(error.into()))?;
+        let mut network =
+            Network::new(&config.model, config.seed, config.precision.dtype(), device)
+                .map_err(|error| file.place(error.into()))?;
         drop(
             config
                 .optimiser(network.vars())
@@ -87,6 +84,8 @@ impl Plan {
                 &format!("gives inputs of {height} x {width}, which are no squares"),
             ));
         }
+        // A GPU's kernels have limits of their own (`gpu.layer`).
+        config.begin(&mut network)?;
         let description = network.describe(height).map_err(|error| match error {
             error @ isqrt_models::Error::ImageSize { .. } => {
                 file.problem("data.eval_transforms", &error.to_string())

@@ -4,6 +4,7 @@ use super::device::DevicesArg;
 use crate::output::{self, show};
 use crate::progress::{Training, say};
 use anyhow::Context;
+use candle_core::Device;
 use clap::Args;
 use isqrt_train::data::RunData;
 use isqrt_train::plan::Plan;
@@ -93,7 +94,7 @@ impl Train {
             let config = file.spec.config(data.info.classes);
             let pass = config.check_on(&devices);
             let pass = pass.map_err(|error| file.place(error))?;
-            plan(&file, &data, json)?;
+            plan(&file, &data, devices.first().unwrap_or(&Device::Cpu), json)?;
             if devices.len() > 1 && !json {
                 let devices = devices.len();
                 output::line(&format!(
@@ -208,8 +209,8 @@ fn summary(result: &RunResult) -> Vec<String> {
     lines
 }
 
-fn plan(file: &SpecFile, data: &RunData, json: bool) -> anyhow::Result<()> {
-    let plan = Plan::new(file, data)?;
+fn plan(file: &SpecFile, data: &RunData, device: &Device, json: bool) -> anyhow::Result<()> {
+    let plan = Plan::new(file, data, device)?;
     // A look at the data: the first image of each part through its transforms.
     for (part, feed) in [("training", &data.train), ("evaluation", &data.eval)] {
         let config = isqrt_datasets::LoaderConfig {

@@ -416,10 +416,10 @@ fn our_entry(planned: &Planned, row: &Row, column: &Column, results: &Results<'_
             None => show(mean(&finite), column.digits),
         };
         let paper = row.paper_value(&column.metric, &column.on);
-        // Errors on images of the user's have nothing to do with the paper's.
+        // Errors on images of the user's have nothing to do with the paper's, nor has the smallest size.
         let users = sample.is_seeded() && !planned.data.is_empty() && !is_of_own_images(planned);
         let difference = paper
-            .filter(|_| !users)
+            .filter(|_| !users && !planned.smoke)
             .map(|p| sample.mean() - p.value)
             .filter(|d| d.is_finite())
             .map_or_else(String::new, |d| {
