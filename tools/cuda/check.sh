@@ -44,6 +44,14 @@ for precision in f32 bf16; do
     "$isqrt" train experiments/smoke/e10-isqrt.toml --device cuda:0 --smoke 3 --set precision="$precision" --out "$scratch/$precision"
     "$isqrt" eval "$scratch/$precision" --device cuda:0
 done
+echo "== a kernel that does not take the features, in a dry run"
+if "$isqrt" train experiments/smoke/e10-isqrt.toml --device cuda:0 --dry-run --set gpu.layer=cluster \
+    --set precision=f64 >/dev/null 2>"$scratch/said"; then
+    echo "the cluster computes f64?" >&2
+    exit 1
+fi
+tail -n 1 "$scratch/said"
+grep -q 'gpu.layer.*cluster' "$scratch/said"
 echo "== a training on two GPUs, on the stand-in"
 STAND_IN_DEVICES=2 "$isqrt" train experiments/smoke/e10-isqrt.toml --device cuda:0,1 --smoke 3 --out "$scratch/two"
 echo "== memory that runs out, on the stand-in"

@@ -26,12 +26,10 @@ pub fn table(head: &[&str], rows: Vec<Vec<String>>, left: usize) -> anyhow::Resu
     line(&table.to_string())
 }
 
-/// Prints a table whose last column is sentences, broken into lines.
+/// Prints a table whose last column is sentences; they are broken into lines as a terminal is wide.
 pub fn prose(head: &[&str], rows: Vec<Vec<String>>) -> anyhow::Result<()> {
-    const COLUMNS: u16 = 110;
     let mut table = ruled(head, rows);
     table.set_content_arrangement(ContentArrangement::Dynamic);
-    table.set_width(COLUMNS);
     line(&table.to_string())
 }
 

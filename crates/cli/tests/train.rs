@@ -383,6 +383,22 @@ fn mistakes_are_told_with_file_line_and_key() {
         message.contains("kill.toml, line 4") && message.contains("`ema`"),
         "{message}"
     );
+    // The plan can be read before the weights are there; a run without them leaves nothing.
+    let start = ["--set", "start.weights=none.safetensors"];
+    let other = tempfile::tempdir().unwrap();
+    let second = self::spec(other.path());
+    let mut dry = train(&second, &out);
+    dry.args(start).arg("--dry-run");
+    let output = dry.output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stdout).contains("memory: at least"));
+    for run in [&mut dry, train(&second, &out).args(start)] {
+        let message = refused(run);
+        assert!(
+            message.contains("`start.weights`") && message.contains("none.safetensors"),
+            "{message}"
+        );
+    }
+    assert!(!out.exists());
     let message = refused(isqrt().args(["train", "nothing.toml"]));
     assert!(message.contains("nothing.toml"), "{message}");
     assert!(!out.exists());
@@ -494,11 +510,14 @@ fn a_run_tells_its_classes_and_checkpoints() {
         .args(["--top", "10", "--images"])
         .arg(photos.join("test"));
     let text = String::from_utf8(ran(&mut classify).stdout).unwrap();
-    for class in &classes {
-        // Below each image; once in the path of two.
-        let named = text.lines().filter(|line| line.ends_with(class));
-        assert_eq!(named.count(), 20, "{class}: {text}");
+    let rows = text.lines().filter(|line| line.starts_with("  "));
+    for row in rows {
+        // `  PROBABILITY %  CLASS  NAME`
+        let words: Vec<&str> = row.split_whitespace().collect();
+        let class: usize = words[2].parse().unwrap();
+        assert_eq!(words[3], classes[class], "{row}");
     }
+    assert_eq!(text.lines().count(), 20 * 11, "{text}");
 
     let eval = |more: &[&str]| {
         let mut command = isqrt();

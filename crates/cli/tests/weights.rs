@@ -299,14 +299,15 @@ fn classify_prints_the_most_probable_classes() {
 
     // A broken image keeps nobody from the others.
     std::fs::write(scene.at("photos/test/broken.png"), "no image").unwrap();
-    let output = scene.run(&run);
+    // With batches of one, one batch has none.
+    let output = scene.run(&[&run[..], &["--batch", "1"]].concat());
     assert_eq!(output.status.code(), Some(1));
     let text = String::from_utf8(output.stdout).unwrap();
     assert_eq!(text.matches("photos/test").count(), 10, "{text}");
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.contains("broken.png"), "{said}");
     assert!(
-        said.ends_with("1 of 11 images could not be read\n"),
+        said.ends_with("1 of 11 images could not be decoded\n"),
         "{said}"
     );
     std::fs::remove_file(scene.at("photos/test/broken.png")).unwrap();
@@ -413,6 +414,21 @@ fn what_is_read_is_never_written_over_and_specs_are_not_overruled() {
     scene.bad(&spec, &["network needs [9, 528]"]);
     let text = scene.good(&[&spec[..], &["--partial"]].concat());
     assert!(text.contains("9 classes"), "{text}");
+    // A classifier that was not taken has no names.
+    let other = [
+        "convert",
+        own,
+        "h.safetensors",
+        "--classes",
+        "5",
+        "--partial",
+    ];
+    scene.good(&other);
+    let classes = |name| {
+        let file = checkpoint::Checkpoint::open(&scene.at(name)).unwrap();
+        checkpoint::record(&file).unwrap().classes.len()
+    };
+    assert_eq!((classes(own), classes("h.safetensors")), (4, 0));
     let text = scene.good(&["models", "spec.toml", "--json"]);
     assert!(text.contains("classifier"), "{text}");
 }

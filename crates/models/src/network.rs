@@ -213,8 +213,8 @@ impl Network {
     /// # Errors
     /// Where they are not finite or of another shape; [`Error::OnePosition`].
     pub fn pool(&self, features: &Tensor, mode: Mode) -> Result<Tensor> {
-        let positions: usize = features.dims().iter().skip(2).product();
-        if positions == 1 && self.representation.is_centred() {
+        let is_one = matches!(features.dims(), [_, _, 1, 1]);
+        if is_one && self.representation.is_centred() {
             let head = self.spec.representation.name.clone();
             return Err(Error::OnePosition { head });
         }

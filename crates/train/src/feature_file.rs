@@ -18,6 +18,8 @@ pub struct FeatureFile {
     sizes: (usize, usize, usize),
     /// First byte of the two matrices.
     starts: (u64, u64),
+    /// Rows that are written.
+    written: usize,
 }
 
 impl FeatureFile {
@@ -66,6 +68,7 @@ impl FeatureFile {
             file: WholeFile::create(path).map_err(|e| failed(path, e.to_string()))?,
             sizes,
             starts: (start, start + first as u64),
+            written: 0,
         };
         this.at(0, &(header.len() as u64).to_le_bytes())?;
         this.at(8, header.as_bytes())?;
@@ -73,14 +76,18 @@ impl FeatureFile {
         Ok(this)
     }
 
-    /// Writes the rows of a batch, whose images follow each other.
+    /// Writes the rows of a batch, which begins where the one before ended.
     ///
     /// # Errors
-    /// [`Error::File`] where the disk is full, for one.
+    /// [`Error::File`] where the disk is full, for one, or an image was left out.
     pub fn write(&mut self, batch: &Prediction) -> Result<()> {
         let (rows, first, second) = self.sizes;
         let count = batch.logits.dims()[0];
-        let place = batch.indices.first().map_or(0, |&index| index as usize);
+        let place = self.written;
+        let expected = (place..).zip(&batch.indices);
+        if batch.indices.len() != count || expected.into_iter().any(|(row, &i)| i as usize != row) {
+            return Err(failed(&self.path, "has a row for every image".to_owned()));
+        }
         if place + count > rows {
             return Err(failed(
                 &self.path,
@@ -100,6 +107,7 @@ impl FeatureFile {
             }
             self.at(start + (place * columns * 4) as u64, &bytes)?;
         }
+        self.written += count;
         Ok(())
     }
 

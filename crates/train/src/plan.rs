@@ -50,7 +50,8 @@ impl MemoryEstimate {
 }
 
 impl Plan {
-    /// Builds the network, runs one black image through it on the device, counts the rest.
+    /// Builds the network, runs one black image through it on the device, counts the rest. The
+    /// program computes as the spec says from then on, see [`TrainConfig::begin`](crate::TrainConfig::begin).
     ///
     /// # Errors
     /// What the run would end with: a network that cannot be, a batch that the images do not fill, a

@@ -35,13 +35,17 @@ pub fn predict<E: From<Error>>(
     network: &Network,
     preprocessing: &Preprocessing,
     images: &[PathBuf],
-    (batch, broken): (usize, Broken),
+    batch: usize,
+    broken: Broken,
     mut each: impl FnMut(Prediction) -> std::result::Result<(), E>,
 ) -> std::result::Result<Vec<Skipped>, E> {
-    let loader = loader(preprocessing, images, (batch, broken))?;
+    let loader = loader(preprocessing, images, batch, broken)?;
     let feeder = Feeder::new(&loader, network)?;
     for batch in loader.epoch(0).map_err(Error::from)? {
         let batch = batch.map_err(Error::from)?;
+        if batch.is_empty() {
+            continue;
+        }
         let run = || -> Result<Prediction> {
             let representation = network.represent(&feeder.images(&batch)?, Mode::Eval)?;
             let logits = network.classify(&representation, Mode::Eval)?;
@@ -64,7 +68,8 @@ pub fn predict<E: From<Error>>(
 fn loader(
     preprocessing: &Preprocessing,
     images: &[PathBuf],
-    (batch, broken): (usize, Broken),
+    batch: usize,
+    broken: Broken,
 ) -> Result<Loader> {
     let &Preprocessing {
         resize,

@@ -281,6 +281,20 @@ impl Paths {
     }
 }
 
+/// The file with the weights: itself, or of a run's folder the one that its result reports on.
+///
+/// # Errors
+/// As [`Paths::weights`].
+pub fn weights_file(path: &Path) -> Result<PathBuf> {
+    let paths = Paths {
+        root: path.to_owned(),
+    };
+    match paths.spec().exists() {
+        true => paths.weights(None),
+        false => Ok(path.to_owned()),
+    }
+}
+
 /// Trains what a spec says in a folder, which another process must not use meanwhile. Several devices, all
 /// different GPUs, share each batch; a device has a thread of its own then.
 ///
@@ -307,6 +321,9 @@ pub fn run(
     let spec_hash = file.spec.hash()?;
     let identity = format!("{spec_hash} {}", data.info.fingerprint);
     let folder = paths.root.join("checkpoints");
+    if !folder.exists() && !matches!(resume, Resume::From(_)) {
+        file.start_weights()?;
+    }
     std::fs::create_dir_all(&folder).map_err(|error| failed(&folder, &error))?;
     let lock = Lock::take(&paths.root)?;
     let mut console = Log::open(&paths.root, console)?;
@@ -359,17 +376,16 @@ pub fn run(
             saved.progress().step
         }
         None => {
-            if let Some(start) = &file.spec.start {
+            if let Some((start, weights)) = file.spec.start.as_ref().zip(file.start_weights()?) {
                 let options = LoadOptions {
                     partial: start.partial,
                     triangle: start.triangle.map(Into::into),
                 };
-                let report = trainer.start_from(|network| {
-                    Ok(checkpoint::load(network, &start.weights, &options)?)
-                })?;
+                let report = trainer
+                    .start_from(|network| Ok(checkpoint::load(network, &weights, &options)?))?;
                 console.say(&format!(
                     "starting from {}: {} tensors taken, {} of the network's stay at their initial values",
-                    start.weights.display(),
+                    weights.display(),
                     report.taken,
                     report.missing.len() + report.misshapen.len()
                 ));

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::layers::Layers;
+use crate::run::weights_file;
 use crate::{Error, GpuSpec, NonFinite, OptimiserSpec, Precision, Result, TrainConfig, Transforms};
 
 /// A training run. Unknown keys are errors; keys with a default may be left out.
@@ -344,6 +345,9 @@ impl SpecFile {
                 &format!("model.representation.{option}"),
                 &error.to_string(),
             ),
+            Error::Model(isqrt_models::Error::Linalg(
+                error @ isqrt_linalg::Error::GpuKernel { .. },
+            )) => self.problem("gpu.layer", &error.to_string()),
             Error::Model(error @ isqrt_models::Error::OnePosition { .. }) => {
                 self.problem("model.representation", &error.to_string())
             }
@@ -361,17 +365,22 @@ impl SpecFile {
         }
     }
 
-    /// Whether the weights to start from are there.
+    /// The file of the weights to start from, if the spec names one; of a run's folder that of its result.
     ///
     /// # Errors
-    /// [`Error::Spec`] where they are not.
-    pub fn check_start(&self) -> Result<()> {
-        match &self.spec.start {
-            Some(start) if !start.weights.is_file() => Err(self.problem(
+    /// [`Error::Spec`] where it is not there.
+    pub fn start_weights(&self) -> Result<Option<PathBuf>> {
+        let Some(start) = &self.spec.start else {
+            return Ok(None);
+        };
+        let path = weights_file(&start.weights)
+            .map_err(|error| self.problem("start.weights", &error.to_string()))?;
+        match path.is_file() {
+            true => Ok(Some(path)),
+            false => Err(self.problem(
                 "start.weights",
-                &format!("is {}, and there is no such file", start.weights.display()),
+                &format!("is {}, and there is no such file", path.display()),
             )),
-            _ => Ok(()),
         }
     }
 

@@ -1,18 +1,19 @@
 //! `isqrt classify`: the most probable classes of images.
 
 use super::device::DeviceArg;
-use super::weights::{ImageArgs, Loaded, WeightsArgs, weights_file};
+use super::weights::{ImageArgs, Loaded, WeightsArgs};
 use crate::output;
 use crate::progress::say;
 use anyhow::Context;
 use clap::Args;
 use isqrt_datasets::{Broken, Skipped, list_images};
+use isqrt_train::run::weights_file;
 use isqrt_train::{Prediction, predict};
 use std::path::PathBuf;
 
 /// Print the most probable classes of images
 ///
-/// An image that cannot be read is told of at the end, and the exit is then not zero.
+/// An image that cannot be decoded is told of at the end, and the exit is then not zero.
 #[derive(Args)]
 #[command(after_help = "Examples:
   isqrt classify --weights runs/folder-isqrt --images photos
@@ -43,7 +44,7 @@ impl Classify {
         let names = self.names(&loaded)?;
         let preprocessing = self.images.preprocessing(&loaded)?;
         let batch = usize::from(self.images.batch);
-        let batches = (batch, Broken::Skip { most: 1.0 });
+        let broken = Broken::Skip { most: 1.0 };
         let classify = |batch: Prediction| {
             let logits = batch.logits.to_vec2::<f32>()?;
             for (&index, logits) in batch.indices.iter().zip(&logits) {
@@ -74,13 +75,17 @@ impl Classify {
             }
             anyhow::Ok(())
         };
-        let left_out = predict(&loaded.network, &preprocessing, &images, batches, classify)?;
-        for Skipped { problem, .. } in &left_out {
+        let network = &loaded.network;
+        let left_out = predict(network, &preprocessing, &images, batch, broken, classify)?;
+        for Skipped { name, problem } in &left_out {
+            if json {
+                output::json(&serde_json::json!({ "image": name, "error": problem }))?;
+            }
             say(problem);
         }
         anyhow::ensure!(
             left_out.is_empty(),
-            "{} of {} images could not be read",
+            "{} of {} images could not be decoded",
             left_out.len(),
             images.len()
         );
@@ -92,7 +97,7 @@ impl Classify {
         let classes = loaded.network.spec().classes;
         let Some(path) = &self.labels else {
             let told = &loaded.record.classes;
-            return Ok((told.len() == classes).then(|| told.clone()));
+            return Ok((!told.is_empty()).then(|| told.clone()));
         };
         let text = std::fs::read_to_string(path);
         let text = text.with_context(|| format!("cannot read {}", path.display()))?;

@@ -1,9 +1,10 @@
 //! `isqrt convert`: checkpoints of others to ours and back.
 
-use super::weights::{Order, WeightsArgs, differ, weights_file};
+use super::weights::{Order, WeightsArgs, differ};
 use crate::output;
 use clap::Args;
 use isqrt_models::checkpoint::{self, Format};
+use isqrt_train::run::weights_file;
 use std::path::PathBuf;
 
 /// Turn a checkpoint into ours, or back into the names of another program

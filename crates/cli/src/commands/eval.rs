@@ -8,7 +8,7 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use isqrt_models::checkpoint::{self, Checkpoint, LoadOptions};
 use isqrt_train::data::RunData;
-use isqrt_train::run::{Outcome, Paths, count, svm};
+use isqrt_train::run::{Outcome, Paths, count, svm, weights_file};
 use std::path::PathBuf;
 
 /// Evaluate the network of a run, or other weights, as its spec evaluates
@@ -32,8 +32,8 @@ pub struct Eval {
     /// epoch-0010 and so on
     #[arg(long, value_name = "NAME", conflicts_with = "weights")]
     checkpoint: Option<String>,
-    /// File with the weights, of any layout that `isqrt convert` reads
-    #[arg(long, value_name = "FILE")]
+    /// File with the weights, of any layout that `isqrt convert` reads, or the folder of a run
+    #[arg(long, value_name = "PATH")]
     weights: Option<PathBuf>,
     /// Part of the data
     #[arg(long, value_enum, default_value_t = Part::Test)]
@@ -66,7 +66,7 @@ impl Eval {
         };
         let file = self.settings.read(&spec)?;
         let weights = match (&self.weights, is_run) {
-            (Some(weights), _) => weights.clone(),
+            (Some(weights), _) => weights_file(weights)?,
             (None, true) => paths.weights(self.checkpoint.as_deref())?,
             (None, false) => anyhow::bail!(
                 "{} is a spec: say which weights with --weights, or give a run folder",
@@ -80,8 +80,8 @@ impl Eval {
             );
         }
         let data = RunData::open(&file, None)?;
-        let weights_file = Checkpoint::open(&weights)?;
-        let known = checkpoint::record(&weights_file)?.classes;
+        let checkpoint_file = Checkpoint::open(&weights)?;
+        let known = checkpoint::record(&checkpoint_file)?.classes;
         let mut pairs = known.iter().zip(&data.classes);
         if known.len() == data.classes.len()
             && let Some((theirs, ours)) = pairs.find(|(theirs, ours)| theirs != ours)
@@ -93,14 +93,14 @@ impl Eval {
         }
         let config = file.spec.config(data.info.classes);
         let mut network =
-            checkpoint::network(&weights_file, &config.model, &LoadOptions::default())?;
+            checkpoint::network(&checkpoint_file, &config.model, &LoadOptions::default())?;
         // Checkpoints of a run tell their order; only those of others may not.
         let start = file.spec.start.as_ref().filter(|_| self.weights.is_some());
         let options = LoadOptions {
             triangle: start.and_then(|s| s.triangle).map(Into::into),
             ..LoadOptions::default()
         };
-        checkpoint::load_from(&mut network, &weights_file, &options)
+        checkpoint::load_from(&mut network, &checkpoint_file, &options)
             .with_context(|| format!("{} classes in the data", data.info.classes))?;
         let mut network = network.on(&self.device.open()?)?;
         config.begin(&mut network)?;

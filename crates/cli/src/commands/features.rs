@@ -1,11 +1,12 @@
 //! `isqrt features`: representations and logits of images in a file.
 
 use super::device::DeviceArg;
-use super::weights::{ImageArgs, WeightsArgs, differ, weights_file};
+use super::weights::{ImageArgs, WeightsArgs, differ};
 use crate::output;
 use clap::Args;
 use isqrt_datasets::{Broken, list_images};
-use isqrt_train::{FeatureFile, predict};
+use isqrt_train::run::weights_file;
+use isqrt_train::{FeatureFile, Prediction, predict};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -51,10 +52,8 @@ impl Features {
         let start = Instant::now();
         let mut file = FeatureFile::create(&self.out, &images, sizes)?;
         let batch = usize::from(self.images.batch);
-        let batches = (batch, Broken::Fail);
-        predict::<anyhow::Error>(network, &preprocessing, &images, batches, |batch| {
-            Ok(file.write(&batch)?)
-        })?;
+        let write = |batch: Prediction| anyhow::Ok(file.write(&batch)?);
+        predict(network, &preprocessing, &images, batch, Broken::Fail, write)?;
         file.finish()?;
         let seconds = start.elapsed().as_secs_f64();
         if json {

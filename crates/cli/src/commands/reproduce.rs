@@ -61,7 +61,8 @@ pub struct Reproduce {
     skip_broken: Option<f64>,
     #[command(flatten)]
     device: DeviceArg,
-    /// Output folder [default: out/reproduce, or out/smoke; with --data the name of the data is added]
+    /// Output folder [default: out/reproduce or out/smoke, with the names of --data and of the length added;
+    /// out/paper or out/smoke-paper]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Seeds of each training [default: as the experiment says]
@@ -176,8 +177,8 @@ impl Reproduce {
         let summary = done?;
         let page = isqrt_experiments::report::page_path(&out);
         let text = format!(
-            "{} cells run, {} done before, {} not run; report: {}",
-            summary.ran,
+            "{} run, {} done before, {} not run; report: {}",
+            isqrt_train::counted(summary.ran, "cell"),
             summary.skipped,
             summary.not_run,
             page.display()
@@ -195,7 +196,8 @@ impl Reproduce {
             return out.clone();
         }
         if matches!(self.profile, ProfileArg::Paper) {
-            return Path::new("out").join("paper");
+            let name = if self.smoke { "smoke-paper" } else { "paper" };
+            return Path::new("out").join(name);
         }
         // Other images or another length are another run: the report of one does not hide that of the other.
         let kind = if self.smoke { "smoke" } else { "reproduce" };

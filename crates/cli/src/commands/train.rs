@@ -102,7 +102,7 @@ impl Train {
                 ))?;
             }
             // After the plan, which can be read before the weights are there.
-            file.check_start()?;
+            file.start_weights()?;
             return Ok(false);
         }
         let scratch = match (self.smoke, &self.out) {

@@ -7,7 +7,6 @@ use isqrt_models::checkpoint::{
     self, Checkpoint, LoadOptions, Preprocessing, Record, Report, Triangle,
 };
 use isqrt_models::{ModelSpec, Network};
-use isqrt_train::run::Paths;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -109,10 +108,15 @@ impl WeightsArgs {
             // Where standard error is closed there is nobody to tell.
             let _ = writeln!(std::io::stderr(), "{line}");
         }
+        let mut record = checkpoint::record(&file)?;
+        // Of another classifier than the one of the file.
+        if !report.is_complete() || record.classes.len() != spec.classes {
+            record.classes.clear();
+        }
         Ok(Loaded {
             network,
             report,
-            record: checkpoint::record(&file)?,
+            record,
         })
     }
 }
@@ -127,17 +131,6 @@ fn describe(spec: &ModelSpec) -> String {
     let head = spec.representation.options.iter();
     let head: String = head.map(|(k, v)| format!(", {k} = {v}")).collect();
     format!("{} + {}{head}", spec.backbone, spec.representation.name)
-}
-
-/// The file with the weights: itself, or that of a run's folder, the one that its result reports on.
-pub fn weights_file(path: &Path) -> anyhow::Result<PathBuf> {
-    let paths = Paths {
-        root: path.to_owned(),
-    };
-    match paths.spec().exists() {
-        true => Ok(paths.weights(None)?),
-        false => Ok(path.to_owned()),
-    }
 }
 
 /// An error where two paths are one file: what is written would replace what is read.

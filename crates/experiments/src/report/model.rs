@@ -391,6 +391,13 @@ fn table(planned: &Planned, results: &Results<'_>) -> Table {
     table
 }
 
+/// Whether the numbers have to do with the paper's: errors on images of the user's have not, nor has the
+/// smallest size.
+pub(super) fn compares(planned: &Planned, sample: &Sample) -> bool {
+    let users = sample.is_seeded() && !planned.data.is_empty() && !is_of_own_images(planned);
+    !users && !planned.smoke
+}
+
 fn paper_entry(row: &Row, column: &Column, setting: &str) -> Entry {
     let found = row
         .paper
@@ -416,10 +423,8 @@ fn our_entry(planned: &Planned, row: &Row, column: &Column, results: &Results<'_
             None => show(mean(&finite), column.digits),
         };
         let paper = row.paper_value(&column.metric, &column.on);
-        // Errors on images of the user's have nothing to do with the paper's, nor has the smallest size.
-        let users = sample.is_seeded() && !planned.data.is_empty() && !is_of_own_images(planned);
         let difference = paper
-            .filter(|_| !users && !planned.smoke)
+            .filter(|_| compares(planned, &sample))
             .map(|p| sample.mean() - p.value)
             .filter(|d| d.is_finite())
             .map_or_else(String::new, |d| {

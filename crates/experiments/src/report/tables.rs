@@ -1,6 +1,6 @@
 //! One table as comma-separated values, a line a number, and for LaTeX.
 
-use super::model::{Entry, Heading, Table};
+use super::model::{self, Entry, Heading, Table};
 use crate::machine::date;
 use crate::plan::Planned;
 use crate::results::Results;
@@ -67,7 +67,8 @@ pub(super) fn csv(planned: &Planned, results: &Results<'_>) -> String {
                 .filter(|s| s.values.len() > 1)
                 .map(|s| sd(&s.numbers()));
             for paper in papers {
-                let difference = mean.zip(paper).map(|(m, p)| m - p.value);
+                let compared = sample.as_ref().filter(|s| model::compares(planned, s));
+                let difference = compared.zip(paper).map(|(s, p)| s.mean() - p.value);
                 let words = sample.as_ref().and_then(|s| s.words());
                 let text =
                     |f: fn(&crate::spec::PaperValue) -> String| paper.map_or_else(String::new, f);

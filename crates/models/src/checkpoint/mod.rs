@@ -107,11 +107,17 @@ pub fn record(file: &Checkpoint) -> Result<Record> {
             "tells a mean or a standard deviation that cannot be divided by".to_owned(),
         ));
     }
+    let classes: Vec<String> = told(file, CLASSES)?.unwrap_or_default();
     Ok(Record {
         preprocessing,
-        classes: told(file, CLASSES)?.unwrap_or_default(),
+        classes: classes.into_iter().map(printable).collect(),
         training: told(file, TRAINING)?,
     })
+}
+
+/// A name of a file for people to read, without what moves the cursor of a terminal.
+fn printable(name: String) -> String {
+    name.replace(char::is_control, "\u{fffd}")
 }
 
 fn told<T: for<'de> Deserialize<'de>>(file: &Checkpoint, key: &str) -> Result<Option<T>> {

@@ -177,7 +177,7 @@ const ROWS: [Row; 21] = [
         let error = number(&run.result, "/final/error5");
         with_note(percent(error), right(run, "/final/correct5"))
     }),
-    ("final top-1 error, best epoch", |run| {
+    ("test top-1 error, best epoch", |run| {
         let error = number(&run.result, "/best/test/error");
         with_note(percent(error), right(run, "/best/test/correct"))
     }),
@@ -467,7 +467,7 @@ fn curves(
 
 fn over_epochs(runs: &[Run]) -> Option<Group> {
     let note = "Training error and loss are means over an epoch, each batch before its update and as it was \
-                augmented; the evaluation follows the epoch, on the part that the table above names.";
+                augmented; the evaluation follows the epoch, on the validation part where there is one.";
     let figures = curves(runs, "epoch", |e| Some(e.epoch as f64));
     group("Over epochs", note.to_owned(), figures)
 }
