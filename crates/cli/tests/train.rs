@@ -328,7 +328,11 @@ fn mistakes_are_told_with_file_line_and_key() {
         ),
         (
             "model.backbone=mobilenet_v2",
-            &["`model.representation`", "1 position", "larger images"],
+            &[
+                "`model.backbone`",
+                "1 position that mobilenet_v2",
+                "last_stride",
+            ],
         ),
         ("label_smoothing=10", &["`label_smoothing`", "share"]),
         ("batch=100000", &["`batch`", "training images"]),
@@ -510,14 +514,19 @@ fn a_run_tells_its_classes_and_checkpoints() {
         .args(["--top", "10", "--images"])
         .arg(photos.join("test"));
     let text = String::from_utf8(ran(&mut classify).stdout).unwrap();
-    let rows = text.lines().filter(|line| line.starts_with("  "));
-    for row in rows {
-        // `  PROBABILITY %  CLASS  NAME`
-        let words: Vec<&str> = row.split_whitespace().collect();
-        let class: usize = words[2].parse().unwrap();
-        assert_eq!(words[3], classes[class], "{row}");
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 20 * 11, "{text}");
+    let mut right = 0;
+    for image in lines.chunks(11) {
+        let folder = Path::new(image[0]).parent().unwrap().file_name().unwrap();
+        for (place, row) in image[1..].iter().enumerate() {
+            // `  PROBABILITY %  CLASS  NAME`
+            let words: Vec<&str> = row.split_whitespace().collect();
+            let class: usize = words[2].parse().unwrap();
+            assert_eq!(words[3], classes[class], "{row}");
+            right += usize::from(place == 0 && folder == words[3]);
+        }
     }
-    assert_eq!(text.lines().count(), 20 * 11, "{text}");
 
     let eval = |more: &[&str]| {
         let mut command = isqrt();
@@ -527,6 +536,44 @@ fn a_run_tells_its_classes_and_checkpoints() {
     let message = refused(&mut eval(&["--checkpoint", "first"]));
     assert!(message.contains("no checkpoint first"), "{message}");
     assert!(message.contains("final, last"), "{message}");
+
+    // Images are seen as the run saw them, by whoever looks at them, and whatever else lies beside them.
+    let json =
+        |output: &Output| -> serde_json::Value { serde_json::from_slice(&output.stdout).unwrap() };
+    let own = json(&ran(&mut eval(&["--json"])));
+    assert_eq!(
+        (&own["total"], &own["correct"]),
+        (&20.into(), &right.into())
+    );
+    let fewer = dir.path().join("fewer");
+    for part in ["train", "val", "test"] {
+        for class in &classes {
+            let (from, to) = (photos.join(part).join(class), fewer.join(part).join(class));
+            std::fs::create_dir_all(&to).unwrap();
+            let mut files: Vec<_> = std::fs::read_dir(from)
+                .unwrap()
+                .map(|f| f.unwrap())
+                .collect();
+            files.sort_by_key(|file| file.file_name());
+            files.truncate(if part == "train" { 1 } else { files.len() });
+            for file in files {
+                std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
+            }
+        }
+    }
+    let data = |root: &Path| root.to_str().unwrap().to_owned();
+    let other = json(&ran(&mut eval(&["--json", "--data", &data(&fewer)])));
+    assert_eq!(
+        (&other["loss"], &other["correct"]),
+        (&own["loss"], &own["correct"])
+    );
+    // A folder without parts is evaluated whole.
+    let whole = json(&ran(&mut eval(&[
+        "--json",
+        "--data",
+        &data(&photos.join("train")),
+    ])));
+    assert_eq!(whole["total"], 80);
 
     let said = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
     let same = said(&ran(&mut eval(&[])));

@@ -27,6 +27,7 @@ impl Scene {
                 crop: 32,
                 ..Preprocessing::IMAGENET
             }),
+            pipeline: None,
             classes: ["elk", "fox", "gnu", "hen"].map(str::to_owned).to_vec(),
             training: Some(serde_json::json!({ "epochs": 3 })),
         };

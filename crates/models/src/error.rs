@@ -50,12 +50,15 @@ pub enum Error {
     },
     /// A covariance of a single position.
     #[error(
-        "{head} pools a covariance, and over the 1 position that the backbone leaves of such images it is \
-         zero whatever they show: take larger images, a backbone that reduces them less, or the head gap"
+        "{head} pools a covariance, and over the 1 position that {backbone} leaves of such images it is zero \
+         whatever they show: take larger images, last_stride = 1 where the backbone has it, a backbone that \
+         reduces them less, or the head gap"
     )]
     OnePosition {
         /// Name of the representation.
         head: String,
+        /// Name of the backbone.
+        backbone: String,
     },
     /// An error of a training op or of parameters.
     #[error(transparent)]

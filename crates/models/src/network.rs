@@ -215,8 +215,10 @@ impl Network {
     pub fn pool(&self, features: &Tensor, mode: Mode) -> Result<Tensor> {
         let is_one = matches!(features.dims(), [_, _, 1, 1]);
         if is_one && self.representation.is_centred() {
-            let head = self.spec.representation.name.clone();
-            return Err(Error::OnePosition { head });
+            return Err(Error::OnePosition {
+                head: self.spec.representation.name.clone(),
+                backbone: self.spec.backbone.name.clone(),
+            });
         }
         self.representation.forward(features, mode)
     }

@@ -53,6 +53,8 @@ pub struct RunData {
     pub test: Option<Feed>,
     /// Training images, seen as in evaluation.
     pub train_as_eval: Feed,
+    /// What evaluation makes of an image, from its file to the network.
+    pub seen: Pipeline,
     /// What becomes of images that cannot be read.
     pub broken: Broken,
     /// Images that were left out when they were decoded into memory.
@@ -75,6 +77,18 @@ impl RunData {
         self.test.as_ref().unwrap_or(&self.eval)
     }
 
+    /// Takes other means and deviations than those of these images.
+    pub fn normalise_as(&mut self, other: &Pipeline) {
+        let feeds = [&mut self.train, &mut self.eval, &mut self.train_as_eval];
+        let pipelines = feeds
+            .into_iter()
+            .chain(&mut self.test)
+            .map(|feed| &mut feed.pipeline);
+        for pipeline in pipelines.chain([&mut self.seen]) {
+            (pipeline.mean, pipeline.std) = (other.mean, other.std);
+        }
+    }
+
     /// Lists the images, splits them, and decodes them where they are to be in memory. With `few`, only so
     /// many of the training part and of each other.
     ///
@@ -82,6 +96,19 @@ impl RunData {
     /// [`Error::Spec`] where the spec does not say which images or cannot have these, [`Error::Data`]
     /// with the path.
     pub fn open(file: &SpecFile, few: Option<[usize; 2]>) -> Result<Self> {
+        Self::open_as(file, few, false)
+    }
+
+    /// The same to evaluate on images that the network was not trained on: all of them, where they come in
+    /// no parts, instead of a share that training would leave out.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_unseen(file: &SpecFile) -> Result<Self> {
+        Self::open_as(file, None, true)
+    }
+
+    fn open_as(file: &SpecFile, few: Option<[usize; 2]>, unseen: bool) -> Result<Self> {
         let data = &file.spec.data;
         let pipelines = [
             ("data.train_transforms", &data.train_transforms),
@@ -102,7 +129,7 @@ impl RunData {
         };
         match (&data.set, &data.root) {
             (Some(MadeSet::E10), _) => made(file, pipelines, broken, few),
-            (None, Some(root)) => stored(file, root, pipelines, broken, few),
+            (None, Some(root)) => stored(file, root, pipelines, broken, (few, unseen)),
             (None, None) => Err(file.problem(
                 "data.root",
                 "is missing: say where the images are with --data ROOT, or `set = \"e10\"` for those that \
@@ -155,6 +182,7 @@ fn made(
         info,
         classes: e10::class_names(),
         train_as_eval: feed(Arc::clone(&train_set), &eval),
+        seen: normalise(&eval),
         train: feed(train_set, &train),
         test: test_set.map(|set| feed(set, &eval)),
         eval: feed(eval_set, &eval),
@@ -181,11 +209,14 @@ fn stored(
     root: &Path,
     (train, eval): (Pipeline, Pipeline),
     broken: Broken,
-    few: Option<[usize; 2]>,
+    (few, unseen): (Option<[usize; 2]>, bool),
 ) -> Result<RunData> {
     let spec = &file.spec;
     let listing = list_with(root, &spec.list_options())?;
-    let mut parts = parts(listing, spec.data.validation, spec.seed)?;
+    let mut parts = match unseen && listing.val.is_none() && listing.test.is_none() {
+        true => all(listing),
+        false => parts(listing, spec.data.validation, spec.seed)?,
+    };
     if let Some([most_train, most_eval]) = few {
         keep_few(&mut parts.train, most_train);
         keep_few(&mut parts.eval, most_eval);
@@ -231,6 +262,7 @@ fn stored(
             classes,
             train: feed(&train_images, &train),
             train_as_eval: feed(&train_images, &eval),
+            seen: eval.clone(),
             eval: feed(&eval_samples.into(), &eval),
             test,
             broken,
@@ -252,10 +284,14 @@ fn stored(
             "keeps one picture of each image, and `eval_transforms` makes several",
         ));
     }
-    let mut skipped = Vec::new();
+    let mut skipped: Vec<Skipped> = Vec::new();
     let mut decode = |samples: &[Sample], pipeline: &Pipeline| -> Result<Arc<ImageSet>> {
         let (set, left_out) = decode_all(samples, &classes, pipeline, broken)?;
-        skipped.extend(left_out);
+        // Training images are decoded twice.
+        let new = left_out
+            .into_iter()
+            .filter(|image| !skipped.contains(image));
+        skipped.extend(new.collect::<Vec<_>>());
         Ok(Arc::new(set))
     };
     let train_set = decode(&train_samples, &once)?;
@@ -277,12 +313,24 @@ fn stored(
         info,
         train: feed(train_set, &random),
         train_as_eval: feed(train_seen, &as_is),
+        seen: normalise(&eval),
         eval: feed(eval_set, &as_is),
         test: test_set.map(|set| feed(set, &as_is)),
         classes,
         broken,
         skipped,
     })
+}
+
+/// All images in each part.
+fn all(listing: Listing) -> Parts {
+    Parts {
+        classes: listing.classes,
+        note: format!("all {} images", listing.train.len()),
+        eval: listing.train.clone(),
+        train: listing.train,
+        test: Vec::new(),
+    }
 }
 
 fn parts(listing: Listing, validation: Validation, seed: u64) -> Result<Parts> {

@@ -53,6 +53,14 @@ impl Layers {
                 message,
             })
         };
+        if path
+            .extension()
+            .is_some_and(|end| end == "safetensors" || end == "pth")
+        {
+            let message = "is a file of weights, not an experiment: `isqrt eval RUN` takes the folder of a run, \
+                           `isqrt eval SPEC --weights FILE` an experiment file and weights";
+            return failed(None, message.to_owned());
+        }
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) => {
@@ -73,6 +81,11 @@ impl Layers {
                 return failed(line, one_line(error.message()));
             }
         };
+        if own.contains_key("columns") && own.contains_key("rows") {
+            let name = path.file_stem().unwrap_or_default().display();
+            let message = format!("is a table of the paper, which `isqrt reproduce {name}` runs");
+            return failed(None, message);
+        }
         let parts = match own.get(EXTENDS) {
             None => Vec::new(),
             Some(toml::Value::Array(parts)) if parts.iter().all(toml::Value::is_str) => {
@@ -139,6 +152,21 @@ impl Layers {
         Ok(())
     }
 
+    /// Takes the images from here, in place of whatever the files say: `--data ROOT`.
+    pub fn set_data(&mut self, root: &str) {
+        if let Some(toml::Value::Table(data)) = self.table.get_mut("data") {
+            data.remove("set");
+        }
+        forget(&mut self.places, "data.set");
+        let place = Place {
+            file: format!("--data {root}"),
+            line: None,
+        };
+        let data = toml::Table::from_iter([("root".to_owned(), root.into())]);
+        let over = toml::Table::from_iter([("data".to_owned(), data.into())]);
+        self.merge(over, &|_| place.clone());
+    }
+
     fn remove(&mut self, key: &str) {
         self.table.remove(key);
         forget(&mut self.places, key);
@@ -184,6 +212,11 @@ impl Layers {
             }
             let near = hint(nearest(unknown, known.iter().map(String::as_str)).as_deref());
             message = format!("is not known{near}");
+        }
+        if let (true, Some((unknown, known))) =
+            (message.starts_with("unknown variant"), quoted.split_first())
+        {
+            message += &hint(nearest(unknown, known.iter().map(String::as_str)).as_deref());
         }
         let mut at = key.as_str();
         let place = loop {

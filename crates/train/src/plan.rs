@@ -14,6 +14,8 @@ pub struct Plan {
     pub data: DataInfo,
     /// Short name of the network.
     pub model: String,
+    /// Rows and columns of the input in training, where they differ from those of evaluation.
+    pub train_input: Option<(usize, usize)>,
     /// Stages with shapes, parameters and activations, of one image.
     pub description: Description,
     /// Length of the representation.
@@ -93,6 +95,14 @@ impl Plan {
             }
             error => file.place(Error::from(error)),
         })?;
+        let train_input = spec.data.train_transforms.pipeline()?.output_size();
+        let train_input = train_input.filter(|&input| input != data.info.input);
+        if let Some((side, _)) = train_input {
+            network.describe(side).map_err(|error| {
+                let message = format!("gives inputs of {side} pixels: {error}");
+                file.problem("data.train_transforms", &message)
+            })?;
+        }
         let pass = config.batch / config.accumulate;
         let bytes = match config.precision {
             Precision::F64 => 2,
@@ -107,6 +117,7 @@ impl Plan {
         let copies = 2 + config.optimiser.slots() + usize::from(config.ema.is_some());
         Ok(Self {
             data: data.info.clone(),
+            train_input,
             model: config.model.short_name(),
             representation: network.out_dim(),
             updates_per_epoch,

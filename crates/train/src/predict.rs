@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use isqrt_datasets::{Broken, Loader, LoaderConfig, Pipeline, Root, Sample, Skipped};
 use isqrt_models::Network;
-use isqrt_models::checkpoint::Preprocessing;
+use isqrt_models::checkpoint::Record;
 use isqrt_nn::Mode;
+use serde::Deserialize;
 
+use crate::evaluate::mean_of_views;
 use crate::feeder::Feeder;
 use crate::{Error, Result};
 
@@ -24,7 +26,8 @@ pub struct Prediction {
 
 /// Runs a network in evaluation over images and hands each batch to `each`, in order.
 ///
-/// Images are decoded in parallel, a batch at a time, so that memory does not grow with their number.
+/// Images are decoded in parallel, a batch at a time, so that memory does not grow with their number. What
+/// comes of several views of an image is averaged.
 ///
 /// Gives the images that were left out, which `broken` may allow.
 ///
@@ -33,13 +36,13 @@ pub struct Prediction {
 /// images do not fit; whatever `each` returns.
 pub fn predict<E: From<Error>>(
     network: &Network,
-    preprocessing: &Preprocessing,
+    pipeline: &Pipeline,
     images: &[PathBuf],
     batch: usize,
     broken: Broken,
     mut each: impl FnMut(Prediction) -> std::result::Result<(), E>,
 ) -> std::result::Result<Vec<Skipped>, E> {
-    let loader = loader(preprocessing, images, batch, broken)?;
+    let loader = loader(pipeline, images, batch, broken)?;
     let feeder = Feeder::new(&loader, network)?;
     for batch in loader.epoch(0).map_err(Error::from)? {
         let batch = batch.map_err(Error::from)?;
@@ -49,9 +52,9 @@ pub fn predict<E: From<Error>>(
         let run = || -> Result<Prediction> {
             let representation = network.represent(&feeder.images(&batch)?, Mode::Eval)?;
             let logits = network.classify(&representation, Mode::Eval)?;
-            let plain = |x: Tensor| {
-                let x = x.detach().to_dtype(DType::F32)?;
-                x.to_device(&Device::Cpu)
+            let plain = |x: Tensor| -> Result<Tensor> {
+                let x = mean_of_views(&x.detach(), batch.views)?.to_dtype(DType::F32)?;
+                Ok(x.to_device(&Device::Cpu)?)
             };
             Ok(Prediction {
                 indices: batch.indices.clone(),
@@ -64,28 +67,27 @@ pub fn predict<E: From<Error>>(
     Ok(loader.skipped())
 }
 
-/// Images `(batch, 3, crop, crop)`, normalised, in order.
-fn loader(
-    preprocessing: &Preprocessing,
-    images: &[PathBuf],
-    batch: usize,
-    broken: Broken,
-) -> Result<Loader> {
-    let &Preprocessing {
-        resize,
-        crop,
-        mean,
-        std,
-    } = preprocessing;
-    if crop > resize {
-        // It would get a black border, which no network was evaluated with.
-        return Err(Error::Config {
-            what: "crop",
-            value: crop.to_string(),
-            expected: format!("at most {resize}, the short side that images are resized to"),
-        });
-    }
-    let pipeline = Pipeline::evaluation(resize, crop).normalising(mean, std);
+/// The pipeline that a checkpoint tells; none where it tells none.
+///
+/// # Errors
+/// [`Error::File`] where it cannot be used.
+pub fn told_pipeline(record: &Record, path: &Path) -> Result<Option<Pipeline>> {
+    let Some(told) = &record.pipeline else {
+        return Ok(None);
+    };
+    let failed = |problem: String| Error::File {
+        path: path.to_owned(),
+        message: format!("tells a pipeline that is none: {problem}"),
+    };
+    let pipeline = Pipeline::deserialize(told).map_err(|error| failed(error.to_string()))?;
+    pipeline
+        .check()
+        .map_err(|error| failed(error.to_string()))?;
+    Ok(Some(pipeline))
+}
+
+/// Images in order, through the pipeline.
+fn loader(pipeline: &Pipeline, images: &[PathBuf], batch: usize, broken: Broken) -> Result<Loader> {
     let here = Root::new(Path::new(""));
     let sample = |path: &PathBuf| match path.to_str() {
         Some(name) => Ok(Sample::file(&here, name, 0)),
@@ -97,7 +99,7 @@ fn loader(
     let samples: Vec<Sample> = images.iter().map(sample).collect::<Result<_>>()?;
     Ok(Loader::new(
         samples,
-        pipeline,
+        pipeline.clone(),
         LoaderConfig {
             broken,
             ..LoaderConfig::eval(batch.max(1))

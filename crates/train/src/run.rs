@@ -19,7 +19,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use isqrt_datasets::{Filter, Images, Skipped, Step};
+use isqrt_datasets::{Filter, Images, Pipeline, Skipped, Step};
 use isqrt_models::checkpoint::{self, LoadOptions, Preprocessing, Record, Triangle};
 use isqrt_models::{Network, WholeFile, sync_folder_of};
 use serde::{Deserialize, Serialize};
@@ -383,11 +383,23 @@ pub fn run(
                 };
                 let report = trainer
                     .start_from(|network| Ok(checkpoint::load(network, &weights, &options)?))?;
+                let others = report.missing.len() + report.misshapen.len();
+                if report.taken < others {
+                    return Err(file.problem(
+                        "start.weights",
+                        &format!(
+                            "is {}, which has {} of the network's {} tensors: it is of another network",
+                            weights.display(),
+                            report.taken,
+                            report.taken + others
+                        ),
+                    ));
+                }
                 console.say(&format!(
                     "starting from {}: {} tensors taken, {} of the network's stay at their initial values",
                     weights.display(),
                     report.taken,
-                    report.missing.len() + report.misshapen.len()
+                    others
                 ));
                 for line in report.lines() {
                     console.note(&line);
@@ -415,7 +427,8 @@ pub fn run(
         false => None,
     };
     let record = Record {
-        preprocessing: preprocessing(&data.eval),
+        preprocessing: preprocessing(&data.seen),
+        pipeline: serde_json::to_value(&data.seen).ok(),
         classes: data.classes.clone(),
         training: serde_json::to_value(&given.spec).ok(),
     };
@@ -1204,9 +1217,8 @@ fn remove_partial(folder: &Path) {
     }
 }
 
-/// How images are made ready for the network, where a checkpoint can say it.
-fn preprocessing(feed: &Feed) -> Option<Preprocessing> {
-    let pipeline = &feed.pipeline;
+/// How images are made ready for the network, where it is as simple.
+fn preprocessing(pipeline: &Pipeline) -> Option<Preprocessing> {
     match pipeline.steps[..] {
         [
             Step::Resize {

@@ -309,7 +309,18 @@ impl SpecFile {
     /// # Errors
     /// [`Error::Spec`] with file, line and key.
     pub fn read(path: &Path, settings: &[String]) -> Result<Self> {
+        Self::read_on(path, settings, None)
+    }
+
+    /// The same with the images of this folder, archive or list.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn read_on(path: &Path, settings: &[String], data: Option<&str>) -> Result<Self> {
         let mut layers = Layers::read(path)?;
+        if let Some(root) = data {
+            layers.set_data(root);
+        }
         for setting in settings {
             layers.set(setting)?;
         }
@@ -349,7 +360,7 @@ impl SpecFile {
                 error @ isqrt_linalg::Error::GpuKernel { .. },
             )) => self.problem("gpu.layer", &error.to_string()),
             Error::Model(error @ isqrt_models::Error::OnePosition { .. }) => {
-                self.problem("model.representation", &error.to_string())
+                self.problem("model.backbone", &error.to_string())
             }
             Error::Model(error @ isqrt_models::Error::Unknown { what, .. }) => {
                 self.problem(&format!("model.{what}"), &error.to_string())

@@ -42,7 +42,7 @@ impl Classify {
         let weights = weights_file(&self.weights)?;
         let loaded = self.model.load_on(&weights, &self.device.open()?)?;
         let names = self.names(&loaded)?;
-        let preprocessing = self.images.preprocessing(&loaded)?;
+        let pipeline = self.images.pipeline(&loaded, &weights)?;
         let batch = usize::from(self.images.batch);
         let broken = Broken::Skip { most: 1.0 };
         let classify = |batch: Prediction| {
@@ -76,7 +76,7 @@ impl Classify {
             anyhow::Ok(())
         };
         let network = &loaded.network;
-        let left_out = predict(network, &preprocessing, &images, batch, broken, classify)?;
+        let left_out = predict(network, &pipeline, &images, batch, broken, classify)?;
         for Skipped { name, problem } in &left_out {
             if json {
                 output::json(&serde_json::json!({ "image": name, "error": problem }))?;

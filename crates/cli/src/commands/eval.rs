@@ -9,7 +9,9 @@ use clap::{Args, ValueEnum};
 use isqrt_models::checkpoint::{self, Checkpoint, LoadOptions};
 use isqrt_train::data::RunData;
 use isqrt_train::run::{Outcome, Paths, count, svm, weights_file};
-use std::path::PathBuf;
+use isqrt_train::spec::Normalise;
+use isqrt_train::{SpecFile, told_pipeline};
+use std::path::{Path, PathBuf};
 
 /// Evaluate the network of a run, or other weights, as its spec evaluates
 ///
@@ -64,7 +66,7 @@ impl Eval {
         } else {
             self.run.clone()
         };
-        let file = self.settings.read(&spec)?;
+        let mut file = self.settings.read(&spec)?;
         let weights = match (&self.weights, is_run) {
             (Some(weights), _) => weights_file(weights)?,
             (None, true) => paths.weights(self.checkpoint.as_deref())?,
@@ -79,9 +81,24 @@ impl Eval {
                 "--svm {c}: a positive number is needed"
             );
         }
-        let data = RunData::open(&file, None)?;
         let checkpoint_file = Checkpoint::open(&weights)?;
-        let known = checkpoint::record(&checkpoint_file)?.classes;
+        let record = checkpoint::record(&checkpoint_file)?;
+        // Means and deviations are those that the network knows, whatever the images are.
+        let told = told_pipeline(&record, &weights)?;
+        let told = told.filter(|_| file.spec.data.normalise == Normalise::Train);
+        if told.is_some() {
+            file.spec.data.normalise = Normalise::ImageNet;
+            // For one pass, and several views are possible.
+            file.spec.data.in_memory = false;
+        }
+        let mut data = match is_run && self.is_on_other_data(&spec)? {
+            true => RunData::open_unseen(&file)?,
+            false => RunData::open(&file, None)?,
+        };
+        if let Some(told) = &told {
+            data.normalise_as(told);
+        }
+        let known = record.classes;
         let mut pairs = known.iter().zip(&data.classes);
         if known.len() == data.classes.len()
             && let Some((theirs, ours)) = pairs.find(|(theirs, ours)| theirs != ours)
@@ -125,14 +142,16 @@ impl Eval {
         if json {
             let mut object = serde_json::to_value(&outcome)?;
             object["weights"] = serde_json::to_value(&weights)?;
+            object["classes"] = serde_json::to_value(&data.classes)?;
             object["svm"] = serde_json::to_value(&svm)?;
             return output::json(&object);
         }
         output::line(&format!(
-            "{} on {} images of {}",
+            "{} on {} images of {} ({})",
             weights.display(),
             outcome.evaluation.total,
-            data.info.name
+            data.info.name,
+            data.info.note
         ))?;
         output::line(&format!(
             "top-1 error {:.2} %, top-5 error {:.2} % ({} and {} of {} images right), loss {:.4}, \
@@ -170,5 +189,17 @@ impl Eval {
             ]
         });
         output::table(&["class", "accuracy", "right"], rows.collect(), 1)
+    }
+}
+
+impl Eval {
+    /// Whether `--data` names other images than those of the run.
+    fn is_on_other_data(&self, spec: &Path) -> anyhow::Result<bool> {
+        let Some(given) = &self.settings.data else {
+            return Ok(false);
+        };
+        let own = SpecFile::read(spec, &[])?.spec.data.root;
+        let real = |path: &Path| path.canonicalize().ok();
+        Ok(own.is_none_or(|own| real(&own) != real(given)))
     }
 }

@@ -47,13 +47,13 @@ impl Features {
         let images = list_images(&self.images.images)?;
         let loaded = self.model.load_on(&weights, &self.device.open()?)?;
         let network = &loaded.network;
-        let preprocessing = self.images.preprocessing(&loaded)?;
+        let pipeline = self.images.pipeline(&loaded, &weights)?;
         let sizes = (network.out_dim(), network.spec().classes);
         let start = Instant::now();
         let mut file = FeatureFile::create(&self.out, &images, sizes)?;
         let batch = usize::from(self.images.batch);
         let write = |batch: Prediction| anyhow::Ok(file.write(&batch)?);
-        predict(network, &preprocessing, &images, batch, Broken::Fail, write)?;
+        predict(network, &pipeline, &images, batch, Broken::Fail, write)?;
         file.finish()?;
         let seconds = start.elapsed().as_secs_f64();
         if json {

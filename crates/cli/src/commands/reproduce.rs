@@ -309,6 +309,18 @@ impl Reproduce {
             }
             return Ok(());
         }
+        // Before the table, which is what people look for.
+        if self.dry_run {
+            for (p, cell) in plan.todo() {
+                let seed = cell.seed.map_or_else(String::new, |s| format!(" seed {s}"));
+                output::line(&format!(
+                    "  {} {}{seed}: {}",
+                    p.experiment.id,
+                    cell.name(),
+                    duration(cell.seconds)
+                ))?;
+            }
+        }
         let mut rows = Vec::new();
         let mut reasons = std::collections::BTreeSet::new();
         for p in &plan.experiments {
@@ -341,17 +353,6 @@ impl Reproduce {
         }
         for reason in reasons {
             output::line(&format!("not run: {reason}"))?;
-        }
-        if self.dry_run {
-            for (p, cell) in plan.todo() {
-                let seed = cell.seed.map_or_else(String::new, |s| format!(" seed {s}"));
-                output::line(&format!(
-                    "  {} {}{seed}: {}",
-                    p.experiment.id,
-                    cell.name(),
-                    duration(cell.seconds)
-                ))?;
-            }
         }
         let threads = run::threads();
         let left = plan.seconds_left(threads);

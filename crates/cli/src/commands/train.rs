@@ -54,23 +54,24 @@ pub struct Settings {
     /// Set a key of the spec, as often as wanted: a.b=VALUE, VALUE as in TOML or plain text
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Folder, archive or list with the images: data.root
+    /// Folder, archive or list with the images: data.root, in place of data.set
     #[arg(long, value_name = "ROOT")]
-    data: Option<PathBuf>,
+    pub data: Option<PathBuf>,
 }
 
 impl Settings {
     /// The spec with all that lies over it.
     pub fn read(&self, path: &std::path::Path) -> anyhow::Result<SpecFile> {
-        let mut settings = self.set.clone();
-        if let Some(data) = &self.data {
-            let root = data
-                .to_str()
-                .with_context(|| format!("{}: its name is not in UTF-8", data.display()))?;
-            // Quoted, so that a folder called `1` stays a name.
-            settings.push(format!("data.root={}", toml::Value::from(root)));
-        }
-        Ok(SpecFile::read(path, &settings)?)
+        let Some(data) = &self.data else {
+            return Ok(SpecFile::read(path, &self.set)?);
+        };
+        // So that the run can be evaluated from elsewhere.
+        let root =
+            std::path::absolute(data).with_context(|| format!("--data {}", data.display()))?;
+        let root = root
+            .to_str()
+            .with_context(|| format!("{}: its name is not in UTF-8", data.display()))?;
+        Ok(SpecFile::read_on(path, &self.set, Some(root))?)
     }
 }
 
@@ -253,7 +254,7 @@ fn plan(file: &SpecFile, data: &RunData, device: &Device, json: bool) -> anyhow:
         info.name, info.classes, info.note
     ))?;
     output::line(&format!(
-        "parts: {} to train on, {} to evaluate epochs on, {} to report on at the end; input {} x {}",
+        "parts: {} to train on, {} to evaluate epochs on, {} to report on at the end; input {} x {}{}",
         info.train,
         info.eval,
         if info.test == 0 {
@@ -262,7 +263,11 @@ fn plan(file: &SpecFile, data: &RunData, device: &Device, json: bool) -> anyhow:
             info.test.to_string()
         },
         info.input.0,
-        info.input.1
+        info.input.1,
+        plan.train_input
+            .map_or_else(String::new, |(rows, columns)| {
+                format!(", in training {rows} x {columns}")
+            })
     ))?;
     let shape = |shape: &[usize]| {
         let sides: Vec<String> = shape.iter().map(ToString::to_string).collect();

@@ -3,10 +3,12 @@
 use anyhow::Context;
 use candle_core::Device;
 use clap::{Args, ValueEnum};
+use isqrt_datasets::Pipeline;
 use isqrt_models::checkpoint::{
     self, Checkpoint, LoadOptions, Preprocessing, Record, Report, Triangle,
 };
 use isqrt_models::{ModelSpec, Network};
+use isqrt_train::told_pipeline;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -161,10 +163,10 @@ pub struct ImageArgs {
     /// An image, a folder of images, or a text file with one path a line
     #[arg(long, value_name = "PATH")]
     pub images: PathBuf,
-    /// Pixels of the short side [default: the file's, or 256; less for small networks]
+    /// Pixels of the short side [default: as the file tells, or 256; less for small networks]
     #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u16).range(1..=4096))]
     resize: Option<u16>,
-    /// Side of the square cut out of its centre [default: the file's, or what the backbone was made for]
+    /// Side of the square cut out of its centre [default: as the file tells, or what the backbone was made for]
     #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u16).range(1..=4096))]
     crop: Option<u16>,
     /// Images at once
@@ -173,21 +175,28 @@ pub struct ImageArgs {
 }
 
 impl ImageArgs {
-    /// From the flags, the file, or the images that the backbone was made for: those of ImageNet
+    /// From the flags, the file (at `path`), or the images that the backbone was made for: those of ImageNet
     /// cut out of a short side of 256 pixels, smaller ones as a whole.
-    pub fn preprocessing(&self, loaded: &Loaded) -> anyhow::Result<Preprocessing> {
+    pub fn pipeline(&self, loaded: &Loaded, path: &Path) -> anyhow::Result<Pipeline> {
+        let told = told_pipeline(&loaded.record, path)?;
+        if let (Some(told), None, None) = (&told, self.resize, self.crop) {
+            return Ok(told.clone());
+        }
         let side = loaded.network.spec().backbone.entry()?.image_side();
         let usual = Preprocessing {
             resize: if side < 224 { side } else { 256 },
             crop: side,
             ..Preprocessing::IMAGENET
         };
-        let told = loaded.record.preprocessing.unwrap_or(usual);
-        let crop = self.crop.map_or(told.crop, usize::from);
-        Ok(Preprocessing {
-            resize: self.resize.map_or(told.resize.max(crop), usize::from),
-            crop,
-            ..told
-        })
+        let simple = loaded.record.preprocessing.unwrap_or(usual);
+        let crop = self.crop.map_or(simple.crop, usize::from);
+        let resize = self.resize.map_or(simple.resize.max(crop), usize::from);
+        // It would get a black border, which no network was evaluated with.
+        anyhow::ensure!(
+            crop <= resize,
+            "--crop {crop} is more than {resize}, the short side that images are resized to"
+        );
+        let (mean, std) = told.map_or((simple.mean, simple.std), |told| (told.mean, told.std));
+        Ok(Pipeline::evaluation(resize, crop).normalising(mean, std))
     }
 }

@@ -40,8 +40,10 @@ pub struct LoadOptions {
 /// What a checkpoint of ours tells beside its values.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Record {
-    /// How images were made ready for the network.
+    /// How images were made ready for the network, where it is as simple.
     pub preprocessing: Option<Preprocessing>,
+    /// All steps of it, in the words of whoever made them.
+    pub pipeline: Option<serde_json::Value>,
     /// Names of the classes in the order of the classifier's outputs; empty where they are not known.
     pub classes: Vec<String>,
     /// How it was trained, in the words of whoever trained it.
@@ -77,6 +79,7 @@ impl Preprocessing {
 const FORMAT: (&str, &str) = ("format", "pt");
 const MODEL: &str = "isqrt.model";
 const PREPROCESSING: &str = "isqrt.preprocessing";
+const PIPELINE: &str = "isqrt.pipeline";
 const CLASSES: &str = "isqrt.classes";
 const TRAINING: &str = "isqrt.training";
 /// State of the run that a file of ours is of, and the beginning of the names of its tensors.
@@ -110,6 +113,7 @@ pub fn record(file: &Checkpoint) -> Result<Record> {
     let classes: Vec<String> = told(file, CLASSES)?.unwrap_or_default();
     Ok(Record {
         preprocessing,
+        pipeline: told(file, PIPELINE)?,
         classes: classes.into_iter().map(printable).collect(),
         training: told(file, TRAINING)?,
     })
@@ -435,6 +439,9 @@ fn tell(path: &Path, record: &Record) -> Result<HashMap<String, String>> {
     let mut metadata = HashMap::new();
     if let Some(preprocessing) = &record.preprocessing {
         metadata.insert(PREPROCESSING.to_owned(), json(path, preprocessing)?);
+    }
+    if let Some(pipeline) = &record.pipeline {
+        metadata.insert(PIPELINE.to_owned(), json(path, pipeline)?);
     }
     if !record.classes.is_empty() {
         metadata.insert(CLASSES.to_owned(), json(path, &record.classes)?);
