@@ -575,7 +575,27 @@ fn a_run_tells_its_classes_and_checkpoints() {
     ])));
     assert_eq!(whole["total"], 80);
 
+    // Another run starts from the folder, but not with another network.
+    let start = |backbone: &str| {
+        let mut command = isqrt();
+        command
+            .arg("train")
+            .arg(&spec)
+            .args(["--smoke", "1", "--set", "batch=20", "--data"]);
+        command
+            .arg(&photos)
+            .args(["--set", "start.partial=true", "--set"]);
+        command.arg(format!("start.weights={}", out.display()));
+        command.args(["--set", &format!("model.backbone={backbone}")]);
+        command
+    };
     let said = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    let begun = said(&ran(&mut start("tinyresnet")));
+    assert!(begun.contains("0 of the network's stay"), "{begun}");
+    let message = refused(&mut start("resnet18"));
+    assert!(message.contains("`start.weights`"), "{message}");
+    assert!(message.contains("of another network"), "{message}");
+
     let same = said(&ran(&mut eval(&[])));
     assert!(!same.contains("warning"), "{same}");
     for part in ["train", "val", "test"] {
