@@ -200,6 +200,15 @@ fn a_dry_run_shows_the_plan_and_writes_nothing() {
         assert!(text.contains(part), "{part} in {text}");
     }
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    // Images of one's own that no experiment of the plan can take.
+    let here = ["reproduce", "fine-grained", "--data", ".", "--dry-run"];
+    let output = isqrt(dir.path(), &here);
+    assert!(output.status.success(), "{}", err(&output));
+    assert!(
+        out(&output).contains("not run: fine-grained"),
+        "{}",
+        out(&output)
+    );
     let output = isqrt(
         dir.path(),
         &["reproduce", "--dry-run", "--json", "--search"],

@@ -338,6 +338,14 @@ fn mistakes_are_told_with_file_line_and_key() {
         ("batch=100000", &["`batch`", "training images"]),
         ("accumulate=3", &["`accumulate`", "divisor"]),
         ("model.backbone=resnet51", &["resnet51", "resnet50"]),
+        (
+            "model.backbone=resnet50+isqrt",
+            &["named apart, \"resnet50\" and \"isqrt\""],
+        ),
+        (
+            "model.backbone=alexnet",
+            &["`model.backbone`", "does not take images of 32 pixels"],
+        ),
         ("data.train_transforms=imagenet", &["imagenet"]),
         ("data.eval_transforms=small32-train", &["random"]),
         (

@@ -118,6 +118,9 @@ pub struct Infos {
     pub own: BTreeMap<String, DataInfo>,
     /// Those that the user has brought, with their recipe; networks are trained on them alone then.
     pub users: Option<DataInfo>,
+    /// Whether the user has brought some at all: where none of the experiments can take them, they are not
+    /// opened.
+    pub brought: bool,
 }
 
 /// What a cell does.
@@ -355,7 +358,7 @@ impl Plan {
                 p.data = data_of(experiment, data);
             }
             apply(&mut p.experiment, request);
-            p.cells = cells(&p, request, data.users.is_some())?;
+            p.cells = cells(&p, request, data.brought)?;
             for cell in &mut p.cells {
                 cell.seconds = estimate(cell, &p.data, &known);
             }

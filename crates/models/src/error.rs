@@ -9,7 +9,10 @@ use crate::names::{hint, nearest};
 #[non_exhaustive]
 pub enum Error {
     /// A name that is not in a registry.
-    #[error("there is no {what} called {name:?}{}; known are {known}", hint(nearest(name, known.split(", ")).as_deref()))]
+    #[error(
+        "there is no {what} called {name:?}{}; known are {known}",
+        unknown_hint(name, known)
+    )]
     Unknown {
         /// "backbone" or "representation".
         what: &'static str,
@@ -69,6 +72,16 @@ pub enum Error {
     /// An error of the tensor library.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+}
+
+/// What an unknown name may have meant: one that is known, or two names in one.
+fn unknown_hint(name: &str, known: &str) -> String {
+    match name.split_once('+') {
+        Some((backbone, head)) if known.split(", ").any(|known| known == backbone) => {
+            format!(": backbone and representation are named apart, {backbone:?} and {head:?}")
+        }
+        _ => hint(nearest(name, known.split(", ")).as_deref()),
+    }
 }
 
 /// Result of this crate.

@@ -1,6 +1,7 @@
 //! A network: backbone, representation, classifier.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -88,6 +89,13 @@ impl ModelSpec {
     #[must_use]
     pub fn short_name(&self) -> String {
         format!("{}+{}", self.backbone.name, self.representation.name)
+    }
+}
+
+/// Backbone and head with their options: `resnet50 (last_stride = 1) + isqrt (iterations = 5)`.
+impl fmt::Display for ModelSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} + {}", self.backbone, self.representation)
     }
 }
 

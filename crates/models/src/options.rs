@@ -50,6 +50,16 @@ impl Options {
         self.0.iter().map(|(key, value)| (key.as_str(), value))
     }
 
+    /// The name of their owner, and the options behind it: `resnet50 (last_stride = 1)`.
+    pub(crate) fn write_behind(&self, name: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(name)?;
+        if self.is_empty() {
+            return Ok(());
+        }
+        let options: Vec<String> = self.iter().map(|(k, v)| format!("{k} = {v}")).collect();
+        write!(f, " ({})", options.join(", "))
+    }
+
     /// Whether there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -12,7 +12,7 @@ use crate::{Error, Precision, Result, SpecFile};
 pub struct Plan {
     /// The images.
     pub data: DataInfo,
-    /// Short name of the network.
+    /// Backbone and head with their options.
     pub model: String,
     /// Rows and columns of the input in training, where they differ from those of evaluation.
     pub train_input: Option<(usize, usize)>,
@@ -93,6 +93,10 @@ impl Plan {
             error @ isqrt_models::Error::ImageSize { .. } => {
                 file.problem("data.eval_transforms", &error.to_string())
             }
+            isqrt_models::Error::Nn(error) => file.problem(
+                "model.backbone",
+                &format!("does not take images of {height} pixels: {error}"),
+            ),
             error => file.place(Error::from(error)),
         })?;
         let train_input = spec.data.train_transforms.pipeline()?.output_size();
@@ -118,7 +122,7 @@ impl Plan {
         Ok(Self {
             data: data.info.clone(),
             train_input,
-            model: config.model.short_name(),
+            model: config.model.to_string(),
             representation: network.out_dim(),
             updates_per_epoch,
             epochs: config.epochs,

@@ -52,8 +52,8 @@ impl Models {
             return Ok(());
         }
         output::line(&format!(
-            "{} + {}; {} classes; one image of {size}x{size}",
-            spec.backbone, spec.representation.name, spec.classes,
+            "{spec}; {} classes; one image of {size}x{size}",
+            spec.classes,
         ))?;
         let rows = description.stages.iter().chain([&total]).map(row).collect();
         let head = [

@@ -81,7 +81,7 @@ impl WeightsArgs {
                         "{} is of {}, which is not what --model {name} stands for: leave --model out, or \
                          take what fits with --partial",
                         path.display(),
-                        describe(&told)
+                        told
                     );
                 }
                 // A file of a spec says how many classes it is to have.
@@ -127,13 +127,6 @@ impl WeightsArgs {
 const CLASSES: usize = 1000;
 /// How the name of a spec's file ends.
 const TOML: &str = ".toml";
-
-/// A network with its options.
-fn describe(spec: &ModelSpec) -> String {
-    let head = spec.representation.options.iter();
-    let head: String = head.map(|(k, v)| format!(", {k} = {v}")).collect();
-    format!("{} + {}{head}", spec.backbone, spec.representation.name)
-}
 
 /// An error where two paths are one file: what is written would replace what is read.
 pub fn differ(read: &Path, written: &Path) -> anyhow::Result<()> {

@@ -75,10 +75,12 @@ impl Library {
             true => Infos {
                 own: BTreeMap::new(),
                 users: infos.map(|(_, info)| info).next(),
+                brought: true,
             },
             false => Infos {
                 own: infos.collect(),
                 users: None,
+                brought: false,
             },
         }
     }

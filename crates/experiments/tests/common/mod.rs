@@ -91,6 +91,7 @@ pub fn infos_of(info: DataInfo) -> Infos {
     Infos {
         own: [(info.recipe.clone(), info)].into(),
         users: None,
+        brought: false,
     }
 }
 

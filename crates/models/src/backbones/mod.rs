@@ -177,16 +177,7 @@ impl BackboneSpec {
 /// The name, and the options behind it: `resnet50 (last_stride = 1, reduction = 256)`.
 impl fmt::Display for BackboneSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.name)?;
-        if self.options.is_empty() {
-            return Ok(());
-        }
-        let options: Vec<String> = self
-            .options
-            .iter()
-            .map(|(k, v)| format!("{k} = {v}"))
-            .collect();
-        write!(f, " ({})", options.join(", "))
+        self.options.write_behind(&self.name, f)
     }
 }
 

@@ -36,6 +36,8 @@ pub mod isqrt;
 pub mod mpn;
 pub mod svd_pade;
 
+use std::fmt;
+
 use candle_core::Tensor;
 use isqrt_linalg::Output;
 use isqrt_nn::{Mode, Scope};
@@ -213,6 +215,13 @@ pub struct RepresentationSpec {
     /// All other keys.
     #[serde(flatten)]
     pub options: Options,
+}
+
+/// The name, and the options behind it: `isqrt (iterations = 5)`.
+impl fmt::Display for RepresentationSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.options.write_behind(&self.name, f)
+    }
 }
 
 impl From<Part> for RepresentationSpec {
