@@ -51,7 +51,7 @@ if "$isqrt" train experiments/smoke/e10-isqrt.toml --device cuda:0 --dry-run --s
     exit 1
 fi
 tail -n 1 "$scratch/said"
-grep -q 'gpu.layer.*cluster' "$scratch/said"
+grep -q 'cluster.*gpu.layer' "$scratch/said"
 echo "== a training on two GPUs, on the stand-in"
 STAND_IN_DEVICES=2 "$isqrt" train experiments/smoke/e10-isqrt.toml --device cuda:0,1 --smoke 3 --out "$scratch/two"
 echo "== memory that runs out, on the stand-in"

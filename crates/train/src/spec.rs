@@ -356,9 +356,6 @@ impl SpecFile {
                 &format!("model.representation.{option}"),
                 &error.to_string(),
             ),
-            Error::Model(isqrt_models::Error::Linalg(
-                error @ isqrt_linalg::Error::GpuKernel { .. },
-            )) => self.problem("gpu.layer", &error.to_string()),
             Error::Model(error @ isqrt_models::Error::OnePosition { .. }) => {
                 self.problem("model.backbone", &error.to_string())
             }
