@@ -216,6 +216,33 @@ fn blocked_maps() {
             }
         }
     }
+    // Plain maps: one node in evaluation.
+    let plain = random(&[2, 6, 5, 4], 60);
+    for (groups, kernel, stride) in [(1, 1, 1), (6, 3, 1), (6, 3, 2), (2, 3, 1)] {
+        for (activation, mode) in Activation::ALL
+            .into_iter()
+            .flat_map(|a| MODES.map(|m| (a, m)))
+        {
+            let options = Conv {
+                groups,
+                ..Conv::new(stride, kernel / 2)
+            };
+            let weight = random(&[6, 6 / groups, kernel, kernel], 61);
+            let gamma = (random(&[6], 62) + 5.0).unwrap();
+            let inputs = [plain.clone(), weight, gamma, random(&[6], 63)];
+            check(&inputs, |t| {
+                let norm = norm(6, activation);
+                conv_norm(&t[0], &t[1], options, (&t[2], &t[3]), &norm, mode)
+            });
+            let [x, w, gamma, beta] = &inputs;
+            let y = conv2d(x, w, None, options).unwrap();
+            let y = batch_norm(&y, gamma, beta, &norm(6, activation), mode).unwrap();
+            let fused = norm(6, activation);
+            let z = conv_norm(x, w, options, (gamma, beta), &fused, mode).unwrap();
+            let off = (y - z).unwrap().abs().unwrap().max_all().unwrap();
+            assert!(off.to_scalar::<f64>().unwrap() < 1e-12);
+        }
+    }
     // An activation between the two, and groups that fill no blocks: two nodes.
     let grouped = Conv {
         groups: 4,

@@ -15,7 +15,7 @@ use candle_core::{
 use isqrt_device::cuda::{Output, address, input};
 use isqrt_linalg::Kernel;
 
-use super::{Lanes, dims};
+use super::Lanes;
 use crate::checkpoint::{Aside, past_the_tape};
 #[cfg(feature = "cuda")]
 use crate::cuda::{self, Maps, norm::Extent};
@@ -26,11 +26,12 @@ use crate::ops::{
 use crate::tape;
 use crate::{Mode, Result};
 
-/// [`batch_norm`](crate::ops::batch_norm) of [`conv2d`](crate::ops::conv2d) for blocked maps. The
-/// activation of `options` would come between the two; that of `norm` comes after them.
+/// [`batch_norm`](crate::ops::batch_norm) of [`conv2d`](crate::ops::conv2d): one node for blocked maps, and on
+/// the CPU in evaluation for plain ones, else two. The activation of `options` would come between the two;
+/// that of `norm` comes after them.
 ///
 /// # Shapes
-/// - `x`: blocked maps, and so the result
+/// - `x`: maps, blocked or plain; so is the result
 /// - `weight`: `(out, in / groups, kernel height, kernel width)`
 /// - `affine`: scale and shift, `(out)` each
 ///
@@ -56,8 +57,12 @@ pub(crate) fn conv_norm_of(
     (norm, mode): (&BatchNorm, Mode),
     aside: Option<&Aside>,
 ) -> Result<Tensor> {
-    dims("conv_norm", x)?;
-    if options.activation != Activation::None || !super::fills_blocks(weight, options.groups) {
+    let in_blocks = super::is_blocked(x);
+    let is_one = match in_blocks {
+        true => super::fills_blocks(weight, options.groups),
+        false => mode == Mode::Eval && x.device().is_cpu(),
+    };
+    if options.activation != Activation::None || !is_one {
         let y = crate::ops::conv2d_of(x, weight, None, options, aside)?;
         return crate::ops::batch_norm(&y, affine.0, affine.1, norm, mode);
     }
@@ -93,6 +98,13 @@ struct Op {
     #[cfg(feature = "cuda")]
     on_gpu: OnceLock<Box<dyn cuda::Held>>,
     aside: Option<Aside>,
+}
+
+impl Op {
+    /// Whether the maps are blocked; in evaluation they may be plain.
+    fn in_blocks(&self) -> bool {
+        self.conv.lanes > 1
+    }
 }
 
 #[cfg(feature = "cuda")]
@@ -167,10 +179,10 @@ impl CustomOp3 for Op {
             if self.folds {
                 let (weight, bias) = self.norm.folded(weight, gamma, beta)?;
                 let after = (Some(&*bias), self.norm.activation);
-                let y = self.conv.forward(x, &weight, after, true, Kernel::Auto);
+                let y = self.conv.forward(x, &weight, after, self.in_blocks(), Kernel::Auto);
                 return Ok((T::to_cpu_storage_owned(y), self.conv.shape()));
             }
-            let convolved = self.conv.forward(x, weight, (None, Activation::None), true, Kernel::Auto);
+            let convolved = self.conv.forward(x, weight, (None, Activation::None), self.in_blocks(), Kernel::Auto);
             let y = self.norm.forward(&convolved, gamma, beta)?;
             // candle runs an op value once.
             let _ = self.convolved.set(T::to_cpu_storage_owned(convolved));
@@ -240,14 +252,14 @@ impl CustomOp3 for Op {
                 Some(convolved) => Cow::Borrowed(convolved.as_slice::<T>()?),
                 None => {
                     let (x, weight) = (xs.values::<T>()?, ws.values()?);
-                    Cow::Owned(self.conv.forward(x, weight, (None, Activation::None), true, Kernel::Auto))
+                    Cow::Owned(self.conv.forward(x, weight, (None, Activation::None), self.in_blocks(), Kernel::Auto))
                 }
             };
             let (between, mut dgamma, dbeta) =
                 self.norm.backward(&convolved, affine_of, dys.values()?, activation)?;
             let (x_values, wants_dx) = (xs.values::<T>()?, x.track_op());
             let (dx, dw) =
-                self.conv.backward(x_values, ws.values()?, &between, wants_dx, true, Kernel::Auto);
+                self.conv.backward(x_values, ws.values()?, &between, wants_dx, self.in_blocks(), Kernel::Auto);
             let dw = Tensor::from_vec(dw, weight.shape(), device)?;
             dgamma.extend(dbeta);
             Ok((
