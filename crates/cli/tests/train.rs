@@ -312,6 +312,18 @@ fn mistakes_are_told_with_file_line_and_key() {
     let dir = tempfile::tempdir().unwrap();
     let spec = spec(dir.path());
     let out = dir.path().join("out");
+    for (file, parts) in [
+        ("best.safetensors", ["file of weights", "isqrt eval RUN"]),
+        (
+            "table.toml",
+            ["table of the paper", "isqrt reproduce table"],
+        ),
+    ] {
+        let path = dir.path().join(file);
+        std::fs::write(&path, "columns = []\nrows = []\n").unwrap();
+        let message = refused(&mut train(&path, &out));
+        assert!(parts.iter().all(|part| message.contains(part)), "{message}");
+    }
     for (setting, parts) in [
         ("epoch=3", &["`epoch` is not known", "`epochs`"][..]),
         (
@@ -344,7 +356,7 @@ fn mistakes_are_told_with_file_line_and_key() {
         ),
         (
             "model.backbone=alexnet",
-            &["`model.backbone`", "does not take images of 32 pixels"],
+            &["`model.backbone`", "does not go with images of 32 pixels"],
         ),
         ("data.train_transforms=imagenet", &["imagenet"]),
         ("data.eval_transforms=small32-train", &["random"]),
@@ -583,6 +595,19 @@ fn a_run_tells_its_classes_and_checkpoints() {
     ])));
     assert_eq!(whole["total"], 80);
 
+    // Several views, of a run whose images were in memory.
+    let views = "data.eval_transforms=[{kind='center_square'},{kind='resize_to',width=64,height=64},{kind='mirror'}]";
+    let mirrored = json(&ran(&mut eval(&["--json", "--set", views])));
+    assert_eq!(mirrored["total"], 20);
+    assert_ne!(mirrored["loss"], own["loss"]);
+    // The same images elsewhere are the run's own, as many of each part.
+    let elsewhere = dir.path().join("elsewhere");
+    std::fs::rename(&photos, &elsewhere).unwrap();
+    let moved = json(&ran(&mut eval(&["--json", "--data", &data(&elsewhere)])));
+    assert_eq!(moved["loss"], own["loss"]);
+    std::fs::rename(&elsewhere, &photos).unwrap();
+    let message = refused(&mut eval(&["--weights", "x", "--data", "/no/such/folder"]));
+    assert!(message.contains("/no/such/folder"), "{message}");
     // Another run starts from the folder, but not with another network.
     let start = |backbone: &str| {
         let mut command = isqrt();

@@ -298,6 +298,21 @@ fn classify_prints_the_most_probable_classes() {
         "{text}"
     );
 
+    // A pipeline that is none.
+    let record = Record {
+        pipeline: Some(serde_json::json!({ "steps": [{ "kind": "fold" }] })),
+        ..Record::default()
+    };
+    checkpoint::save(&scene.network(), &scene.at("odd.safetensors"), &record).unwrap();
+    let odd = [
+        "classify",
+        "--weights",
+        "odd.safetensors",
+        "--images",
+        "photos/test",
+    ];
+    scene.bad(&odd, &["odd.safetensors", "pipeline", "fold"]);
+
     // A broken image keeps nobody from the others.
     std::fs::write(scene.at("photos/test/broken.png"), "no image").unwrap();
     // With batches of one, one batch has none.

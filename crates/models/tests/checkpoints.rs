@@ -485,7 +485,7 @@ fn our_files_tell_what_they_are() {
     );
     let record = Record {
         preprocessing: Some(Preprocessing::IMAGENET),
-        pipeline: None,
+        pipeline: Some(serde_json::json!({ "steps": [] })),
         classes: vec!["a \"quoted\" name".to_owned(), "père".to_owned()],
         training: Some(serde_json::json!({ "epochs": 60, "top1_error": 22.14 })),
     };

@@ -108,6 +108,21 @@ impl RunData {
         Self::open_as(file, None, true)
     }
 
+    /// How many images [`open`](Self::open) gives of each part, without opening them: to train on, to evaluate
+    /// epochs on, to report on.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn sizes(file: &SpecFile) -> Result<(usize, usize, usize)> {
+        let data = &file.spec.data;
+        let Some(root) = &data.root else {
+            return Ok((0, 0, 0));
+        };
+        let listing = list_with(root, &file.spec.list_options())?;
+        let parts = parts(listing, data.validation, file.spec.seed)?;
+        Ok((parts.train.len(), parts.eval.len(), parts.test.len()))
+    }
+
     fn open_as(file: &SpecFile, few: Option<[usize; 2]>, unseen: bool) -> Result<Self> {
         let data = &file.spec.data;
         let pipelines = [

@@ -86,7 +86,10 @@ impl FeatureFile {
         let place = self.written;
         let expected = (place..).zip(&batch.indices);
         if batch.indices.len() != count || expected.into_iter().any(|(row, &i)| i as usize != row) {
-            return Err(failed(&self.path, "has a row for every image".to_owned()));
+            return Err(failed(
+                &self.path,
+                "images must come in order and none be left out".to_owned(),
+            ));
         }
         if place + count > rows {
             return Err(failed(

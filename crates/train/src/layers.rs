@@ -53,10 +53,9 @@ impl Layers {
                 message,
             })
         };
-        if path
-            .extension()
-            .is_some_and(|end| end == "safetensors" || end == "pth")
-        {
+        let name = path.to_string_lossy();
+        let of_weights = [".safetensors", ".pth", ".pt", ".pth.tar"];
+        if of_weights.iter().any(|end| name.ends_with(end)) {
             let message = "is a file of weights, not an experiment: `isqrt eval RUN` takes the folder of a run, \
                            `isqrt eval SPEC --weights FILE` an experiment file and weights";
             return failed(None, message.to_owned());

@@ -48,7 +48,7 @@ pub use feature_file::FeatureFile;
 pub use log::{Diagnostics, Line, StepLine};
 pub use metrics::{EpochMetrics, Evaluation, Tally, TrainResult};
 pub use observer::{Moment, Observer, Silent, StepInfo};
-pub use predict::{Prediction, predict, told_pipeline};
+pub use predict::{Prediction, lacks_means, predict, told_pipeline};
 pub use ranks::Rank;
 pub use spec::{Spec, SpecFile};
 pub use state::{Progress, Saved, Snapshot};

@@ -89,24 +89,27 @@ impl Plan {
         }
         // A GPU's kernels have limits of their own (`gpu.layer`).
         config.begin(&mut network)?;
-        let description = network.describe(height).map_err(|error| match error {
-            error @ isqrt_models::Error::ImageSize { .. } => {
-                file.problem("data.eval_transforms", &error.to_string())
-            }
-            isqrt_models::Error::Nn(error) => file.problem(
-                "model.backbone",
-                &format!("does not take images of {height} pixels: {error}"),
-            ),
-            error => file.place(Error::from(error)),
-        })?;
+        let described = |key: &str, side: usize| {
+            network.describe(side).map_err(|error| match error {
+                isqrt_models::Error::Nn(error @ isqrt_nn::Error::Shape { .. }) => file.problem(
+                    key,
+                    &format!("does not go with images of {side} pixels: {error}"),
+                ),
+                error @ isqrt_models::Error::ImageSize { .. } => {
+                    file.problem("data.eval_transforms", &error.to_string())
+                }
+                error => file.place(Error::from(error)),
+            })
+        };
+        let description = described("model.backbone", height)?;
         let train_input = spec.data.train_transforms.pipeline()?.output_size();
         let train_input = train_input.filter(|&input| input != data.info.input);
-        if let Some((side, _)) = train_input {
-            network.describe(side).map_err(|error| {
-                let message = format!("gives inputs of {side} pixels: {error}");
-                file.problem("data.train_transforms", &message)
-            })?;
-        }
+        let in_training = match train_input {
+            Some((rows, columns)) if rows == columns => {
+                Some(described("data.train_transforms", rows)?)
+            }
+            _ => None,
+        };
         let pass = config.batch / config.accumulate;
         let bytes = match config.precision {
             Precision::F64 => 2,
@@ -118,6 +121,7 @@ impl Plan {
             _ => 2 * bytes,
         };
         let total = description.total();
+        let kept = in_training.map_or(total.activation_bytes, |d| d.total().activation_bytes);
         let copies = 2 + config.optimiser.slots() + usize::from(config.ema.is_some());
         Ok(Self {
             data: data.info.clone(),
@@ -130,7 +134,7 @@ impl Plan {
             pass,
             memory: MemoryEstimate {
                 parameters: (4 * bytes * copies * total.parameters) as u64,
-                activations: halves as u64 * total.activation_bytes * pass as u64 / 2,
+                activations: halves as u64 * kept * pass as u64 / 2,
             },
             description,
             spec_hash: spec.hash()?,

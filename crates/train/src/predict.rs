@@ -27,7 +27,7 @@ pub struct Prediction {
 /// Runs a network in evaluation over images and hands each batch to `each`, in order.
 ///
 /// Images are decoded in parallel, a batch at a time, so that memory does not grow with their number. What
-/// comes of several views of an image is averaged.
+/// comes of several views of an image is averaged; a batch is of so many views.
 ///
 /// Gives the images that were left out, which `broken` may allow.
 ///
@@ -86,6 +86,14 @@ pub fn told_pipeline(record: &Record, path: &Path) -> Result<Option<Pipeline>> {
     Ok(Some(pipeline))
 }
 
+/// Whether the network of a checkpoint knows means of its own that the file does not tell: of runs before
+/// checkpoints told their pipeline.
+#[must_use]
+pub fn lacks_means(record: &Record) -> bool {
+    let of_training = |training: &serde_json::Value| training["data"]["normalise"] == "train";
+    record.pipeline.is_none() && record.training.as_ref().is_some_and(of_training)
+}
+
 /// Images in order, through the pipeline.
 fn loader(pipeline: &Pipeline, images: &[PathBuf], batch: usize, broken: Broken) -> Result<Loader> {
     let here = Root::new(Path::new(""));
@@ -102,7 +110,7 @@ fn loader(pipeline: &Pipeline, images: &[PathBuf], batch: usize, broken: Broken)
         pipeline.clone(),
         LoaderConfig {
             broken,
-            ..LoaderConfig::eval(batch.max(1))
+            ..LoaderConfig::eval((batch / pipeline.views()).max(1))
         },
     )?)
 }

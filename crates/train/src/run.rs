@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use isqrt_datasets::{Filter, Images, Pipeline, Skipped, Step};
-use isqrt_models::checkpoint::{self, LoadOptions, Preprocessing, Record, Triangle};
+use isqrt_models::checkpoint::{self, LoadOptions, Preprocessing, Record, Report, Triangle};
 use isqrt_models::{Network, WholeFile, sync_folder_of};
 use serde::{Deserialize, Serialize};
 
@@ -279,6 +279,21 @@ impl Paths {
     fn environment(&self) -> PathBuf {
         self.root.join("environment.json")
     }
+
+    /// The images of the run, as it recorded them; none where it did not.
+    ///
+    /// # Errors
+    /// [`Error::File`] where the record cannot be read.
+    pub fn data(&self) -> Result<Option<DataInfo>> {
+        let path = self.environment();
+        if !path.exists() {
+            return Ok(None);
+        }
+        let bytes = std::fs::read(&path).map_err(|error| failed(&path, &error))?;
+        let told: Environment =
+            serde_json::from_slice(&bytes).map_err(|error| failed(&path, &error))?;
+        Ok(Some(told.data))
+    }
 }
 
 /// The file with the weights: itself, or of a run's folder the one that its result reports on.
@@ -293,6 +308,63 @@ pub fn weights_file(path: &Path) -> Result<PathBuf> {
         true => paths.weights(None),
         false => Ok(path.to_owned()),
     }
+}
+
+/// The weights that a run begins with.
+#[derive(Debug)]
+pub struct Start {
+    /// Their file.
+    pub path: PathBuf,
+    /// What was taken.
+    pub report: Report,
+}
+
+impl std::fmt::Display for Start {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "starting from {}: {} tensors taken, {} of the network's stay at their initial values",
+            self.path.display(),
+            self.report.taken,
+            self.left()
+        )
+    }
+}
+
+impl Start {
+    /// Tensors of the network that the file does not have.
+    fn left(&self) -> usize {
+        self.report.missing.len() + self.report.misshapen.len()
+    }
+}
+
+/// Gives a network the weights that the spec begins with, if it names some.
+///
+/// # Errors
+/// [`Error::Spec`] where they are not there or are of another network: have less than half of its tensors;
+/// as [`checkpoint::load`].
+pub fn start_from(file: &SpecFile, network: &mut Network) -> Result<Option<Start>> {
+    let Some((start, path)) = file.spec.start.as_ref().zip(file.start_weights()?) else {
+        return Ok(None);
+    };
+    let options = LoadOptions {
+        partial: start.partial,
+        triangle: start.triangle.map(Into::into),
+    };
+    let report = checkpoint::load(network, &path, &options)?;
+    let start = Start { path, report };
+    let (taken, left) = (start.report.taken, start.left());
+    if taken < left {
+        return Err(file.problem(
+            "start.weights",
+            &format!(
+                "is {}, which has {taken} of the network's {} tensors: it is of another network",
+                start.path.display(),
+                taken + left
+            ),
+        ));
+    }
+    Ok(Some(start))
 }
 
 /// Trains what a spec says in a folder, which another process must not use meanwhile. Several devices, all
@@ -376,32 +448,11 @@ pub fn run(
             saved.progress().step
         }
         None => {
-            if let Some((start, weights)) = file.spec.start.as_ref().zip(file.start_weights()?) {
-                let options = LoadOptions {
-                    partial: start.partial,
-                    triangle: start.triangle.map(Into::into),
-                };
-                let report = trainer
-                    .start_from(|network| Ok(checkpoint::load(network, &weights, &options)?))?;
-                let others = report.missing.len() + report.misshapen.len();
-                if report.taken < others {
-                    return Err(file.problem(
-                        "start.weights",
-                        &format!(
-                            "is {}, which has {} of the network's {} tensors: it is of another network",
-                            weights.display(),
-                            report.taken,
-                            report.taken + others
-                        ),
-                    ));
-                }
-                console.say(&format!(
-                    "starting from {}: {} tensors taken, {} of the network's stay at their initial values",
-                    weights.display(),
-                    report.taken,
-                    others
-                ));
-                for line in report.lines() {
+            if file.spec.start.is_some()
+                && let Some(start) = trainer.start_from(|network| start_from(file, network))?
+            {
+                console.say(&start.to_string());
+                for line in start.report.lines() {
                     console.note(&line);
                 }
             }
@@ -430,7 +481,7 @@ pub fn run(
         preprocessing: preprocessing(&data.seen),
         pipeline: serde_json::to_value(&data.seen).ok(),
         classes: data.classes.clone(),
-        training: serde_json::to_value(&given.spec).ok(),
+        training: serde_json::to_value(given.spec.anywhere()).ok(),
     };
     let mut recorder = Recorder {
         file,
@@ -1226,7 +1277,7 @@ fn preprocessing(pipeline: &Pipeline) -> Option<Preprocessing> {
                 filter: Filter::Bilinear,
             },
             Step::CenterCrop { size: crop },
-        ] => Some(Preprocessing {
+        ] if pipeline.std.iter().all(|std| *std > 0.0) => Some(Preprocessing {
             resize: short,
             crop,
             mean: pipeline.mean,

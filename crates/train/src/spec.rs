@@ -318,11 +318,11 @@ impl SpecFile {
     /// As [`read`](Self::read).
     pub fn read_on(path: &Path, settings: &[String], data: Option<&str>) -> Result<Self> {
         let mut layers = Layers::read(path)?;
-        if let Some(root) = data {
-            layers.set_data(root);
-        }
         for setting in settings {
             layers.set(setting)?;
+        }
+        if let Some(root) = data {
+            layers.set_data(root);
         }
         let spec: Spec = layers.read_as()?;
         let this = Self { spec, layers };
@@ -582,6 +582,14 @@ impl Spec {
             labels: self.data.labels.clone(),
             ..ListOptions::default()
         }
+    }
+
+    /// The spec without where the images lie, for files that go from hand to hand.
+    #[must_use]
+    pub fn anywhere(&self) -> Self {
+        let mut spec = self.clone();
+        spec.data.root = None;
+        spec
     }
 
     /// The whole spec as TOML.

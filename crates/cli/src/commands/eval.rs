@@ -11,7 +11,7 @@ use isqrt_train::data::RunData;
 use isqrt_train::run::{Outcome, Paths, count, svm, weights_file};
 use isqrt_train::spec::Normalise;
 use isqrt_train::{SpecFile, told_pipeline};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Evaluate the network of a run, or other weights, as its spec evaluates
 ///
@@ -84,19 +84,25 @@ impl Eval {
         let checkpoint_file = Checkpoint::open(&weights)?;
         let record = checkpoint::record(&checkpoint_file)?;
         // Means and deviations are those that the network knows, whatever the images are.
-        let told = told_pipeline(&record, &weights)?;
-        let told = told.filter(|_| file.spec.data.normalise == Normalise::Train);
-        if told.is_some() {
+        let own_means = file.spec.data.normalise == Normalise::Train;
+        let told = told_pipeline(&record, &weights)?.filter(|_| own_means);
+        if told.is_some() || !own_means {
             file.spec.data.normalise = Normalise::ImageNet;
             // For one pass, and several views are possible.
             file.spec.data.in_memory = false;
         }
-        let mut data = match is_run && self.is_on_other_data(&spec)? {
+        let others = is_run && is_other(&paths, &file)?;
+        let mut data = match others && self.svm.is_none() {
             true => RunData::open_unseen(&file)?,
             false => RunData::open(&file, None)?,
         };
-        if let Some(told) = &told {
-            data.normalise_as(told);
+        match &told {
+            Some(told) => data.normalise_as(told),
+            None if others && own_means => say(&format!(
+                "warning: {} does not tell the means that it was trained with; those of these images are taken",
+                weights.display()
+            )),
+            None => {}
         }
         let known = record.classes;
         let mut pairs = known.iter().zip(&data.classes);
@@ -192,14 +198,16 @@ impl Eval {
     }
 }
 
-impl Eval {
-    /// Whether `--data` names other images than those of the run.
-    fn is_on_other_data(&self, spec: &Path) -> anyhow::Result<bool> {
-        let Some(given) = &self.settings.data else {
-            return Ok(false);
-        };
-        let own = SpecFile::read(spec, &[])?.spec.data.root;
-        let real = |path: &Path| path.canonicalize().ok();
-        Ok(own.is_none_or(|own| real(&own) != real(given)))
+/// Whether the images are others than those of the run. Those may lie elsewhere by now: as many of each part
+/// are taken for the same.
+fn is_other(paths: &Paths, file: &SpecFile) -> anyhow::Result<bool> {
+    let own = SpecFile::read(&paths.spec(), &[])?.spec.data.root;
+    let real = |root: &Option<PathBuf>| root.as_ref().and_then(|root| root.canonicalize().ok());
+    if own == file.spec.data.root || real(&own) == real(&file.spec.data.root) {
+        return Ok(false);
     }
+    let here = RunData::sizes(file)?;
+    Ok(paths
+        .data()?
+        .is_none_or(|own| (own.train, own.eval, own.test) != here))
 }

@@ -4,11 +4,12 @@ use super::device::DevicesArg;
 use crate::output::{self, show};
 use crate::progress::{Training, say};
 use anyhow::Context;
-use candle_core::Device;
+use candle_core::{DType, Device};
 use clap::Args;
+use isqrt_models::Network;
 use isqrt_train::data::RunData;
 use isqrt_train::plan::Plan;
-use isqrt_train::run::{Resume, RunResult, SvmOutcome, run};
+use isqrt_train::run::{Resume, RunResult, SvmOutcome, run, start_from};
 use isqrt_train::{SpecFile, counted};
 use std::path::PathBuf;
 
@@ -103,7 +104,10 @@ impl Train {
                 ))?;
             }
             // After the plan, which can be read before the weights are there.
-            file.start_weights()?;
+            let mut network = Network::new(&config.model, 0, DType::F32, &Device::Cpu)?;
+            if let (Some(start), false) = (start_from(&file, &mut network)?, json) {
+                output::line(&start.to_string())?;
+            }
             return Ok(false);
         }
         let scratch = match (self.smoke, &self.out) {
@@ -235,6 +239,7 @@ fn plan(file: &SpecFile, data: &RunData, device: &Device, json: bool) -> anyhow:
         return output::json(&serde_json::json!({
             "model": plan.model,
             "data": plan.data,
+            "train_input": plan.train_input,
             "representation": plan.representation,
             "parameters": total.parameters,
             "updates_per_epoch": plan.updates_per_epoch,

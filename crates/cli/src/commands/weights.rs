@@ -1,14 +1,15 @@
 //! A network with weights from a file, as several commands take it.
 
+use crate::progress::say;
 use anyhow::Context;
 use candle_core::Device;
 use clap::{Args, ValueEnum};
-use isqrt_datasets::Pipeline;
+use isqrt_datasets::{Pipeline, Step};
 use isqrt_models::checkpoint::{
     self, Checkpoint, LoadOptions, Preprocessing, Record, Report, Triangle,
 };
 use isqrt_models::{ModelSpec, Network};
-use isqrt_train::told_pipeline;
+use isqrt_train::{lacks_means, told_pipeline};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -156,7 +157,8 @@ pub struct ImageArgs {
     /// An image, a folder of images, or a text file with one path a line
     #[arg(long, value_name = "PATH")]
     pub images: PathBuf,
-    /// Pixels of the short side [default: as the file tells, or 256; less for small networks]
+    /// Pixels of the short side, and --crop or its default of the middle, in place of the steps that the file tells
+    /// [default: as the file tells, or 256; less for small networks]
     #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u16).range(1..=4096))]
     resize: Option<u16>,
     /// Side of the square cut out of its centre [default: as the file tells, or what the backbone was made for]
@@ -173,7 +175,17 @@ impl ImageArgs {
     pub fn pipeline(&self, loaded: &Loaded, path: &Path) -> anyhow::Result<Pipeline> {
         let told = told_pipeline(&loaded.record, path)?;
         if let (Some(told), None, None) = (&told, self.resize, self.crop) {
-            return Ok(told.clone());
+            let mut told = told.clone();
+            // Images by themselves have no box: all of them is what there is.
+            told.steps
+                .retain(|step| !matches!(step, Step::BoxCrop { .. }));
+            return Ok(told);
+        }
+        if lacks_means(&loaded.record) {
+            say(&format!(
+                "warning: {} does not tell the means that it was trained with; ImageNet's are taken",
+                path.display()
+            ));
         }
         let side = loaded.network.spec().backbone.entry()?.image_side();
         let usual = Preprocessing {
@@ -181,7 +193,14 @@ impl ImageArgs {
             crop: side,
             ..Preprocessing::IMAGENET
         };
-        let simple = loaded.record.preprocessing.unwrap_or(usual);
+        let of_told = |(side, _): (usize, usize)| Preprocessing {
+            resize: side,
+            crop: side,
+            ..usual
+        };
+        let told_size = told.as_ref().and_then(Pipeline::output_size);
+        let simple = loaded.record.preprocessing;
+        let simple = simple.or(told_size.map(of_told)).unwrap_or(usual);
         let crop = self.crop.map_or(simple.crop, usize::from);
         let resize = self.resize.map_or(simple.resize.max(crop), usize::from);
         // It would get a black border, which no network was evaluated with.
