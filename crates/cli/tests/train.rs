@@ -596,7 +596,7 @@ fn a_run_tells_its_classes_and_checkpoints() {
     assert_eq!(whole["total"], 80);
 
     // Several views, of a run whose images were in memory.
-    let views = "data.eval_transforms=[{kind='center_square'},{kind='resize_to',width=64,height=64},{kind='mirror'}]";
+    let views = "data.eval_transforms=[{step='center_square'},{step='resize_to',width=64,height=64},{step='mirror'}]";
     let mirrored = json(&ran(&mut eval(&["--json", "--set", views])));
     assert_eq!(mirrored["total"], 20);
     assert_ne!(mirrored["loss"], own["loss"]);

@@ -300,7 +300,7 @@ fn classify_prints_the_most_probable_classes() {
 
     // A pipeline that is none.
     let record = Record {
-        pipeline: Some(serde_json::json!({ "steps": [{ "kind": "fold" }] })),
+        pipeline: Some(serde_json::json!({ "steps": [{ "step": "fold" }] })),
         ..Record::default()
     };
     checkpoint::save(&scene.network(), &scene.at("odd.safetensors"), &record).unwrap();
