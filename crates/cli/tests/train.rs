@@ -606,7 +606,7 @@ fn a_run_tells_its_classes_and_checkpoints() {
     let moved = json(&ran(&mut eval(&["--json", "--data", &data(&elsewhere)])));
     assert_eq!(moved["loss"], own["loss"]);
     std::fs::rename(&elsewhere, &photos).unwrap();
-    let message = refused(&mut eval(&["--weights", "x", "--data", "/no/such/folder"]));
+    let message = refused(&mut eval(&["--data", "/no/such/folder"]));
     assert!(message.contains("/no/such/folder"), "{message}");
     // Another run starts from the folder, but not with another network.
     let start = |backbone: &str| {
