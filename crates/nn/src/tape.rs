@@ -117,10 +117,10 @@ impl Token {
 
 /// The gradients that came for a map, their sum for each pass that is under way; none where an op has no gradient for it.
 #[derive(Default)]
-struct Inbox(Mutex<Vec<(u64, Option<Tensor>)>>);
+pub(crate) struct Inbox(Mutex<Vec<(u64, Option<Tensor>)>>);
 
 impl Inbox {
-    fn add(&self, gradient: Option<Tensor>) -> Result<()> {
+    pub(crate) fn add(&self, gradient: Option<Tensor>) -> Result<()> {
         let gradient = gradient.map(|gradient| gradient.detach());
         let (mut inbox, pass) = (lock(&self.0), PASS.get());
         match inbox.iter_mut().find(|(of, _)| *of == pass) {
@@ -135,7 +135,8 @@ impl Inbox {
         Ok(())
     }
 
-    fn take(&self, map: &Tensor) -> Result<Tensor> {
+    /// The sum of this pass, of the shape of `map`.
+    pub(crate) fn take(&self, map: &Tensor) -> Result<Tensor> {
         let (mut inbox, pass) = (lock(&self.0), PASS.get());
         let Some(at) = inbox.iter().position(|(of, _)| *of == pass) else {
             bail!("no gradient came for maps {:?}", map.dims())

@@ -6,7 +6,7 @@ use isqrt_nn::ops::{
     Activation, BatchNorm, Conv, LocalResponseNorm, MaskKey, Pool, Window, adaptive_avg_pool2d,
     add, add_relu, avg_pool2d, batch_norm, block, channel_shuffle, conv_norm, conv2d,
     conv2d_into_blocks, cross_entropy, dropout, global_avg_pool, linear, local_response_norm,
-    max_pool2d, relu, relu6, unblock,
+    max_pool2d, relu, relu6, shuffle_unit, unblock,
 };
 use isqrt_nn::{Buffer, Mode};
 use isqrt_testkit::{Gradcheck, gradcheck, randn};
@@ -480,4 +480,31 @@ fn relu6_sums_and_channel_shuffle() {
     let inputs = [random(&[2, 3, 2, 4], 2), random(&[2, 3, 2, 4], 3)];
     check(&inputs, |t| add(&t[0], &t[1]));
     check(&inputs, |t| channel_shuffle(&t[0], &t[1]));
+    // A unit, and a chain of two, beside the ops that it stands for.
+    let x = random(&[2, 6, 3, 4], 70);
+    let weight = random(&[3, 3, 3, 3], 71);
+    let branch = |half: Tensor, weight: &Tensor| conv2d(&half, weight, None, Conv::new(1, 1));
+    let unit = |x: &Tensor, weight: &Tensor| shuffle_unit(x, |half| branch(half, weight));
+    let plain = |x: &Tensor, weight: &Tensor| {
+        let (first, second) = (x.narrow(1, 0, 3)?, x.narrow(1, 3, 3)?);
+        channel_shuffle(&first, &branch(second, weight)?)
+    };
+    let inputs = [x.clone(), weight.clone()];
+    check(&inputs, |t| unit(&t[0], &t[1]));
+    check(&inputs, |t| unit(&unit(&t[0], &t[1])?, &t[1]));
+    // Without a gradient of the input.
+    check(std::slice::from_ref(&weight), |t| unit(&x, &t[0]));
+    let y = plain(&plain(&x, &weight).unwrap(), &weight).unwrap();
+    let z = unit(&unit(&x, &weight).unwrap(), &weight).unwrap();
+    let off = (y - z).unwrap().abs().unwrap().max_all().unwrap();
+    assert!(off.to_scalar::<f64>().unwrap() == 0.0);
+    let odd = random(&[1, 5, 2, 2], 72);
+    let message = shuffle_unit(&odd, Ok).unwrap_err().to_string();
+    assert!(message.contains("even number of channels"), "{message}");
+    let cut = |half: Tensor| Ok(half.narrow(2, 0, 2)?);
+    let message = shuffle_unit(&x, cut).unwrap_err().to_string();
+    assert!(
+        message.contains("the branch made [2, 3, 2, 4]"),
+        "{message}"
+    );
 }

@@ -10,7 +10,7 @@
 
 use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
-use isqrt_nn::ops::{Activation, Window, channel_shuffle, max_pool2d};
+use isqrt_nn::ops::{Activation, Window, channel_shuffle, max_pool2d, shuffle_unit};
 use isqrt_nn::{Mode, Scope};
 
 use super::reduction::{Keys, check_stride, finer, leave_blocks, reduce};
@@ -150,14 +150,10 @@ impl Unit {
             let mut convs = convs.iter();
             convs.try_fold(x, |x, conv| conv.forward(&x, mode))
         };
-        let (first, second) = match self.first.is_empty() {
-            false => (x.clone(), x.clone()),
-            true => {
-                let half = x.dim(1)? / 2;
-                (x.narrow(1, 0, half)?, x.narrow(1, half, half)?)
-            }
-        };
-        let first = through(&self.first, first)?;
-        Ok(channel_shuffle(&first, &through(&self.second, second)?)?)
+        if self.first.is_empty() {
+            return Ok(shuffle_unit(x, |half| through(&self.second, half))?);
+        }
+        let first = through(&self.first, x.clone())?;
+        Ok(channel_shuffle(&first, &through(&self.second, x.clone())?)?)
     }
 }

@@ -31,7 +31,7 @@ pub use local_response_norm::{LocalResponseNorm, local_response_norm};
 pub use max_pool::max_pool2d;
 pub use relu::{Activation, add, add_relu, relu, relu6};
 pub(crate) use relu::{Clip, backward as through_activation};
-pub use shuffle::channel_shuffle;
+pub use shuffle::{channel_shuffle, shuffle_unit};
 pub use window::{Pool, Window};
 
 pub use crate::blocked::{block, can_block, conv_norm, is_blocked, unblock};
