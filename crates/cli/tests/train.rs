@@ -603,7 +603,9 @@ fn a_run_tells_its_classes_and_checkpoints() {
     // The same images elsewhere are the run's own, as many of each part.
     let elsewhere = dir.path().join("elsewhere");
     std::fs::rename(&photos, &elsewhere).unwrap();
-    let moved = json(&ran(&mut eval(&["--json", "--data", &data(&elsewhere)])));
+    let moved = ran(&mut eval(&["--json", "--data", &data(&elsewhere)]));
+    assert!(String::from_utf8_lossy(&moved.stderr).contains("taken for the images of the run"));
+    let moved = json(&moved);
     assert_eq!(moved["loss"], own["loss"]);
     std::fs::rename(&elsewhere, &photos).unwrap();
     let message = refused(&mut eval(&["--data", "/no/such/folder"]));

@@ -313,7 +313,7 @@ impl ConvNorm {
             let affine = (&norm.weight, &norm.bias);
             let (norm, aside) = ((&norm.norm, mode), Some(&conv.aside));
             let y = conv_norm_of(x, &conv.weight, conv.options, affine, norm, aside)?;
-            // One node, but the convolution's output is kept as well.
+            // One node, but in training the convolution's output is kept as well.
             conv.note(&y);
             self.norm.note(&y);
             return Ok(y);

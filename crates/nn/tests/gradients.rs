@@ -492,6 +492,11 @@ fn relu6_sums_and_channel_shuffle() {
     let inputs = [x.clone(), weight.clone()];
     check(&inputs, |t| unit(&t[0], &t[1]));
     check(&inputs, |t| unit(&unit(&t[0], &t[1])?, &t[1]));
+    // Of a branch without a gradient, the first half still has one.
+    let constant = random(&[2, 3, 3, 4], 73);
+    check(std::slice::from_ref(&x), |t| {
+        shuffle_unit(&t[0], |_| Ok(constant.clone()))
+    });
     // Without a gradient of the input.
     check(std::slice::from_ref(&weight), |t| unit(&x, &t[0]));
     let y = plain(&plain(&x, &weight).unwrap(), &weight).unwrap();

@@ -96,7 +96,13 @@ impl Plan {
                     &format!("does not go with images of {side} pixels: {error}"),
                 ),
                 error @ isqrt_models::Error::ImageSize { .. } => {
-                    file.problem("data.eval_transforms", &error.to_string())
+                    let is_training = key == "data.train_transforms";
+                    let key = if is_training {
+                        key
+                    } else {
+                        "data.eval_transforms"
+                    };
+                    file.problem(key, &error.to_string())
                 }
                 error => file.place(Error::from(error)),
             })
@@ -104,12 +110,10 @@ impl Plan {
         let description = described("model.backbone", height)?;
         let train_input = spec.data.train_transforms.pipeline()?.output_size();
         let train_input = train_input.filter(|&input| input != data.info.input);
-        let in_training = match train_input {
-            Some((rows, columns)) if rows == columns => {
-                Some(described("data.train_transforms", rows)?)
-            }
-            _ => None,
-        };
+        // Of inputs that are no squares the smaller side tells whether the backbone takes them.
+        let smaller = train_input.map(|(rows, columns)| rows.min(columns));
+        let in_training = smaller.map(|side| described("data.train_transforms", side));
+        let in_training = in_training.transpose()?;
         let pass = config.batch / config.accumulate;
         let bytes = match config.precision {
             Precision::F64 => 2,

@@ -91,7 +91,8 @@ pub fn told_pipeline(record: &Record, path: &Path) -> Result<Option<Pipeline>> {
 #[must_use]
 pub fn lacks_means(record: &Record) -> bool {
     let of_training = |training: &serde_json::Value| training["data"]["normalise"] == "train";
-    record.pipeline.is_none() && record.training.as_ref().is_some_and(of_training)
+    let tells = record.pipeline.is_some() || record.preprocessing.is_some();
+    !tells && record.training.as_ref().is_some_and(of_training)
 }
 
 /// Images in order, through the pipeline.

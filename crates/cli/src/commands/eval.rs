@@ -207,7 +207,11 @@ fn is_other(paths: &Paths, file: &SpecFile) -> anyhow::Result<bool> {
         return Ok(false);
     }
     let here = RunData::sizes(file)?;
-    Ok(paths
-        .data()?
-        .is_none_or(|own| (own.train, own.eval, own.test) != here))
+    let seen = paths.data()?;
+    let other = seen.is_none_or(|own| (own.train, own.eval, own.test) != here);
+    say(match other {
+        true => "these are taken for other images than those of the run, of which it has seen none",
+        false => "these are taken for the images of the run: as many of each part",
+    });
+    Ok(other)
 }

@@ -55,7 +55,7 @@ pub struct Settings {
     /// Set a key of the spec, as often as wanted: a.b=VALUE, VALUE as in TOML or plain text
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Folder, archive or list with the images: data.root, in place of data.set
+    /// Folder, archive or list with the images, in place of data.root and data.set, set or not
     #[arg(long, value_name = "ROOT")]
     pub data: Option<PathBuf>,
 }

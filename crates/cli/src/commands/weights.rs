@@ -193,14 +193,24 @@ impl ImageArgs {
             crop: side,
             ..Preprocessing::IMAGENET
         };
-        let of_told = |(side, _): (usize, usize)| Preprocessing {
-            resize: side,
-            crop: side,
-            ..usual
+        // The sizes of steps that are not as simple.
+        let of_told = |told: &Pipeline| {
+            let (side, _) = told.output_size()?;
+            let mut shorts = told.steps.iter().rev().filter_map(|step| match step {
+                Step::Resize { short, .. } => Some(*short),
+                _ => None,
+            });
+            Some(Preprocessing {
+                resize: shorts.next().unwrap_or(match side == usual.crop {
+                    true => usual.resize,
+                    false => side,
+                }),
+                crop: side,
+                ..usual
+            })
         };
-        let told_size = told.as_ref().and_then(Pipeline::output_size);
         let simple = loaded.record.preprocessing;
-        let simple = simple.or(told_size.map(of_told)).unwrap_or(usual);
+        let simple = simple.or(told.as_ref().and_then(of_told)).unwrap_or(usual);
         let crop = self.crop.map_or(simple.crop, usize::from);
         let resize = self.resize.map_or(simple.resize.max(crop), usize::from);
         // It would get a black border, which no network was evaluated with.

@@ -40,8 +40,8 @@ pub fn channel_shuffle(first: &Tensor, second: &Tensor) -> Result<Tensor> {
 }
 
 /// [`channel_shuffle`] of the first half of the channels of `x` and of what `branch` makes of the second one: a
-/// unit of ShuffleNetV2 with stride 1 (Ma et al. 2018, figure 3c). On the CPU the halves are not cut out, and the
-/// gradient of `x` is written once.
+/// unit of ShuffleNetV2 with stride 1 (Ma et al. 2018, figure 3c). On the CPU the first half is read where it lies, and
+/// the gradient of `x` is written once. What the branch makes depends on its half, if it has a gradient at all.
 ///
 /// # Shapes
 /// `(batch, 2 channels, height, width)`, to the same; `branch` keeps the shape of its half
@@ -67,6 +67,9 @@ pub fn shuffle_unit(x: &Tensor, branch: impl FnOnce(Tensor) -> Result<Tensor>) -
         let (first, second) = (first.dims(), second.dims());
         let message = format!("the branch made {second:?} of its half {first:?}");
         return shape_error("shuffle_unit", message);
+    }
+    if x.track_op() && !second.track_op() {
+        return channel_shuffle(&first, &second);
     }
     let op = BesideFirst {
         sizes,
