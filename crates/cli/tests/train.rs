@@ -525,7 +525,7 @@ fn a_run_tells_its_classes_and_checkpoints() {
     classes.sort();
     let spec = experiments().join("smoke/folder-isqrt.toml");
     let mut command = train(&spec, &out);
-    command.args(["--smoke", "1", "--set", "batch=20", "--data"]);
+    command.args(["--set", "epochs=1", "--set", "batch=20", "--data"]);
     ran(command.arg(&photos));
 
     let mut classify = isqrt();

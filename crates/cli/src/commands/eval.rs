@@ -210,7 +210,7 @@ fn is_other(paths: &Paths, file: &SpecFile) -> anyhow::Result<bool> {
     let seen = paths.data()?;
     let other = seen.is_none_or(|own| (own.train, own.eval, own.test) != here);
     say(match other {
-        true => "these are taken for other images than those of the run, of which it has seen none",
+        true => "these are taken for other images than those of the run",
         false => "these are taken for the images of the run: as many of each part",
     });
     Ok(other)
