@@ -104,9 +104,11 @@ impl Train {
                 ))?;
             }
             // After the plan, which can be read before the weights are there.
-            let mut network = Network::new(&config.model, 0, DType::F32, &Device::Cpu)?;
-            if let (Some(start), false) = (start_from(&file, &mut network)?, json) {
-                output::line(&start.to_string())?;
+            if file.start_weights()?.is_some() {
+                let mut network = Network::new(&config.model, 0, DType::F32, &Device::Cpu)?;
+                if let (Some(start), false) = (start_from(&file, &mut network)?, json) {
+                    output::line(&start.to_string())?;
+                }
             }
             return Ok(false);
         }
