@@ -307,13 +307,12 @@ impl ConvNorm {
     /// # Errors
     /// [`crate::Error::Shape`] where the input does not fit.
     pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let is_one = ops::is_blocked(x) || (mode == Mode::Eval && x.device().is_cpu());
-        if is_one && !wants_values() {
+        if !wants_values() {
             let (conv, norm) = (&self.conv, &self.norm);
             let affine = (&norm.weight, &norm.bias);
             let (norm, aside) = ((&norm.norm, mode), Some(&conv.aside));
             let y = conv_norm_of(x, &conv.weight, conv.options, affine, norm, aside)?;
-            // One node, but in training the convolution's output is kept as well.
+            // One node or two; in training the convolution's output is kept as well.
             conv.note(&y);
             self.norm.note(&y);
             return Ok(y);

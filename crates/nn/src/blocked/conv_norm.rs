@@ -57,8 +57,7 @@ pub(crate) fn conv_norm_of(
     (norm, mode): (&BatchNorm, Mode),
     aside: Option<&Aside>,
 ) -> Result<Tensor> {
-    let in_blocks = super::is_blocked(x);
-    let is_one = match in_blocks {
+    let is_one = match super::is_blocked(x) {
         true => super::fills_blocks(weight, options.groups),
         false => mode == Mode::Eval && x.device().is_cpu(),
     };
