@@ -9,15 +9,14 @@
 //! blocks once a call. In f32 most convolutions of stride 1 with a 3x3 kernel go through
 //! [`Winograd`] instead.
 //!
-//! A depthwise convolution (as many groups as channels) is the same with a panel for a group and a
-//! weight for each channel of it in place of a matrix.
+//! Depthwise convolutions are in [`super::depthwise`].
 
 use rayon::prelude::*;
 use std::borrow::Cow;
 
 use super::kernel::{Correlate, Gather, Isa, Lanes};
 use super::winograd::Winograd;
-use crate::element::{Unwritten, transpose};
+use crate::element::Unwritten;
 use crate::ops::{Clip, ConvAxis, ConvShapes as Shapes};
 
 /// Output pixels that share a pass over the weights: several small images together.
@@ -29,51 +28,53 @@ const PADDED: usize = if cfg!(test) { 1 << 12 } else { 1 << 22 };
 
 /// A map with zeros around it.
 #[derive(Debug, Clone, Copy)]
-struct Padded {
-    height: usize,
-    width: usize,
+pub(super) struct Padded {
+    pub height: usize,
+    pub width: usize,
     top: usize,
     left: usize,
 }
 
 impl Padded {
     /// Pixels of a plane.
-    fn plane(self) -> usize {
+    pub(super) fn plane(self) -> usize {
         self.height * self.width
+    }
+
+    /// Whether a plane of this size has no zeros around it.
+    pub(super) fn is_size(self, (height, width): (usize, usize)) -> bool {
+        (height, width) == (self.height, self.width)
+    }
+
+    /// A plane of `WIDTH` channels with its zeros.
+    pub(super) fn pad<T: Lanes>(self, x: &[T], (height, columns): (usize, usize), out: &mut [T]) {
+        let w = T::WIDTH;
+        for (row, out) in out.chunks_exact_mut(self.width * w).enumerate() {
+            match row.checked_sub(self.top).filter(|&row| row < height) {
+                None => out.fill(T::ZERO),
+                Some(row) => {
+                    let (left, end) = (self.left * w, (self.left + columns) * w);
+                    out[..left].fill(T::ZERO);
+                    out[left..end].copy_from_slice(&x[row * columns * w..(row + 1) * columns * w]);
+                    out[end..].fill(T::ZERO);
+                }
+            }
+        }
     }
 }
 
 impl Shapes {
-    /// Panels of channels in and out, of each [part](Self::parts).
+    /// Panels of channels in and out, of each group.
     pub(super) fn panels(&self) -> (usize, usize) {
-        if self.is_depthwise() {
-            return (1, 1);
-        }
         let width = self.lanes * self.groups;
         (self.channels.0 / width, self.channels.1 / width)
     }
 
-    /// Panels that see each other: groups, or in a depthwise convolution each panel alone.
-    fn parts(&self) -> usize {
-        match self.is_depthwise() {
-            true => self.channels.0 / self.lanes,
-            false => self.groups,
-        }
-    }
-
-    /// Weights of a tap of one panel with another.
-    fn block(&self) -> usize {
-        match self.is_depthwise() {
-            true => self.lanes,
-            false => self.lanes * self.lanes,
-        }
-    }
-
-    fn input(&self) -> (usize, usize) {
+    pub(super) fn input(&self) -> (usize, usize) {
         (self.rows.input, self.columns.input)
     }
 
-    fn output(&self) -> (usize, usize) {
+    pub(super) fn output(&self) -> (usize, usize) {
         (self.rows.output, self.columns.output)
     }
 
@@ -83,7 +84,7 @@ impl Shapes {
     }
 
     /// The input with its padding.
-    fn source(&self) -> Padded {
+    pub(super) fn source(&self) -> Padded {
         Padded {
             height: self.rows.input + 2 * self.rows.padding,
             width: self.columns.input + 2 * self.columns.padding,
@@ -93,12 +94,95 @@ impl Shapes {
     }
 
     /// For each tap where it is in the padded input, in pixels.
-    fn tap_places(&self) -> Vec<usize> {
+    pub(super) fn tap_places(&self) -> Vec<usize> {
         let width = self.source().width;
         let row = |ky: usize| ky * self.rows.dilation * width;
         let column = |kx: usize| kx * self.columns.dilation;
         let taps = |ky| (0..self.columns.kernel).map(move |kx| row(ky) + column(kx));
         (0..self.rows.kernel).flat_map(taps).collect()
+    }
+}
+
+/// Pixels of an image and a panel, and what is summed up for them, as in [`Gather`].
+type Phase = (Vec<(usize, usize)>, Vec<(usize, usize)>);
+
+/// A convolution as sums over blocks of a padded map.
+pub(super) struct Sums {
+    pub source: Padded,
+    pub phases: Vec<Phase>,
+}
+
+impl Sums {
+    /// Outputs, of so many panels and with so many weights of a tap.
+    pub(super) fn forward<T: Lanes>(shapes: &Shapes, panels: usize, block: usize) -> Self {
+        let (source, taps) = (shapes.source(), shapes.tap_places());
+        let mut pixels = Vec::with_capacity(shapes.pixels());
+        for y in 0..shapes.rows.output {
+            for x in 0..shapes.columns.output {
+                let from = y * shapes.rows.stride * source.width + x * shapes.columns.stride;
+                pixels.push((from * T::WIDTH, pixels.len() * T::WIDTH));
+            }
+        }
+        let mut blocks = Vec::with_capacity(panels * taps.len());
+        for panel in 0..panels {
+            for tap in &taps {
+                let from = panel * source.plane() + tap;
+                blocks.push((from * T::WIDTH, blocks.len() * block));
+            }
+        }
+        let phases = vec![(pixels, blocks)];
+        Self { source, phases }
+    }
+
+    /// Gradients of inputs, of those of so many panels.
+    pub(super) fn input_gradient<T: Lanes>(shapes: &Shapes, panels: usize, block: usize) -> Self {
+        let Shapes { rows, columns, .. } = *shapes;
+        // Input row y meets output row (y + padding) / stride - t, for t up to `reach`.
+        let reach = (rows.reach() / rows.stride, columns.reach() / columns.stride);
+        let most = |axis: ConvAxis| (axis.input - 1 + axis.padding) / axis.stride + 1;
+        let source = Padded {
+            height: most(rows).max(rows.output) + reach.0,
+            width: most(columns).max(columns.output) + reach.1,
+            top: reach.0,
+            left: reach.1,
+        };
+        let mut phases = Vec::new();
+        let phases_of = |axis: ConvAxis| axis.stride.min(axis.input + axis.padding);
+        for a in 0..phases_of(rows) {
+            for b in 0..phases_of(columns) {
+                let mut pixels = Vec::new();
+                for y in (0..rows.input).filter(|y| (y + rows.padding) % rows.stride == a) {
+                    for x in
+                        (0..columns.input).filter(|x| (x + columns.padding) % columns.stride == b)
+                    {
+                        let row = (y + rows.padding) / rows.stride;
+                        let column = (x + columns.padding) / columns.stride;
+                        let from = row * source.width + column;
+                        pixels.push((from * T::WIDTH, (y * columns.input + x) * T::WIDTH));
+                    }
+                }
+                let mut blocks = Vec::new();
+                for panel in 0..panels {
+                    for ky in (0..rows.kernel).filter(|ky| ky * rows.dilation % rows.stride == a) {
+                        let row = reach.0 - ky * rows.dilation / rows.stride;
+                        for kx in 0..columns.kernel {
+                            let at = kx * columns.dilation;
+                            if at % columns.stride != b {
+                                continue;
+                            }
+                            let column = reach.1 - at / columns.stride;
+                            let from = panel * source.plane() + row * source.width + column;
+                            let tap = panel * shapes.taps() + ky * columns.kernel + kx;
+                            blocks.push((from * T::WIDTH, tap * block));
+                        }
+                    }
+                }
+                if !pixels.is_empty() {
+                    phases.push((pixels, blocks));
+                }
+            }
+        }
+        Self { source, phases }
     }
 }
 
@@ -113,42 +197,28 @@ pub(crate) fn forward<T: Lanes>(
     if let Some(winograd) = Winograd::of::<T>(shapes) {
         return winograd.forward(x, weight, (bias, clip), isa);
     }
-    let source = shapes.source();
     let (inputs, outputs) = shapes.panels();
-    let taps = shapes.tap_places();
-    let block = shapes.block();
-    let weight = pack_any(shapes, weight, false);
-    let mut pixels = Vec::with_capacity(shapes.pixels());
-    for y in 0..shapes.rows.output {
-        for x in 0..shapes.columns.output {
-            let from = y * shapes.rows.stride * source.width + x * shapes.columns.stride;
-            pixels.push((from * T::WIDTH, pixels.len() * T::WIDTH));
-        }
-    }
-    let mut blocks = Vec::with_capacity(inputs * taps.len());
-    for panel in 0..inputs {
-        for tap in &taps {
-            let from = panel * source.plane() + tap;
-            blocks.push((from * T::WIDTH, blocks.len() * block));
-        }
-    }
+    let block = T::WIDTH * T::WIDTH;
+    let weight = pack(shapes, weight, false);
+    let sums = Sums::forward::<T>(shapes, inputs, block);
     let pass = Pass {
-        x_part: inputs * source.plane() * T::WIDTH,
+        x_group: inputs * sums.source.plane() * T::WIDTH,
         weight: &weight,
-        weight_panel: inputs * taps.len() * block,
+        weight_panel: inputs * shapes.taps() * block,
         y_panel: shapes.pixels() * T::WIDTH,
         y_panels: outputs,
-        parts: shapes.parts(),
-        depthwise: shapes.is_depthwise(),
+        groups: shapes.groups,
         bias,
         clip,
     };
     let mut y = Unwritten::new(shapes.batch * shapes.out_image());
-    let images = shapes.images(pass.x_part * pass.parts);
+    let images = shapes.images(pass.x_group * pass.groups);
     let x = x.chunks(images * shapes.image());
     for (x, y) in x.zip(y.places().chunks_mut(images * shapes.out_image())) {
-        let x = pad(x, shapes.input(), source);
-        pass.run(&x, y, &pixels, &blocks, isa);
+        let x = pad(x, shapes.input(), sums.source);
+        for phase in &sums.phases {
+            pass.run(&x, y, phase, isa);
+        }
     }
     // SAFETY: every panel of every image has every output pixel as a row of a tile.
     unsafe { y.written() }
@@ -164,73 +234,27 @@ pub(crate) fn input_gradient<T: Lanes>(
     if let Some(winograd) = Winograd::of::<T>(shapes) {
         return winograd.input_gradient(dy, weight, isa);
     }
-    let Shapes { rows, columns, .. } = *shapes;
     let (inputs, outputs) = shapes.panels();
-    // Input row y meets output row (y + padding) / stride - t, for t up to `reach`.
-    let reach = (rows.reach() / rows.stride, columns.reach() / columns.stride);
-    let most = |axis: ConvAxis| (axis.input - 1 + axis.padding) / axis.stride + 1;
-    let source = Padded {
-        height: most(rows).max(rows.output) + reach.0,
-        width: most(columns).max(columns.output) + reach.1,
-        top: reach.0,
-        left: reach.1,
-    };
-    let weight = pack_any(shapes, weight, true);
-    let block = shapes.block();
+    let block = T::WIDTH * T::WIDTH;
+    let weight = pack(shapes, weight, true);
+    let sums = Sums::input_gradient::<T>(shapes, outputs, block);
     let pass = Pass {
-        x_part: outputs * source.plane() * T::WIDTH,
+        x_group: outputs * sums.source.plane() * T::WIDTH,
         weight: &weight,
         weight_panel: outputs * shapes.taps() * block,
-        y_panel: rows.input * columns.input * T::WIDTH,
+        y_panel: shapes.rows.input * shapes.columns.input * T::WIDTH,
         y_panels: inputs,
-        parts: shapes.parts(),
-        depthwise: shapes.is_depthwise(),
+        groups: shapes.groups,
         bias: None,
         clip: Clip::off(),
     };
-    // Of each phase its pixels and blocks.
-    let mut phases = Vec::new();
-    let phases_of = |axis: ConvAxis| axis.stride.min(axis.input + axis.padding);
-    for a in 0..phases_of(rows) {
-        for b in 0..phases_of(columns) {
-            let mut pixels = Vec::new();
-            for y in (0..rows.input).filter(|y| (y + rows.padding) % rows.stride == a) {
-                for x in (0..columns.input).filter(|x| (x + columns.padding) % columns.stride == b)
-                {
-                    let row = (y + rows.padding) / rows.stride;
-                    let column = (x + columns.padding) / columns.stride;
-                    let from = row * source.width + column;
-                    pixels.push((from * T::WIDTH, (y * columns.input + x) * T::WIDTH));
-                }
-            }
-            let mut blocks = Vec::new();
-            for panel in 0..outputs {
-                for ky in (0..rows.kernel).filter(|ky| ky * rows.dilation % rows.stride == a) {
-                    let row = reach.0 - ky * rows.dilation / rows.stride;
-                    for kx in 0..columns.kernel {
-                        let at = kx * columns.dilation;
-                        if at % columns.stride != b {
-                            continue;
-                        }
-                        let column = reach.1 - at / columns.stride;
-                        let from = panel * source.plane() + row * source.width + column;
-                        let tap = panel * shapes.taps() + ky * columns.kernel + kx;
-                        blocks.push((from * T::WIDTH, tap * block));
-                    }
-                }
-            }
-            if !pixels.is_empty() {
-                phases.push((pixels, blocks));
-            }
-        }
-    }
     let mut dx = Unwritten::new(shapes.batch * shapes.image());
-    let images = shapes.images(pass.x_part * pass.parts);
+    let images = shapes.images(pass.x_group * pass.groups);
     let dy = dy.chunks(images * shapes.out_image());
     for (dy, dx) in dy.zip(dx.places().chunks_mut(images * shapes.image())) {
-        let dy = pad(dy, shapes.output(), source);
-        for (pixels, blocks) in &phases {
-            pass.run(&dy, dx, pixels, blocks, isa);
+        let dy = pad(dy, shapes.output(), sums.source);
+        for phase in &sums.phases {
+            pass.run(&dy, dx, phase, isa);
         }
     }
     // SAFETY: the phases together have every input pixel, and each was written.
@@ -247,70 +271,44 @@ pub(crate) fn weight_gradient<T: Lanes>(
     if let Some(winograd) = Winograd::of::<T>(shapes) {
         return winograd.weight_gradient(x, dy, isa);
     }
-    let Shapes { rows, columns, .. } = *shapes;
-    let ((inputs, outputs), parts) = (shapes.panels(), shapes.parts());
+    let ((inputs, outputs), groups) = (shapes.panels(), shapes.groups);
     let (w, taps) = (T::WIDTH, shapes.tap_places());
     let source = shapes.source();
-    // At stride 1 all rows of an image are one run, if the output has the source's width;
-    // its extra columns are zeros, so the finite numbers that they meet count nothing.
-    let one_run = (rows.stride, columns.stride) == (1, 1);
-    let line = if one_run {
-        source.width
-    } else {
-        columns.output
-    };
-    let target = Padded {
-        height: rows.output,
-        width: line,
-        top: 0,
-        left: 0,
-    };
+    let correlation = Correlation::of(shapes);
+    let target = correlation.target;
     let x_panel = source.plane() * w;
     let dy_panel = target.plane() * w;
-    let step = columns.stride * w;
-    let tap_block = shapes.block();
+    let step = shapes.columns.stride * w;
+    let tap_block = w * w;
     let block = taps.len() * tap_block;
-    let mut dw = vec![T::ZERO; parts * inputs * outputs * block];
+    let mut dw = vec![T::ZERO; groups * inputs * outputs * block];
     // Panels of outputs that go together lie beside each other: [outputs][inputs][taps].
     let together = outputs.div_ceil(isa.panels);
     let place = Shared(dw.as_mut_ptr());
-    let tasks = parts * inputs * together;
-    let images = shapes.images(parts * (inputs * x_panel + outputs * dy_panel));
+    let tasks = groups * inputs * together;
+    let images = shapes.images(groups * (inputs * x_panel + outputs * dy_panel));
     let x = x.chunks(images * shapes.image());
     for (x, dy) in x.zip(dy.chunks(images * shapes.out_image())) {
-        let mut runs = Vec::new();
-        for image in 0..x.len() / shapes.image() {
-            let panels = image * parts;
-            let (from, place) = (panels * inputs * x_panel, panels * outputs * dy_panel);
-            if one_run {
-                runs.push((from, place));
-                continue;
-            }
-            for row in 0..rows.output {
-                let from = from + row * rows.stride * source.width * w;
-                runs.push((from, place + row * line * w));
-            }
-        }
-        let length = match one_run {
-            true => (rows.output - 1) * line + columns.output,
-            false => columns.output,
-        };
-        let jobs = pieces(&runs, length, step, w);
+        let panels = |image| (image * groups * inputs, image * groups * outputs);
+        let starts = (0..x.len() / shapes.image())
+            .map(panels)
+            .map(|(from, to)| (from * x_panel, to * dy_panel));
+        let jobs = correlation.jobs::<T>(starts, source);
         let (x, dy) = (
             pad(x, shapes.input(), source),
             pad(dy, shapes.output(), target),
         );
         (0..tasks).into_par_iter().for_each(|task| {
             let (panel, task) = (task / together, task % together);
-            let (part, panel) = (panel / inputs, panel % inputs);
+            let (group, panel) = (panel / inputs, panel % inputs);
             let first = task * isa.panels;
             let panels = isa.panels.min(outputs - first);
-            let first = part * outputs + first;
+            let first = group * outputs + first;
             let dw = place.at((first * inputs + panel) * block);
             for (runs, count) in &jobs {
                 for (tap, at) in taps.iter().enumerate() {
                     let job = Correlate {
-                        x: x[(part * inputs + panel) * x_panel + at * w..].as_ptr(),
+                        x: x[(group * inputs + panel) * x_panel + at * w..].as_ptr(),
                         dy: dy[first * dy_panel..].as_ptr(),
                         dw: dw.wrapping_add(tap * tap_block),
                         runs,
@@ -323,18 +321,71 @@ pub(crate) fn weight_gradient<T: Lanes>(
                     // SAFETY: a run's last pixel with the last tap is the last of its padded
                     // image; each task writes blocks of its own.
                     unsafe {
-                        match shapes.is_depthwise() {
-                            true => isa.correlate_depthwise(&job),
-                            false => isa.correlate(&job),
-                        }
+                        isa.correlate(&job);
                     }
                 }
             }
         });
     }
-    match shapes.is_depthwise() {
-        true => transpose_panels(&dw, w, shapes.taps()),
-        false => unpack(shapes, &dw),
+    unpack(shapes, &dw)
+}
+
+/// Which pixels of a padded map meet which of a gradient of the output.
+pub(super) struct Correlation {
+    /// The gradient with its zeros.
+    pub target: Padded,
+    rows: ConvAxis,
+    columns: ConvAxis,
+    one_run: bool,
+}
+
+impl Correlation {
+    pub(super) fn of(shapes: &Shapes) -> Self {
+        let Shapes { rows, columns, .. } = *shapes;
+        // At stride 1 all rows of an image are one run, if the output has the source's width;
+        // its extra columns are zeros, so the finite numbers that they meet count nothing.
+        let one_run = (rows.stride, columns.stride) == (1, 1);
+        let width = match one_run {
+            true => shapes.source().width,
+            false => columns.output,
+        };
+        let target = Padded {
+            height: rows.output,
+            width,
+            top: 0,
+            left: 0,
+        };
+        Self {
+            target,
+            rows,
+            columns,
+            one_run,
+        }
+    }
+
+    /// Runs of pixels and their lengths, of images that begin at these places.
+    pub(super) fn jobs<T: Lanes>(
+        &self,
+        starts: impl Iterator<Item = (usize, usize)>,
+        source: Padded,
+    ) -> Vec<(Vec<(usize, usize)>, usize)> {
+        let (w, line) = (T::WIDTH, self.target.width);
+        let (rows, length) = match self.one_run {
+            true => (1, (self.rows.output - 1) * line + self.columns.output),
+            false => (self.rows.output, self.columns.output),
+        };
+        let runs = starts.flat_map(|(from, place)| {
+            (0..rows).map(move |row| {
+                let from = from + row * self.rows.stride * source.width * w;
+                (from, place + row * line * w)
+            })
+        });
+        pieces(
+            &runs.collect::<Vec<_>>(),
+            length,
+            self.columns.stride * w,
+            w,
+        )
     }
 }
 
@@ -383,33 +434,23 @@ impl<T> Shared<T> {
 
 /// A sum over blocks for the pixels of a batch.
 struct Pass<'a, T> {
-    /// Size of a part of an image.
-    x_part: usize,
+    /// Size of a group of an image.
+    x_group: usize,
     weight: &'a [T],
     weight_panel: usize,
     y_panel: usize,
-    /// Of a part.
+    /// Of a group.
     y_panels: usize,
-    /// See [`Shapes::parts`].
-    parts: usize,
-    depthwise: bool,
+    groups: usize,
     /// Of all output channels.
     bias: Option<&'a [T]>,
     clip: Clip<T>,
 }
 
 impl<T: Lanes> Pass<'_, T> {
-    /// `pixels` and `blocks` as in [`Gather`], of one image and one panel.
-    fn run(
-        &self,
-        x: &[T],
-        y: &mut [T],
-        pixels: &[(usize, usize)],
-        blocks: &[(usize, usize)],
-        isa: &Isa<T>,
-    ) {
-        let x_image = self.x_part * self.parts;
-        let y_image = self.y_panel * self.y_panels * self.parts;
+    fn run(&self, x: &[T], y: &mut [T], (pixels, blocks): &Phase, isa: &Isa<T>) {
+        let x_image = self.x_group * self.groups;
+        let y_image = self.y_panel * self.y_panels * self.groups;
         let batch = y.len() / y_image;
         assert!(y.len() == batch * y_image && x.len() == batch * x_image);
         let together = PIXELS.div_ceil(pixels.len()).min(batch);
@@ -422,15 +463,15 @@ impl<T: Lanes> Pass<'_, T> {
             .collect();
         let passes = self.y_panels.div_ceil(isa.panels);
         let place = Shared(y.as_mut_ptr());
-        let tasks = batch.div_ceil(together) * self.parts * passes;
+        let tasks = batch.div_ceil(together) * self.groups * passes;
         (0..tasks).into_par_iter().for_each(|task| {
             let (task, first) = (task / passes, task % passes * isa.panels);
-            let (image, part) = (task / self.parts * together, task % self.parts);
+            let (image, group) = (task / self.groups * together, task % self.groups);
             let images = together.min(batch - image);
-            let panel = part * self.y_panels + first;
+            let panel = group * self.y_panels + first;
             let bias = self.bias.map(|bias| bias[panel * T::WIDTH..].as_ptr());
             let job = Gather {
-                x: x[image * x_image + part * self.x_part..].as_ptr(),
+                x: x[image * x_image + group * self.x_group..].as_ptr(),
                 weight: self.weight[panel * self.weight_panel..].as_ptr(),
                 y: place.at(image * y_image + panel * self.y_panel),
                 pixels: &table[..images * pixels.len()],
@@ -443,60 +484,24 @@ impl<T: Lanes> Pass<'_, T> {
             };
             // SAFETY: a pixel's last block is the last of its padded image (the maps were padded
             // for that); tasks write panels and images of their own.
-            unsafe {
-                match self.depthwise {
-                    true => isa.depthwise(&job),
-                    false => isa.gather(&job),
-                }
-            }
+            unsafe { isa.gather(&job) }
         });
     }
 }
 
 /// Puts zeros around each plane of a blocked map.
-fn pad<T: Lanes>(x: &[T], (height, columns): (usize, usize), to: Padded) -> Cow<'_, [T]> {
-    if (height, columns) == (to.height, to.width) {
+fn pad<T: Lanes>(x: &[T], size: (usize, usize), to: Padded) -> Cow<'_, [T]> {
+    if to.is_size(size) {
         return Cow::Borrowed(x);
     }
-    let w = T::WIDTH;
-    let (plane, padded) = (height * columns * w, to.height * to.width * w);
+    let (plane, padded) = (size.0 * size.1 * T::WIDTH, to.plane() * T::WIDTH);
     let mut out = Unwritten::new(x.len() / plane * padded);
     out.places()
         .par_chunks_exact_mut(padded)
         .zip(x.par_chunks_exact(plane))
-        .for_each(|(out, x)| {
-            let line = to.width * w;
-            for (row, out) in out.chunks_exact_mut(line).enumerate() {
-                match row.checked_sub(to.top).filter(|&row| row < height) {
-                    None => out.fill(T::ZERO),
-                    Some(row) => {
-                        let (left, end) = (to.left * w, (to.left + columns) * w);
-                        out[..left].fill(T::ZERO);
-                        out[left..end]
-                            .copy_from_slice(&x[row * columns * w..(row + 1) * columns * w]);
-                        out[end..].fill(T::ZERO);
-                    }
-                }
-            }
-        });
+        .for_each(|(out, x)| to.pad(x, size, out));
     // SAFETY: every row of every plane was written.
     Cow::Owned(unsafe { out.written() })
-}
-
-/// Weights into blocks: see [`pack`], and `[panel][tap][channel]` of a depthwise convolution.
-fn pack_any<T: Lanes>(shapes: &Shapes, weight: &[T], transposed: bool) -> Vec<T> {
-    match shapes.is_depthwise() {
-        true => transpose_panels(weight, shapes.taps(), T::WIDTH),
-        false => pack(shapes, weight, transposed),
-    }
-}
-
-/// Transposes the `columns` of `rows` of each panel of a depthwise convolution's weights.
-fn transpose_panels<T: Lanes>(weight: &[T], columns: usize, rows: usize) -> Vec<T> {
-    let panels = weight.chunks_exact(columns * rows);
-    panels
-        .flat_map(|panel| transpose(panel, rows, columns))
-        .collect()
 }
 
 /// Weights `(out, in / groups, taps)` into blocks: `[out panel][in panel][tap][in][out]`, or
@@ -650,6 +655,8 @@ mod tests {
             ([1, 20, 9, 8], [32, 20, 3, 3], conv(2, 1)),
             ([1, 32, 9, 8], [12, 32, 3, 3], conv(2, 1)),
             ([3, 20, 7, 9], [20, 1, 3, 3], grouped(20, conv(1, 1))),
+            ([19, 20, 6, 5], [20, 1, 3, 3], grouped(20, conv(2, 1))),
+            ([2, 12, 9, 8], [12, 1, 2, 3], grouped(12, uneven)),
             ([2, 20, 6, 5], [12, 20, 3, 3], conv(1, 1)),
             // In f32 by Winograd's convolution.
             ([2, 20, 21, 17], [48, 20, 3, 3], conv(1, 1)),

@@ -11,6 +11,7 @@
 
 pub(crate) mod conv;
 mod conv_norm;
+pub(crate) mod depthwise;
 mod kernel;
 pub(crate) mod norm;
 mod winograd;
@@ -163,22 +164,50 @@ pub(crate) fn relayout<T: Lanes>(
     let images = y.places().par_chunks_exact_mut(to);
     images.zip(x.par_chunks_exact(from)).for_each(|(y, x)| {
         let panels = y.par_chunks_mut(panel).zip(x.par_chunks(panel));
-        panels.for_each(|(y, x)| match into_blocks {
-            true if x.len() == panel => isa.interleave(x, pixels, y),
-            true => with_scratch(panel, |whole| {
-                whole[..x.len()].copy_from_slice(x);
-                whole[x.len()..].fill(T::ZERO);
-                isa.interleave(whole, pixels, y);
-            }),
-            false if y.len() == panel => isa.separate(x, pixels, y),
-            false => with_scratch(panel, |whole| {
-                isa.separate(x, pixels, whole);
-                y.copy_from_slice(&whole[..y.len()]);
-            }),
+        panels.for_each(|(y, x)| {
+            let is_whole = x.len() == y.len();
+            with_scratch(
+                if is_whole { 0 } else { panel },
+                |spare| match into_blocks {
+                    true => into_panel(x, pixels, (y, spare), isa),
+                    false => out_of_panel(x, pixels, (y, spare), isa),
+                },
+            );
         });
     });
     // SAFETY: every value of each panel was written.
     unsafe { y.written() }
+}
+
+/// Planes to a panel, with zeros for those that are missing; then `spare` is as large as the panel.
+fn into_panel<T: Lanes>(
+    planes: &[T],
+    pixels: usize,
+    (panel, spare): (&mut [T], &mut [T]),
+    isa: &Isa<T>,
+) {
+    if planes.len() == panel.len() {
+        return isa.interleave(planes, pixels, panel);
+    }
+    let whole = &mut spare[..panel.len()];
+    whole[..planes.len()].copy_from_slice(planes);
+    whole[planes.len()..].fill(T::ZERO);
+    isa.interleave(whole, pixels, panel);
+}
+
+/// The inverse of [`into_panel`].
+fn out_of_panel<T: Lanes>(
+    panel: &[T],
+    pixels: usize,
+    (planes, spare): (&mut [T], &mut [T]),
+    isa: &Isa<T>,
+) {
+    if planes.len() == panel.len() {
+        return isa.separate(panel, pixels, planes);
+    }
+    let whole = &mut spare[..panel.len()];
+    isa.separate(panel, pixels, whole);
+    planes.copy_from_slice(&whole[..planes.len()]);
 }
 
 impl CustomOp1 for Relayout {

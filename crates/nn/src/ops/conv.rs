@@ -1,9 +1,9 @@
 //! Two-dimensional convolution (cross-correlation, as everywhere in the field).
 //!
 //! Plain maps go through matrix products (`conv/plain.rs`), blocked ones through loops of their
-//! own (`blocked/conv.rs`); options, shapes and the node of the tape are the same. Where one side is blocked, or
-//! products would be of one row (depthwise), the other is blocked for it, with channels of zeros where its own do
-//! not fill blocks; but images, of which these would be most, are not.
+//! own (`blocked/conv.rs`); options, shapes and the node of the tape are the same. Where one side is blocked, the other is
+//! blocked for it, with channels of zeros where its own do not fill blocks; but images, of which these would be most, are
+//! not. Depthwise convolutions take maps in either layout (`blocked/depthwise.rs`).
 
 mod plain;
 
@@ -19,7 +19,7 @@ use rayon::prelude::*;
 
 use super::dims4;
 use super::{Activation, through_activation};
-use crate::blocked::{self, Lanes};
+use crate::blocked::{self, Lanes, depthwise};
 use crate::checkpoint::{Aside, past_the_tape};
 #[cfg(feature = "cuda")]
 use crate::cuda;
@@ -300,7 +300,7 @@ impl Shapes {
         self.groups > 1 && (self.groups, self.groups) == self.channels
     }
 
-    /// For blocked maps, with more channels where these do not fill blocks; of one group or depthwise.
+    /// For blocked maps, with more channels where these do not fill blocks, of one group.
     fn filled<T: Lanes>(&self) -> Self {
         let lanes = <T as isqrt_linalg::simd::Element>::WIDTH;
         let (inputs, outputs) = self.channels;
@@ -311,10 +311,6 @@ impl Shapes {
         Self {
             lanes,
             channels,
-            groups: match self.is_depthwise() {
-                true => channels.0,
-                false => self.groups,
-            },
             ..*self
         }
     }
@@ -351,8 +347,7 @@ impl Shapes {
     /// Whether the convolution is by matrix products, between plain maps.
     fn is_plain<T: Lanes>(&self, into_blocks: bool) -> bool {
         let few = self.channels.0 < <T as isqrt_linalg::simd::Element>::WIDTH;
-        let in_groups = self.groups > 1 && !self.is_depthwise();
-        self.lanes == 1 && !self.is_depthwise() && (!into_blocks || few || in_groups)
+        self.lanes == 1 && !self.is_depthwise() && (!into_blocks || few || self.groups > 1)
     }
 
     /// Pixels of an output plane.
@@ -399,6 +394,9 @@ impl Shapes {
     ) -> Vec<T> {
         let ((inputs, outputs), clip) = (self.channels, activation.clip());
         let isa = T::isa(kernel);
+        if self.is_depthwise() {
+            return depthwise::forward(self, x, weight, (bias, clip), into_blocks, isa);
+        }
         if self.is_plain::<T>(into_blocks) {
             let y = plain::forward(self, x, weight, (bias, clip));
             return match into_blocks {
@@ -437,6 +435,11 @@ impl Shapes {
     ) -> (Option<Vec<T>>, Vec<T>) {
         let ((inputs, outputs), pixels) = (self.channels, self.in_pixels());
         let isa = T::isa(kernel);
+        if self.is_depthwise() {
+            let dw = depthwise::weight_gradient(self, x, dy, into_blocks, isa);
+            let dx = || depthwise::input_gradient(self, dy, weight, into_blocks, isa);
+            return (wants_dx.then(dx), dw);
+        }
         if self.is_plain::<T>(into_blocks) {
             let dy = match into_blocks {
                 true => Cow::Owned(blocked::relayout(dy, (outputs, self.pixels()), false, isa)),
