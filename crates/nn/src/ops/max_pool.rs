@@ -14,12 +14,12 @@ use candle_core::{
 use rayon::prelude::*;
 
 use super::Pool;
-use super::window::Windows;
+use super::window::{Axis, Windows};
 use crate::Result;
 use crate::blocked::Lanes;
 #[cfg(feature = "cuda")]
 use crate::cuda;
-use crate::element::{Element, dispatch, read, values, vectorised};
+use crate::element::{Element, dispatch, read, values, vectorised, with_scratch};
 use crate::record::note_op;
 use crate::tape;
 
@@ -56,47 +56,93 @@ struct MaxPool {
 
 impl MaxPool {
     fn forward<T: Lanes>(&self, x: &[T]) -> (Vec<T>, Vec<u32>) {
-        let Windows { rows, columns, .. } = self.windows;
         let out_plane = self.windows.out_plane();
         let mut y = vec![T::ZERO; self.windows.out_len()];
         let mut winners = vec![0u32; y.len()];
         y.par_chunks_exact_mut(out_plane)
             .zip(winners.par_chunks_exact_mut(out_plane))
             .zip(x.par_chunks_exact(self.windows.plane()))
-            .for_each(|((y, winners), x)| {
-                if self.windows.lanes > 1 {
-                    // Two widths: single and double precision.
-                    match self.windows.lanes {
-                        16 => blocked_plane::<T, 16>(&self.windows, y, winners, x),
-                        _ => blocked_plane::<T, 8>(&self.windows, y, winners, x),
-                    }
-                    return;
-                }
-                for oy in 0..rows.output {
-                    let down = rows.range(oy);
-                    for ox in 0..columns.output {
-                        let across = columns.range(ox);
-                        let mut winner = down.start * columns.input + across.start;
-                        for row in down.clone() {
-                            let start = row * columns.input;
-                            for at in start + across.start..start + across.end {
-                                // `v != v` holds for NaN alone.
-                                #[allow(clippy::eq_op)]
-                                if x[at] > x[winner] || x[at] != x[at] {
-                                    winner = at;
-                                }
-                            }
-                        }
-                        y[oy * columns.output + ox] = x[winner];
-                        winners[oy * columns.output + ox] = winner as u32;
-                    }
-                }
+            .for_each(|((y, winners), x)| match self.windows.lanes {
+                1 => with_scratch(phases_len(&self.windows), |phases| {
+                    plain_plane(&self.windows, phases, y, winners, x);
+                }),
+                // Two widths: single and double precision.
+                16 => blocked_plane::<T, 16>(&self.windows, y, winners, x),
+                _ => blocked_plane::<T, 8>(&self.windows, y, winners, x),
             });
         (y, winners)
     }
 }
 
+/// Remainders of columns by the stride that windows reach, and places of each in a row.
+fn phases_of(columns: Axis) -> (usize, usize) {
+    let (kernel, stride) = (columns.kernel, columns.stride);
+    (stride.min(kernel), columns.output + (kernel - 1) / stride)
+}
+
+/// What [`plain_plane`] needs of scratch memory.
+fn phases_len(windows: &Windows) -> usize {
+    let (phases, len) = phases_of(windows.columns);
+    windows.rows.input * phases * len
+}
+
 vectorised! {
+    /// A plane. Its columns are first sorted by their remainders by the stride, with -infinity for the padding, so that what
+    /// neighbouring windows have at the same place lies side by side.
+    fn plain_plane<T: Element>(
+        windows: &Windows,
+        phases: &mut [T],
+        y: &mut [T],
+        winners: &mut [u32],
+        x: &[T],
+    ) {
+        let Windows { rows, columns, .. } = windows;
+        let (count, len) = phases_of(*columns);
+        let (stride, padding) = (columns.stride, columns.padding);
+        let lowest = T::from_f64(f64::NEG_INFINITY);
+        phases.fill(lowest);
+        let lines = phases.chunks_exact_mut(count * len);
+        for (line, x) in lines.zip(x.chunks_exact(columns.input)) {
+            for (phase, line) in line.chunks_exact_mut(len).enumerate() {
+                // The first column of this remainder.
+                let first = (phase + stride - padding % stride) % stride;
+                let Some(x) = x.get(first..) else { continue };
+                let Some(line) = line.get_mut((first + padding) / stride..) else { continue };
+                if stride == 1 {
+                    let inside = x.len().min(line.len());
+                    line[..inside].copy_from_slice(&x[..inside]);
+                } else {
+                    line.iter_mut().zip(x.iter().step_by(stride)).for_each(|(to, &from)| *to = from);
+                }
+            }
+        }
+        let outputs = y.chunks_exact_mut(columns.output);
+        for (oy, (best, place)) in outputs.zip(winners.chunks_exact_mut(columns.output)).enumerate() {
+            let down = rows.range(oy);
+            best.fill(lowest);
+            // Where all are -infinity, the first one in the window.
+            for (ox, place) in place.iter_mut().enumerate() {
+                *place = (down.start * columns.input + columns.range(ox).start) as u32;
+            }
+            for row in down {
+                for tap in 0..columns.kernel {
+                    let from = (row * count + tap % stride) * len + tap / stride;
+                    let taps = &phases[from..from + columns.output];
+                    // Of a place in the padding, which never wins, below nothing.
+                    let mut at = ((row * columns.input + tap) as u32).wrapping_sub(padding as u32);
+                    for ((best, place), &value) in best.iter_mut().zip(place.iter_mut()).zip(taps) {
+                        // `v != v` holds for NaN alone.
+                        #[allow(clippy::eq_op)]
+                        let wins = (value > *best) | (value != value);
+                        *best = if wins { value } else { *best };
+                        *place = if wins { at } else { *place };
+                        at = at.wrapping_add(stride as u32);
+                    }
+                }
+            }
+        }
+    }
+
     /// A plane of `L` channels beside each other.
     fn blocked_plane<T: Element, const L: usize>(
         windows: &Windows,
@@ -197,5 +243,89 @@ impl CustomOp1 for MaxPool {
                 });
             Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use candle_core::{Device, Tensor};
+    use isqrt_testkit::randn;
+
+    use super::{MaxPool, OnceLock, Pool, Windows};
+    use crate::ops::Window;
+
+    /// The definition: of equal values the first, of NaN the last.
+    fn winner(windows: &Windows, x: &[f32], oy: usize, ox: usize) -> u32 {
+        let (rows, columns) = (windows.rows, windows.columns);
+        let places = rows.range(oy).flat_map(|row| {
+            let start = row * columns.input;
+            columns.range(ox).map(move |column| start + column)
+        });
+        let best = places.reduce(|best, at| match x[at] > x[best] || x[at].is_nan() {
+            true => at,
+            false => best,
+        });
+        best.unwrap() as u32
+    }
+
+    #[test]
+    fn the_first_of_equal_maxima_and_the_last_nan_win() {
+        let mut windows = Vec::new();
+        for (kernel, stride, padding) in [
+            (2, 2, 0),
+            (3, 2, 1),
+            (3, 1, 1),
+            (3, 3, 0),
+            (2, 3, 1),
+            (5, 2, 2),
+            (7, 4, 3),
+        ] {
+            let window = Window {
+                kernel,
+                stride,
+                padding,
+            };
+            windows.extend([false, true].map(|ceil_mode| Pool {
+                ceil_mode,
+                ..Pool::from(window)
+            }));
+        }
+        let special = [f32::NAN, f32::NEG_INFINITY, f32::INFINITY, 0.0];
+        for (case, pool) in windows.into_iter().enumerate() {
+            for (height, width) in [(7, 9), (12, 20), (8, 33)] {
+                let x = randn(&[2, 3, height, width], case as u64, candle_core::DType::F32);
+                // Few different values, so that many are equal.
+                let mut x: Vec<f32> = x.unwrap().flatten_all().unwrap().to_vec1().unwrap();
+                for (i, x) in x.iter_mut().enumerate() {
+                    *x = x.round();
+                    if i * 7 % 23 < 4 && i % 5 != 0 {
+                        *x = special[i % 4];
+                    }
+                    // A plane of nothing but the lowest value.
+                    if i / (height * width) == 1 {
+                        *x = f32::NEG_INFINITY;
+                    }
+                }
+                let tensor = Tensor::new(&*x, &Device::Cpu).unwrap();
+                let tensor = tensor.reshape((2, 3, height, width)).unwrap();
+                let op = MaxPool {
+                    windows: Windows::of_any_layout("max_pool2d", &tensor, pool).unwrap(),
+                    winners: OnceLock::new(),
+                    #[cfg(feature = "cuda")]
+                    on_gpu: OnceLock::new(),
+                };
+                let (y, winners) = op.forward(&x);
+                let (planes, outs) = (op.windows.plane(), op.windows.out_plane());
+                for (i, (&y, &found)) in y.iter().zip(&winners).enumerate() {
+                    let (plane, at) = (&x[i / outs * planes..][..planes], i % outs);
+                    let columns = op.windows.columns.output;
+                    let known = winner(&op.windows, plane, at / columns, at % columns);
+                    let of = plane[known as usize];
+                    assert_eq!(found, known, "{pool:?} {height}x{width} at {i}");
+                    assert!(y == of || (y.is_nan() && of.is_nan()));
+                }
+            }
+        }
     }
 }

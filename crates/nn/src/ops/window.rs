@@ -69,9 +69,9 @@ impl From<Window> for Pool {
 /// Windows along one axis.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Axis {
-    kernel: usize,
-    stride: usize,
-    padding: usize,
+    pub(super) kernel: usize,
+    pub(super) stride: usize,
+    pub(super) padding: usize,
     /// Size of the input.
     pub(super) input: usize,
     /// Number of windows.

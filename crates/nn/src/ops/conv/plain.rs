@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use super::{Axis, Shapes};
 use crate::element::{
-    Element, Matrix, Unwritten, images_per_task, product, sum_partials, with_scratch,
+    Element, Matrix, Unwritten, images_per_task, product, sum_partials, vectorised, with_scratch,
 };
 use crate::ops::Clip;
 
@@ -242,7 +242,7 @@ pub(super) fn forward<T: Element>(
             }
             for (c, y) in y.chunks_exact_mut(shapes.pixels()).enumerate() {
                 let shift = bias.map_or(T::ZERO, |bias| bias[c]);
-                y.iter_mut().for_each(|y| *y = clip.of(*y + shift));
+                finish(y, shift, clip);
             }
         });
     // SAFETY: one image after the other, all written as products.
@@ -282,6 +282,13 @@ pub(super) fn backward<T: Element>(
     // SAFETY: every image's gradient has been written where it is wanted, else it is empty.
     let dx = unsafe { dx.written() };
     (wants_dx.then_some(dx), sum_partials(&partials, weights))
+}
+
+vectorised! {
+    /// Bias and activation of a channel.
+    fn finish<T: Element>(y: &mut [T], shift: T, clip: Clip<T>) {
+        y.iter_mut().for_each(|y| *y = clip.of(*y + shift));
+    }
 }
 
 /// `copy_from_slice` without a call for the short runs that small images have.
