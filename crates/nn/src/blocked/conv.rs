@@ -22,6 +22,12 @@ use crate::ops::{Clip, ConvAxis, ConvShapes as Shapes};
 /// Output pixels that share a pass over the weights: several small images together.
 const PIXELS: usize = 192;
 
+/// Values of padded maps that stay in the second-level cache (in tests of small maps a few).
+const NEAR: usize = if cfg!(test) { 1 << 10 } else { 1 << 16 };
+
+/// Whole tiles of pixels, on any instruction set.
+const TILES: usize = 48;
+
 /// Padded maps that are in memory at once, as values: of large maps an image after the other (in
 /// tests of some small ones too).
 const PADDED: usize = if cfg!(test) { 1 << 12 } else { 1 << 22 };
@@ -283,9 +289,12 @@ pub(crate) fn weight_gradient<T: Lanes>(
     let block = taps.len() * tap_block;
     let mut dw = vec![T::ZERO; groups * inputs * outputs * block];
     // Panels of outputs that go together lie beside each other: [outputs][inputs][taps].
-    let together = outputs.div_ceil(isa.panels);
+    let passes = outputs.div_ceil(isa.panels);
     let place = Shared(dw.as_mut_ptr());
-    let tasks = groups * inputs * together;
+    // Each task has weights of its own, of several panels, which take turns at the pixels that are in the cache.
+    let (panels_in, passes_out) = rectangle((inputs, passes), groups, block * isa.panels);
+    let (tasks_in, tasks_out) = (inputs.div_ceil(panels_in), passes.div_ceil(passes_out));
+    let tasks = groups * tasks_in * tasks_out;
     let images = shapes.images(groups * (inputs * x_panel + outputs * dy_panel));
     let x = x.chunks(images * shapes.image());
     for (x, dy) in x.zip(dy.chunks(images * shapes.out_image())) {
@@ -299,35 +308,49 @@ pub(crate) fn weight_gradient<T: Lanes>(
             pad(dy, shapes.output(), target),
         );
         (0..tasks).into_par_iter().for_each(|task| {
-            let (panel, task) = (task / together, task % together);
-            let (group, panel) = (panel / inputs, panel % inputs);
-            let first = task * isa.panels;
-            let panels = isa.panels.min(outputs - first);
-            let first = group * outputs + first;
-            let dw = place.at((first * inputs + panel) * block);
+            let (group, task) = (task / (tasks_in * tasks_out), task % (tasks_in * tasks_out));
+            let (input, output) = (task / tasks_out * panels_in, task % tasks_out * passes_out);
+            let (last, end) = (
+                inputs.min(input + panels_in),
+                passes.min(output + passes_out),
+            );
             for (runs, count) in &jobs {
-                for (tap, at) in taps.iter().enumerate() {
-                    let job = Correlate {
-                        x: x[(group * inputs + panel) * x_panel + at * w..].as_ptr(),
-                        dy: dy[first * dy_panel..].as_ptr(),
-                        dw: dw.wrapping_add(tap * tap_block),
-                        runs,
-                        count: *count,
-                        step,
-                        panels,
-                        dw_panel: inputs * block,
-                        dy_panel,
-                    };
-                    // SAFETY: a run's last pixel with the last tap is the last of its padded
-                    // image; each task writes blocks of its own.
-                    unsafe {
-                        isa.correlate(&job);
+                for (pass, panel) in (output..end).flat_map(|p| (input..last).map(move |i| (p, i)))
+                {
+                    let first = pass * isa.panels;
+                    let panels = isa.panels.min(outputs - first);
+                    let first = group * outputs + first;
+                    let dw = place.at((first * inputs + panel) * block);
+                    for (tap, at) in taps.iter().enumerate() {
+                        let job = Correlate {
+                            x: x[(group * inputs + panel) * x_panel + at * w..].as_ptr(),
+                            dy: dy[first * dy_panel..].as_ptr(),
+                            dw: dw.wrapping_add(tap * tap_block),
+                            runs,
+                            count: *count,
+                            step,
+                            panels,
+                            dw_panel: inputs * block,
+                            dy_panel,
+                        };
+                        // SAFETY: a run's last pixel with the last tap is the last of its padded
+                        // image; each task writes blocks of its own.
+                        unsafe { isa.correlate(&job) };
                     }
                 }
             }
         });
     }
     unpack(shapes, &dw)
+}
+
+/// How many input panels and passes over outputs, of `size`, go into a task: as many as have their weights in the cache,
+/// `block` values each, but two tasks a thread. The weights' sums do not depend on it.
+fn rectangle(size: (usize, usize), groups: usize, block: usize) -> (usize, usize) {
+    let tasks = 2 * rayon::current_num_threads();
+    let most = (groups * size.0 * size.1 / tasks).min(NEAR / 2 / block);
+    let passes = most.isqrt().clamp(1, size.1);
+    (usize::clamp(most / passes, 1, size.0), passes)
 }
 
 /// Which pixels of a padded map meet which of a gradient of the output.
@@ -462,19 +485,25 @@ impl<T: Lanes> Pass<'_, T> {
             })
             .collect();
         let passes = self.y_panels.div_ceil(isa.panels);
+        // The passes over a piece follow each other, so that all but the first find it in the cache.
+        let near = (NEAR / (self.x_group / pixels.len()).max(1)).max(PIXELS);
+        let pieces = table.len().div_ceil(near);
+        let piece_len = table.len().div_ceil(pieces).next_multiple_of(TILES);
         let place = Shared(y.as_mut_ptr());
-        let tasks = batch.div_ceil(together) * self.groups * passes;
+        let tasks = batch.div_ceil(together) * self.groups * pieces * passes;
         (0..tasks).into_par_iter().for_each(|task| {
             let (task, first) = (task / passes, task % passes * isa.panels);
+            let (task, piece) = (task / pieces, task % pieces * piece_len);
             let (image, group) = (task / self.groups * together, task % self.groups);
             let images = together.min(batch - image);
+            let table = &table[..images * pixels.len()];
             let panel = group * self.y_panels + first;
             let bias = self.bias.map(|bias| bias[panel * T::WIDTH..].as_ptr());
             let job = Gather {
                 x: x[image * x_image + group * self.x_group..].as_ptr(),
                 weight: self.weight[panel * self.weight_panel..].as_ptr(),
                 y: place.at(image * y_image + panel * self.y_panel),
-                pixels: &table[..images * pixels.len()],
+                pixels: &table[piece.min(table.len())..(piece + piece_len).min(table.len())],
                 blocks,
                 panels: isa.panels.min(self.y_panels - first),
                 weight_panel: self.weight_panel,
@@ -483,7 +512,7 @@ impl<T: Lanes> Pass<'_, T> {
                 clip: self.clip,
             };
             // SAFETY: a pixel's last block is the last of its padded image (the maps were padded
-            // for that); tasks write panels and images of their own.
+            // for that); tasks write panels and pixels of their own.
             unsafe { isa.gather(&job) }
         });
     }
