@@ -122,6 +122,29 @@ fn rectifiers() {
 }
 
 #[test]
+fn shuffles() {
+    let Some(gpu) = gpu() else { return };
+    for shape in [[1, 1, 1, 1], [3, 5, 2, 7], [2, 58, 4, 3]] {
+        let [batch, channels, height, width] = shape;
+        let operands = [numbers(&shape, 0.1), numbers(&shape, 0.6)];
+        let shuffle = |x: &[Tensor]| ops::channel_shuffle(&x[0], &x[1]);
+        same(&gpu, "channel_shuffle", &operands, shuffle);
+        same(&gpu, "channel_shuffle, channels last", &operands, |x| {
+            last(&x[0], |first| match first.rank() {
+                5 => ops::channel_shuffle(first, &ops::block(&x[1])?),
+                _ => ops::channel_shuffle(first, &x[1]),
+            })
+        });
+        let x = numbers(&[batch, 2 * channels, height, width], 0.2);
+        let x = std::slice::from_ref(&x);
+        let unit = |x: &Tensor| ops::shuffle_unit(x, |half| Ok(half.sqr()?));
+        same(&gpu, "shuffle_unit", x, |x| unit(&x[0]));
+        let last = |x: &[Tensor]| last(&x[0], unit);
+        same(&gpu, "shuffle_unit, channels last", x, last);
+    }
+}
+
+#[test]
 fn linear_layers() {
     let Some(gpu) = gpu() else { return };
     for (batch, inputs, out) in [(1, 1, 1), (3, 7, 5), (33, 130, 70)] {

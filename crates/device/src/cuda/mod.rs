@@ -65,6 +65,8 @@ pub mod kernels {
         POOLING = "pooling";
         /// Rectifiers.
         RELU = "relu";
+        /// The channels of two maps as those of one.
+        SHUFFLE = "shuffle";
         /// Functions by eigendecomposition, but for that and for products.
         SPECTRAL = "spectral";
         /// Products of symmetric matrices.

@@ -5,7 +5,7 @@ use isqrt_nn::ops::{
     Activation, BatchNorm, Conv, LocalResponseNorm, MaskKey, Pool, adaptive_avg_pool2d, add,
     add_relu, avg_pool2d, batch_norm, block, channel_shuffle, conv_norm, conv2d, cross_entropy,
     dropout, global_avg_pool, is_blocked, linear, local_response_norm, max_pool2d, relu, relu6,
-    unblock,
+    shuffle_unit, unblock,
 };
 use isqrt_nn::{
     AdamW, AdamWConfig, Buffer, Decay, Ema, Init, Mode, Optimizer, Sgd, SgdConfig, Vars,
@@ -19,13 +19,14 @@ use super::{Checks, Error, Findings, Outcome, distance, home, noise, place, with
 type Op = Box<dyn Fn(&[Tensor]) -> isqrt_nn::Result<Tensor>>;
 
 /// Ops that take maps with the channels of a pixel beside each other too, as their first operand.
-const BLOCKED: [&str; 6] = [
+const BLOCKED: [&str; 7] = [
     "conv2d",
     "batch_norm",
     "conv_norm",
     "max_pool2d",
     "relu",
     "relu6",
+    "shuffle_unit",
 ];
 
 /// An op and what it is tried on.
@@ -222,6 +223,8 @@ fn cases() -> Result<Vec<Case>, Error> {
     case("add", flat(pair()?)?, true, two(add));
     case("add_relu", flat(pair()?)?, false, two(add_relu));
     case("channel_shuffle", pair()?, true, two(channel_shuffle));
+    let unit = |x: &Tensor| shuffle_unit(x, |half| Ok(half.sqr()?));
+    case("shuffle_unit", vec![maps()?], true, one(unit));
     let lrn = LocalResponseNorm {
         size: 3,
         alpha: 0.1,

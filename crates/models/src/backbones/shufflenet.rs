@@ -6,7 +6,8 @@
 //! `layer_reduce`, `layer_reduce_bn`). Covariance heads take `last_stride = 1, reduction = 256`, which
 //! gives 14x14x256 of a 224x224 image.
 //!
-//! Maps stay plain up to the last convolution: the 58 and 116 channels of a branch do not fill blocks.
+//! On the CPU maps stay plain up to the last convolution: the 58 and 116 channels of a branch do not fill blocks. On a
+//! GPU all channels are one block.
 
 use candle_core::Tensor;
 use isqrt_nn::layers::ConvNorm;
@@ -90,7 +91,11 @@ struct ShuffleNetV2 {
 
 impl Backbone for ShuffleNetV2 {
     fn forward_features(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let mut x = max_pool2d(&self.stem.forward(x, mode)?, POOL)?;
+        let x = match x.device().is_cuda() {
+            true => self.stem.forward_into_blocks(x, mode)?,
+            false => self.stem.forward(x, mode)?,
+        };
+        let mut x = max_pool2d(&x, POOL)?;
         for unit in &self.units {
             x = unit.forward(&x, mode)?;
         }

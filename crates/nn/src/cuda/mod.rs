@@ -12,6 +12,7 @@ pub(crate) mod norm;
 pub(crate) mod optim;
 pub(crate) mod relu;
 pub(crate) mod residual;
+pub(crate) mod shuffle;
 pub(crate) mod windows;
 
 use candle_core::{CpuStorage, CudaDevice, CudaStorage, CustomOp1, CustomOp2, CustomOp3};
