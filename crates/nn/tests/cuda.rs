@@ -139,8 +139,26 @@ fn shuffles() {
         let x = std::slice::from_ref(&x);
         let unit = |x: &Tensor| ops::shuffle_unit(x, |half| Ok(half.sqr()?));
         same(&gpu, "shuffle_unit", x, |x| unit(&x[0]));
-        let last = |x: &[Tensor]| last(&x[0], unit);
-        same(&gpu, "shuffle_unit, channels last", x, last);
+        let last_of = |x: &[Tensor]| last(&x[0], unit);
+        same(&gpu, "shuffle_unit, channels last", x, last_of);
+        same(&gpu, "two units", x, |x| last(&x[0], |x| unit(&unit(x)?)));
+        // No gradient of the branch, or of the input.
+        let constant = numbers(&shape, 0.7);
+        let like = |x: &Tensor, t: &Tensor| Ok(t.to_dtype(x.dtype())?.to_device(x.device())?);
+        same(&gpu, "shuffle_unit of a constant", x, |x| {
+            ops::shuffle_unit(&x[0], |_| like(&x[0], &constant))
+        });
+        let both = &x[0];
+        same(&gpu, "shuffle_unit on a constant", &operands[..1], |x| {
+            ops::shuffle_unit(&like(&x[0], both)?, |half| Ok((half * &x[0])?))
+        });
+        // Values of bf16 are passed on as they are.
+        let [first, second] = [&operands[0], &operands[1]]
+            .map(|t| t.to_dtype(DType::BF16).unwrap().to_device(&gpu).unwrap());
+        let in_bf16 = ops::channel_shuffle(&first, &second).unwrap();
+        let wide = |t: &Tensor| t.to_dtype(DType::F32).unwrap();
+        let in_f32 = ops::channel_shuffle(&wide(&first), &wide(&second)).unwrap();
+        assert_eq!(home(&in_bf16), home(&in_f32));
     }
 }
 

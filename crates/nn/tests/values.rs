@@ -550,6 +550,8 @@ fn blocked_ops_do_not_depend_on_threads() {
 fn blocked_ops_on_threads(x: &Tensor) {
     let w = randn(&[48, 16, 3, 3], 2, DType::F32).unwrap();
     let alone = randn(&[48, 1, 3, 3], 3, DType::F32).unwrap();
+    let wide = randn(&[256, 48, 1, 1], 4, DType::F32).unwrap();
+    let half = randn(&[32, 256, 3, 3], 5, DType::F32).unwrap();
     let depthwise = Conv {
         groups: 48,
         ..Conv::new(1, 1)
@@ -564,7 +566,8 @@ fn blocked_ops_on_threads(x: &Tensor) {
     let run = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
         pool.unwrap().install(|| {
-            let [x, w, alone] = [x, &w, &alone].map(|t| Var::from_tensor(t).unwrap());
+            let [x, w, alone, wide, half] =
+                [x, &w, &alone, &wide, &half].map(|t| Var::from_tensor(t).unwrap());
             let buffer = || Buffer::new(one.clone());
             let norm = BatchNorm {
                 running_mean: buffer(),
@@ -576,13 +579,24 @@ fn blocked_ops_on_threads(x: &Tensor) {
             let y = conv_norm(&y, &w, options, (&one, &one), &norm, Mode::Train).unwrap();
             let y = conv2d(&y, &alone, None, depthwise).unwrap();
             let y = unblock(&max_pool2d(&y, window).unwrap()).unwrap();
+            // Plain maps depthwise, into blocks, and with another stride.
+            let y = conv2d(&y, &alone, None, depthwise).unwrap();
+            let y = conv2d(&block(&y).unwrap(), &wide, None, Conv::new(1, 0)).unwrap();
+            let y = conv2d(&y, &half, None, Conv::new(2, 1)).unwrap();
             let gradients = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
             let bits = |t: &Tensor| -> Vec<u32> {
                 let values = t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
                 values.into_iter().map(f32::to_bits).collect()
             };
             let gradient = |v: &Var| bits(gradients.get(v.as_tensor()).unwrap());
-            [bits(&y), gradient(&x), gradient(&w), gradient(&alone)]
+            [
+                bits(&y),
+                gradient(&x),
+                gradient(&w),
+                gradient(&alone),
+                gradient(&wide),
+                gradient(&half),
+            ]
         })
     };
     let first = run(1);
@@ -650,6 +664,21 @@ fn mistakes_are_named() {
     // A stride beyond the image leaves one output.
     let far = conv2d(&x, &w(&[2, 3, 2, 2]), None, Conv::new(usize::MAX, 1)).unwrap();
     assert_eq!(far.dims(), [2, 2, 1, 1]);
+    let far = max_pool2d(
+        &x,
+        Window {
+            kernel: 2,
+            stride: usize::MAX,
+            padding: 0,
+        },
+    );
+    assert_eq!(far.unwrap().dims()[2..], [1, 1]);
+    let beyond = Pool {
+        padding: (0, 1 << 39),
+        stride: (1, 1),
+        ..Pool::new((1, 1 << 40))
+    };
+    assert!(max_pool2d(&x, beyond).is_ok());
     let maps = block(&random(&[1, 16, 4, 4], 3)).unwrap();
     let message = told(conv2d(&maps, &w(&[20, 16, 3, 3]), None, Conv::new(1, 1)));
     assert!(message.contains("20 output channels"), "{message}");

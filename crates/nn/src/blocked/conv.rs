@@ -22,8 +22,13 @@ use crate::ops::{Clip, ConvAxis, ConvShapes as Shapes};
 /// Output pixels that share a pass over the weights: several small images together.
 const PIXELS: usize = 192;
 
-/// Values of padded maps that stay in the second-level cache (in tests of small maps a few).
-const NEAR: usize = if cfg!(test) { 1 << 10 } else { 1 << 16 };
+/// Bytes that stay in the second-level cache (in tests, of small maps, a few).
+const NEAR: usize = if cfg!(test) { 1 << 12 } else { 1 << 18 };
+
+/// Values that do.
+fn near<T>() -> usize {
+    NEAR / size_of::<T>()
+}
 
 /// Whole tiles of pixels, on any instruction set.
 const TILES: usize = 48;
@@ -292,7 +297,11 @@ pub(crate) fn weight_gradient<T: Lanes>(
     let passes = outputs.div_ceil(isa.panels);
     let place = Shared(dw.as_mut_ptr());
     // Each task has weights of its own, of several panels, which take turns at the pixels that are in the cache.
-    let (panels_in, passes_out) = rectangle((inputs, passes), groups, block * isa.panels);
+    let (panels_in, passes_out) = rectangle(
+        (inputs, passes),
+        groups,
+        near::<T>() / 2 / (block * isa.panels),
+    );
     let (tasks_in, tasks_out) = (inputs.div_ceil(panels_in), passes.div_ceil(passes_out));
     let tasks = groups * tasks_in * tasks_out;
     let images = shapes.images(groups * (inputs * x_panel + outputs * dy_panel));
@@ -344,11 +353,11 @@ pub(crate) fn weight_gradient<T: Lanes>(
     unpack(shapes, &dw)
 }
 
-/// How many input panels and passes over outputs, of `size`, go into a task: as many as have their weights in the cache,
-/// `block` values each, but two tasks a thread. The weights' sums do not depend on it.
-fn rectangle(size: (usize, usize), groups: usize, block: usize) -> (usize, usize) {
+/// How many input panels and passes over outputs, of `size`, go into a task: as many blocks of weights as stay in the
+/// cache, but two tasks a thread. The weights' sums do not depend on it.
+fn rectangle(size: (usize, usize), groups: usize, cached: usize) -> (usize, usize) {
     let tasks = 2 * rayon::current_num_threads();
-    let most = (groups * size.0 * size.1 / tasks).min(NEAR / 2 / block);
+    let most = (groups * size.0 * size.1 / tasks).min(cached);
     let passes = most.isqrt().clamp(1, size.1);
     (usize::clamp(most / passes, 1, size.0), passes)
 }
@@ -486,7 +495,7 @@ impl<T: Lanes> Pass<'_, T> {
             .collect();
         let passes = self.y_panels.div_ceil(isa.panels);
         // The passes over a piece follow each other, so that all but the first find it in the cache.
-        let near = (NEAR / (self.x_group / pixels.len()).max(1)).max(PIXELS);
+        let near = (near::<T>() / (self.x_group / pixels.len()).max(1)).max(PIXELS);
         let pieces = table.len().div_ceil(near);
         let piece_len = table.len().div_ceil(pieces).next_multiple_of(TILES);
         let place = Shared(y.as_mut_ptr());
@@ -666,6 +675,9 @@ mod tests {
             ([2, 16, 20, 17], [48, 16, 3, 3], conv(1, 0)),
             ([1, 16, 3, 3], [16, 16, 1, 1], conv(1, 2)),
             ([2, 16, 4, 5], [16, 16, 4, 5], conv(1, 0)),
+            // Several images in pieces, and fewer at the end.
+            ([5, 16, 10, 5], [16, 16, 1, 1], conv(1, 0)),
+            ([2, 96, 9, 8], [112, 96, 1, 1], conv(1, 0)),
             ([2, 16, 9, 8], [16, 16, 3, 3], dilated((2, 2), conv(1, 2))),
             ([2, 16, 11, 9], [16, 16, 3, 3], dilated((2, 3), conv(2, 3))),
             ([2, 16, 11, 9], [16, 16, 2, 3], uneven),

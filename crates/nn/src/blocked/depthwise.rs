@@ -1,7 +1,7 @@
 //! Depthwise convolution: each channel alone, of maps in either layout into either layout.
 //!
-//! A panel of `WIDTH` channels of an image is brought into blocks and padded in scratch memory that stays in a
-//! processor's cache, convolved there as [`super::conv`] does, with a weight for each channel of a tap in place
+//! A panel of `WIDTH` channels of an image is brought into blocks and padded in scratch memory, which for most maps stays
+//! in a processor's cache, convolved there as [`super::conv`] does, with a weight for each channel of a tap in place
 //! of a matrix, and written in the layout that is wanted. So maps are read once and written once, and channels
 //! that do not fill blocks need no copy of all maps that does.
 
@@ -60,8 +60,15 @@ struct Source {
 impl Source {
     /// Scratch memory that [`fill`](Self::fill) needs: for planes, for a panel, and for the padded one.
     fn scratch<T: Lanes>(&self) -> [usize; 3] {
-        let panel = self.maps.panel::<T>();
-        [panel, panel, self.to.plane() * T::WIDTH]
+        let panel = match self.maps.in_blocks {
+            true => 0,
+            false => self.maps.panel::<T>(),
+        };
+        let padded = match self.to.is_size(self.maps.size) {
+            true => 0,
+            false => self.to.plane() * T::WIDTH,
+        };
+        [panel, panel, padded]
     }
 
     /// Returns the panel of these values with its zeros.
@@ -175,8 +182,9 @@ impl<T: Lanes> Pass<'_, T> {
             to: self.sums.source,
         };
         let ([a, b, c], size) = (source.scratch::<T>(), to.panel::<T>());
+        let out = if to.in_blocks { 0 } else { size };
         let weights = self.weight.len() / self.channels.div_ceil(T::WIDTH);
-        with_parts([a.max(size), b, c, size], |[spare, whole, padded, out]| {
+        with_parts([a.max(out), b, c, out], |[spare, whole, padded, out]| {
             let x = source.fill(x, [&mut *spare, whole, padded], isa);
             let place = match to.in_blocks {
                 true => &mut *y,

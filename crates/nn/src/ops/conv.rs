@@ -347,7 +347,7 @@ impl Shapes {
     /// Whether the convolution is by matrix products, between plain maps.
     fn is_plain<T: Lanes>(&self, into_blocks: bool) -> bool {
         let few = self.channels.0 < <T as isqrt_linalg::simd::Element>::WIDTH;
-        self.lanes == 1 && !self.is_depthwise() && (!into_blocks || few || self.groups > 1)
+        self.lanes == 1 && (!into_blocks || few || self.groups > 1)
     }
 
     /// Pixels of an output plane.

@@ -63,14 +63,45 @@ impl MaxPool {
             .zip(winners.par_chunks_exact_mut(out_plane))
             .zip(x.par_chunks_exact(self.windows.plane()))
             .for_each(|((y, winners), x)| match self.windows.lanes {
-                1 => with_scratch(phases_len(&self.windows), |phases| {
-                    plain_plane(&self.windows, phases, y, winners, x);
-                }),
+                1 if is_within(self.windows.columns) => {
+                    with_scratch(phases_len(&self.windows), |phases| {
+                        plain_plane(&self.windows, phases, y, winners, x);
+                    });
+                }
+                1 => wide_plane(&self.windows, y, winners, x),
                 // Two widths: single and double precision.
                 16 => blocked_plane::<T, 16>(&self.windows, y, winners, x),
                 _ => blocked_plane::<T, 8>(&self.windows, y, winners, x),
             });
         (y, winners)
+    }
+}
+
+/// Whether windows and their distance are within the input: others would mostly sort padding.
+fn is_within(columns: Axis) -> bool {
+    columns.kernel.max(columns.stride) <= columns.input
+}
+
+/// A plane, window by window.
+fn wide_plane<T: Element>(windows: &Windows, y: &mut [T], winners: &mut [u32], x: &[T]) {
+    let Windows { rows, columns, .. } = windows;
+    for (i, (y, place)) in y.iter_mut().zip(winners).enumerate() {
+        let (down, across) = (
+            rows.range(i / columns.output),
+            columns.range(i % columns.output),
+        );
+        let mut winner = down.start * columns.input + across.start;
+        for row in down {
+            let start = row * columns.input;
+            for at in start + across.start..start + across.end {
+                // `v != v` holds for NaN alone.
+                #[allow(clippy::eq_op)]
+                if x[at] > x[winner] || x[at] != x[at] {
+                    winner = at;
+                }
+            }
+        }
+        (*y, *place) = (x[winner], winner as u32);
     }
 }
 
@@ -293,7 +324,7 @@ mod tests {
         }
         let special = [f32::NAN, f32::NEG_INFINITY, f32::INFINITY, 0.0];
         for (case, pool) in windows.into_iter().enumerate() {
-            for (height, width) in [(7, 9), (12, 20), (8, 33)] {
+            for (height, width) in [(7, 9), (12, 20), (8, 33), (9, 4)] {
                 let x = randn(&[2, 3, height, width], case as u64, candle_core::DType::F32);
                 // Few different values, so that many are equal.
                 let mut x: Vec<f32> = x.unwrap().flatten_all().unwrap().to_vec1().unwrap();

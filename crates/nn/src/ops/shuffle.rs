@@ -80,25 +80,20 @@ pub fn shuffle_unit(x: &Tensor, branch: impl FnOnce(Tensor) -> Result<Tensor>) -
 
 /// The dimension that channels are, and how many there are.
 fn channels_of(op: &'static str, maps: &Tensor) -> Result<(usize, usize)> {
-    // On the CPU a block has channels of one half alone, or would have.
+    // On the CPU, where halves rarely fill blocks, these are not taken.
     match maps.device().is_cuda() && is_blocked(maps) {
         true => Ok((4, maps.dims()[4])),
         false => Ok((1, dims4(op, maps)?[1])),
     }
 }
 
-/// A shape with so many channels.
-fn with_channels(shape: &Shape, channels: usize) -> Shape {
-    let mut dims = shape.dims().to_vec();
-    let at = if dims.len() == 5 { 4 } else { 1 };
-    dims[at] = channels;
-    Shape::from(dims)
-}
-
 /// Of a half: two of them make a map.
 #[derive(Debug, Clone, Copy)]
 struct Sizes {
+    /// The dimension that channels are.
+    at: usize,
     /// Images, or pixels whose channels lie beside each other.
+    #[cfg(feature = "cuda")]
     rows: usize,
     channels: usize,
     /// Values of a channel in a row.
@@ -108,12 +103,21 @@ struct Sizes {
 impl Sizes {
     fn of(half: &Tensor) -> Result<Self> {
         let (at, channels) = channels_of("channel_shuffle", half)?;
-        let (before, behind) = (&half.dims()[..at], &half.dims()[at + 1..]);
+        let product = |dims: &[usize]| dims.iter().product();
         Ok(Self {
-            rows: before.iter().product(),
+            at,
+            #[cfg(feature = "cuda")]
+            rows: product(&half.dims()[..at]),
             channels,
-            plane: behind.iter().product(),
+            plane: product(&half.dims()[at + 1..]),
         })
+    }
+
+    /// A shape with so many channels.
+    fn with_channels(self, shape: &Shape, channels: usize) -> Shape {
+        let mut dims = shape.dims().to_vec();
+        dims[self.at] = channels;
+        Shape::from(dims)
     }
 
     /// Values of a row.
@@ -189,7 +193,7 @@ impl CustomOp2 for Turns {
             let first = (values::<T>(s1, l1)?, self.0.image());
             Ok(T::to_cpu_storage_owned(self.0.turns(first, values::<T>(s2, l2)?)))
         })?;
-        Ok((y, with_channels(l1.shape(), 2 * self.0.channels)))
+        Ok((y, self.0.with_channels(l1.shape(), 2 * self.0.channels)))
     }
 
     #[cfg(feature = "cuda")]
@@ -206,7 +210,7 @@ impl CustomOp2 for Turns {
             let y = cuda::shuffle::join::<T>(s1.device(), self.0.halves(true), first, second)?;
             Ok(y.into_storage())
         })?;
-        Ok((y, with_channels(l1.shape(), 2 * self.0.channels)))
+        Ok((y, self.0.with_channels(l1.shape(), 2 * self.0.channels)))
     }
 
     fn bwd(
@@ -268,7 +272,7 @@ impl CustomOp1 for SecondHalf {
             // SAFETY: each image was written.
             Ok(T::to_cpu_storage_owned(unsafe { y.written() }))
         })?;
-        Ok((y, with_channels(l.shape(), self.0.channels)))
+        Ok((y, self.0.with_channels(l.shape(), self.0.channels)))
     }
 
     #[cfg(feature = "cuda")]
@@ -278,7 +282,7 @@ impl CustomOp1 for SecondHalf {
             let (_, second) = cuda::shuffle::part::<T>(s.device(), halves, x, false)?;
             Ok(second.into_storage())
         })?;
-        Ok((y, with_channels(l.shape(), self.0.channels)))
+        Ok((y, self.0.with_channels(l.shape(), self.0.channels)))
     }
 
     fn bwd(&self, x: &Tensor, y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
